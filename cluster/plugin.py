@@ -1,9 +1,10 @@
-"""vLLM's platform entry point. Imports nothing and raises nothing: vLLM swallows what a plugin raises while it is loaded
-and would serve with its own backend instead. Settings are validated in `platform.check_and_update_config`."""
+"""vLLM's platform entry point. It raises nothing: vLLM swallows what a plugin raises while it is loaded and would serve
+with its own backend instead. Settings are validated in `platform.check_and_update_config`."""
 
 
 def register() -> str | None:
     """Qualified name of our platform for vLLM, or None when VLLM_METAL_USE_MLX=0 makes it stand down."""
-    from pomarium.worker.settings import wants_mlx
+    from pomarium.worker.settings import normalise, wants_mlx
 
+    normalise()
     return "pomarium.cluster.platform.PomariumPlatform" if wants_mlx() else None

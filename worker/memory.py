@@ -1,0 +1,195 @@
+"""How much memory the KV cache of one worker gets.
+
+    snapshot() at start ---+
+    snapshot() now --------+--others_since--+
+    memory_base(device) --------------------+--> MemoryFacts --kv_bytes--> bytes, a whole number of blocks
+    Settings, model ------------------------+                --wired_bytes--> wire()
+
+`kv_bytes` and the functions around it decide and touch nothing; `snapshot`, `memory_base` and `wire` read and set.
+All sizes are bytes.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import psutil
+
+from pomarium.worker.device import Device, GpuBackend
+from pomarium.worker.errors import InsufficientMemoryError
+from pomarium.worker.settings import AUTO_FRACTION, DeviceKind
+
+GIB = 1 << 30
+CPU_AUTO_KV_BYTES = 4 * GIB
+"""What the KV caches of a machine's CPU workers take together unless the user gives a fraction."""
+RESERVED_BLOCKS = 1
+"""vLLM's block pool keeps one block as a placeholder (vllm/v1/core/block_pool.py, null_block): no sequence gets it."""
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """What decides the size of a KV cache.
+
+    Attributes:
+        base: the memory of which the fraction is taken: the recommended working set of a GPU, else the memory size.
+        available: what the machine can still give without swapping, this worker's weights already taken off.
+        others: what other processes took since this worker started.
+        weights: of the loaded model, or of this worker's stage.
+        activations: headroom for the largest step.
+        workers: how many share this machine, this one included.
+        fraction: the user's, in (0, 1]; None is `auto`.
+        sequence: K and V of one sequence of maximum length.
+        block: K and V of one block over all layers of this worker.
+    """
+
+    kind: DeviceKind
+    base: int
+    available: int
+    others: int
+    weights: int
+    activations: int
+    workers: int
+    fraction: float | None
+    paged: bool
+    sequence: int
+    block: int
+
+
+def share(facts: MemoryFacts) -> int:
+    """All that this worker may take: its part of the fraction, less what others took since it started.
+
+    Without paging there is no fraction and the part of the whole base is the bound.
+    """
+    fraction = (AUTO_FRACTION if facts.fraction is None else facts.fraction) if facts.paged else 1.0
+    return max(0, int(facts.base * fraction) // facts.workers - facts.others)
+
+
+def minimum_kv_bytes(facts: MemoryFacts) -> int:
+    """The least that serves one sequence of maximum length, in whole blocks."""
+    return (-(-facts.sequence // facts.block) + RESERVED_BLOCKS) * facts.block
+
+
+def kv_bytes(facts: MemoryFacts) -> int:
+    """Bytes for the KV cache, a multiple of `facts.block`: all that the share leaves, or without paging the minimum.
+
+    On the CPU, where the whole memory is the base, it also stays within what is available now, and under `auto` the
+    machine's workers together within 4 GiB.
+    Raises InsufficientMemoryError if one sequence of maximum length does not fit.
+    """
+    room = _room(facts)
+    least = minimum_kv_bytes(facts)
+    if room < least:
+        raise InsufficientMemoryError(_refusal(facts, room, least))
+    return room // facts.block * facts.block if facts.paged else least
+
+
+def _room(facts: MemoryFacts) -> int:
+    """What is left for K and V; negative if weights and activations alone do not fit."""
+    room = share(facts) - facts.weights - facts.activations
+    if facts.kind is DeviceKind.CPU:
+        room = min(room, facts.available - facts.activations)
+        if facts.paged and facts.fraction is None:
+            room = min(room, CPU_AUTO_KV_BYTES // facts.workers)
+    return room
+
+
+def wired_bytes(facts: MemoryFacts) -> int:
+    """What this worker may keep wired on Metal: its share, never more than the recommended working set."""
+    return min(share(facts), facts.base)
+
+
+def _refusal(facts: MemoryFacts, room: int, least: int) -> str:
+    """The sentence that says how much is missing and which flag to change."""
+    if room < 0:
+        what = (
+            f"The weights ({_size(facts.weights)}) and activations ({_size(facts.activations)}) "
+            "leave no memory for the KV cache"
+        )
+        cures = ["serve a smaller or more strongly quantised model"]
+    else:
+        what = f"One sequence of maximum length needs {_size(least)} of KV cache and this worker has {_size(room)}"
+        cures = ["lower --max-model-len"]
+    if facts.paged and _room(replace(facts, fraction=1.0)) > room:
+        cures.append("set VLLM_METAL_MEMORY_FRACTION higher")
+    if facts.workers > 1:
+        cures.append(f"run fewer than {facts.workers} workers on this machine")
+    if facts.others > 0:
+        cures.append(f"end the programs that took {_size(facts.others)} since the start")
+    return f"{what}: {_size(least - room)} are missing; {' or '.join(cures)}."
+
+
+def _size(number: int) -> str:
+    return f"{number / GIB:.2f} GiB" if number >= GIB // 10 else f"{number / (1 << 20):.2f} MiB"
+
+
+@dataclass(frozen=True)
+class MemorySnapshot:
+    """The machine's memory at one moment.
+
+    Attributes:
+        total: of the machine, or of the control group that confines this process.
+        available: what can be taken without swapping.
+        own: what this process holds there.
+    """
+
+    total: int
+    available: int
+    own: int
+
+
+def others_since(start: MemorySnapshot, now: MemorySnapshot) -> int:
+    """What other processes took between the snapshots; what they gave back does not count as negative."""
+    return max(0, (start.available - now.available) - (now.own - start.own))
+
+
+def snapshot(device: Device) -> MemorySnapshot:
+    """The memory that `device` computes in: unified memory or RAM, or CUDA device memory."""
+    arrays = int(mx.get_active_memory() + mx.get_cache_memory())
+    if device.backend is GpuBackend.CUDA:
+        info = mx.device_info(mx.Device(mx.gpu, 0))
+        return MemorySnapshot(int(info["total_memory"]), int(info["free_memory"]), arrays)
+    memory = psutil.virtual_memory()
+    total, available = _confined(int(memory.total), int(memory.available), cgroup_room())
+    # Resident memory holds MLX's arrays on the CPU; whether macOS counts Metal's buffers in it, it does not document.
+    return MemorySnapshot(total, available, max(arrays, int(psutil.Process().memory_info().rss)))
+
+
+def memory_base(device: Device, now: MemorySnapshot) -> int:
+    """The memory of which a fraction is taken: Metal's recommended working set, else the memory size."""
+    if device.backend is GpuBackend.METAL:
+        return int(mx.device_info(mx.Device(mx.gpu, 0))["max_recommended_working_set_size"])
+    return now.total
+
+
+def wire(device: Device, limit: int) -> None:
+    """Lets MLX keep up to `limit` bytes wired on Metal (macOS 15 or newer); other backends have no such limit."""
+    if device.backend is GpuBackend.METAL:
+        mx.set_wired_limit(limit)
+
+
+def cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
+    """(limit, used) of the Linux control group at `root`, v2 or v1, page cache not counted as used; None if unlimited.
+
+    Source: Linux Documentation/admin-guide/cgroup-v2.rst ("Memory Interface Files") and cgroup-v1/memory.rst.
+    """
+    for limit_file, used_file, stat_file, cache_key in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        if not (root / limit_file).is_file():
+            continue
+        limit = (root / limit_file).read_text().strip()
+        if limit == "max":
+            return None
+        stat = dict(line.split() for line in (root / stat_file).read_text().splitlines())
+        used = int((root / used_file).read_text())
+        return int(limit), max(0, used - int(stat.get(cache_key, "0")))
+    return None
+
+
+def _confined(total: int, available: int, group: tuple[int, int] | None) -> tuple[int, int]:
+    """(total, available) within a control group's (limit, used); v1 writes a huge limit for none."""
+    if group is None or group[0] >= total:
+        return total, available
+    limit, used = group
+    return limit, max(0, min(available, limit - used))
