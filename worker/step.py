@@ -94,8 +94,8 @@ class StepResult:
         token_ids: for each request the sampled tokens: one, or none while its prompt is not yet through.
         logprobs: for the requests that sampled, in order and all of one width; None if nobody asked. Rows of requests
             that asked for fewer (or none) carry more than they need.
-        prompt_logprobs: request id -> the chunk of its prompt's log-probabilities that this step finished: positions
-            1..num_prompt_tokens-1 (the first token has none).
+        prompt_logprobs: request id -> its prompt's log-probabilities, positions 1..num_prompt_tokens-1 (the first token
+            has none), in the step that finishes the prompt.
     """
 
     request_ids: tuple[str, ...]

@@ -1,0 +1,54 @@
+"""The seam between models and attention: paged attention over the rows of one step.
+
+    Batch --AttentionBackend.prepare--> StepAttention --attend, once per layer--> attention output
+
+`prepare` turns a step's block tables into index arrays once; every layer then shares them. A backend is the MLX-op one
+(`gathered`) or, on a GPU, the kernels'. Rows are tokens, (T, heads, head_dim); there is no batch or length axis.
+"""
+
+from typing import Protocol
+
+import mlx.core as mx
+
+from pomarium.worker.batch import Batch
+
+
+class StepAttention(Protocol):
+    """Attention of one step."""
+
+    def attend(
+        self,
+        layer: int,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        sinks: mx.array | None = None,
+        softcap: float | None = None,
+    ) -> mx.array:
+        """Store the rows' K and V, then attend causally over everything cached of each row's own sequence.
+
+        Args:
+            layer: index of the layer; its cache group gives the window.
+            queries: (T, num_heads, head_dim), RoPE applied. keys, values: (T, num_kv_heads, head_dim).
+            scale: factor on the scores. sinks: (num_heads,) logits of a key without value (GPT-OSS).
+            softcap: scores become softcap x tanh(scores / softcap) (Gemma 2).
+
+        Returns:
+            (T, num_heads, head_dim) of the queries' dtype.
+        """
+        ...
+
+
+class AttentionBackend(Protocol):
+    """Maker of StepAttention; owns the pool."""
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Arrays that a step writes in place; evaluate them with its results."""
+        ...
+
+    def prepare(self, batch: Batch) -> StepAttention:
+        """Index arrays of a step."""
+        ...

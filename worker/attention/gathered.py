@@ -1,0 +1,190 @@
+"""Paged attention as MLX operations: write the rows' K and V, gather blocks, attend in padded bundles.
+
+    Batch --tiles--> GroupPlan (index arrays, per cache group) --attend--> for each bundle: gather, QK, mask, softmax, PV
+
+The reference for the kernels and the path of the CPU device. Grouped-query heads are folded into the query axis, so that
+K and V are read once per KV head. Padding is masked with a large finite number: a fully masked row stays finite and is
+dropped when rows are put back in order.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from pomarium.worker.attention.tiles import Rows, Tile, bundle, cut
+from pomarium.worker.batch import Batch
+from pomarium.worker.kv_cache.layout import CacheGroup
+from pomarium.worker.kv_cache.pool import PagedPool
+
+MASKED = -1e30
+
+
+@dataclass(frozen=True)
+class BundlePlan:
+    """Index arrays of one bundle of S tiles, padded to Q queries and B blocks (L = B x block_size keys).
+
+    Attributes:
+        rows: int32 (S x Q,), query row for each padded place; None if they are all rows, in order.
+        blocks: int32 (S, B), block ids. bias: float32 (S, 1, 1, Q, L), 0 where a query sees a key, else MASKED.
+    """
+
+    queries: int
+    rows: mx.array | None
+    blocks: mx.array
+    bias: mx.array
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Index arrays of one cache group.
+
+    Attributes:
+        slots: int32 (T, 2), block and offset in the block where each row's K and V go.
+        order: int32 (T,), where each row's output stands in the bundles' outputs, one after another; None if in order.
+    """
+
+    slots: np.ndarray
+    bundles: tuple[BundlePlan, ...]
+    order: mx.array | None
+
+
+def plan_group(batch: Batch, group: CacheGroup) -> GroupPlan:
+    """Plan the step for the layers of `group`."""
+    tables = [np.array(sequence.block_tables[group.table], np.int32) for sequence in batch.sequences]
+    rows, first = [], 0
+    slots = np.empty((len(batch.token_ids), 2), np.int32)
+    for sequence, table in zip(batch.sequences, tables, strict=True):
+        rows.append(Rows(first, sequence.start, sequence.length))
+        positions = batch.positions[first : first + sequence.length]
+        slots[first : first + sequence.length, 0] = table[positions // group.block_size]
+        slots[first : first + sequence.length, 1] = positions % group.block_size
+        first += sequence.length
+    bundles = bundle(cut(rows, group.block_size, group.window), group.block_size)
+    order, place = np.empty(first, np.int32), 0
+    for tiles in bundles:
+        longest = max(tile.length for tile in tiles)
+        for tile in tiles:
+            order[tile.first_row : tile.first_row + tile.length] = np.arange(place, place + tile.length)
+            place += longest
+    in_order = place == first and bool((order == np.arange(first)).all())
+    plans = tuple(_plan_bundle(tiles, tables, group, first) for tiles in bundles)
+    return GroupPlan(slots, plans, None if in_order else mx.array(order))
+
+
+def _plan_bundle(tiles: SequenceOf[Tile], tables: list[np.ndarray], group: CacheGroup, total_rows: int) -> BundlePlan:
+    queries, width = max(tile.length for tile in tiles), max(tile.blocks for tile in tiles)
+    lengths = np.array([tile.length for tile in tiles])[:, None]
+    step = np.arange(queries)[None]
+    rows = np.array([tile.first_row for tile in tiles])[:, None] + np.minimum(step, lengths - 1)
+    blocks = np.zeros((len(tiles), width), np.int32)
+    for row, tile in zip(blocks, tiles, strict=True):
+        row[: tile.blocks] = tables[tile.sequence][tile.first_block : tile.end_block]
+    query = np.array([tile.position for tile in tiles])[:, None] + step
+    key = np.array([tile.first_block * group.block_size for tile in tiles])[:, None] + np.arange(width * group.block_size)
+    seen = key[:, None] <= query[:, :, None]
+    if group.window is not None:
+        seen &= key[:, None] > query[:, :, None] - group.window
+    bias = np.where(seen, np.float32(0), np.float32(MASKED))[:, None, None]
+    flat = rows.reshape(-1).astype(np.int32)
+    all_rows = flat.size == total_rows and bool((flat == np.arange(total_rows)).all())
+    return BundlePlan(queries, None if all_rows else mx.array(flat), mx.array(blocks), mx.array(bias))
+
+
+class GatheredStep:
+    """Attention of one step over a PagedPool (see `base.StepAttention`)."""
+
+    def __init__(self, pool: PagedPool, plans: SequenceOf[GroupPlan]) -> None:
+        self._pool = pool
+        self._plans = plans
+        self._group_index = pool.layout.group_index
+        # Layers of a group nearly always agree in their number of KV heads: the index arrays per head are made once.
+        self._slots: dict[tuple[int, int], mx.array] = {}
+        self._blocks: dict[tuple[int, int], list[mx.array]] = {}
+
+    def attend(
+        self,
+        layer: int,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        sinks: mx.array | None = None,
+        softcap: float | None = None,
+    ) -> mx.array:
+        """See `base.StepAttention.attend`."""
+        group, kv_heads = self._group_index[layer], keys.shape[1]
+        plan = self._plans[group]
+        self._pool.write(layer, self._head_slots(group, kv_heads), keys, values)
+        outputs = []
+        for bundle_plan, blocks in zip(plan.bundles, self._head_blocks(group, kv_heads), strict=True):
+            k, v = self._pool.read(layer, blocks)
+            q = queries if bundle_plan.rows is None else queries[bundle_plan.rows]
+            outputs.append(_attend_bundle(q, k, v, bundle_plan, scale, sinks, softcap))
+        rows = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+        return rows if plan.order is None else rows[plan.order]
+
+    def _head_slots(self, group: int, kv_heads: int) -> mx.array:
+        """int32 (T, kv_heads): row of the pool's flat buffer for each token and head."""
+        if (group, kv_heads) not in self._slots:
+            block, offset = self._plans[group].slots.T
+            block_size = self._pool.layout.groups[group].block_size
+            rows = (block[:, None] * kv_heads + np.arange(kv_heads)) * block_size + offset[:, None]
+            self._slots[group, kv_heads] = mx.array(rows.astype(np.int32))
+        return self._slots[group, kv_heads]
+
+    def _head_blocks(self, group: int, kv_heads: int) -> list[mx.array]:
+        """For each bundle int32 (S, kv_heads, B): index of each head's part of a block."""
+        if (group, kv_heads) not in self._blocks:
+            heads = mx.arange(kv_heads, dtype=mx.int32)[None, :, None]
+            self._blocks[group, kv_heads] = [
+                plan.blocks[:, None] * kv_heads + heads for plan in self._plans[group].bundles
+            ]
+        return self._blocks[group, kv_heads]
+
+
+def _attend_bundle(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    plan: BundlePlan,
+    scale: float,
+    sinks: mx.array | None,
+    softcap: float | None,
+) -> mx.array:
+    """(S x Q, heads, head_dim) queries over (S, kv_heads, L, head_dim) K and V; the same shape as the queries."""
+    tiles, kv_heads, length, head_dim = keys.shape
+    heads, count = queries.shape[1], plan.queries
+    group = heads // kv_heads
+    q = (queries * scale).reshape(tiles, count, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    scores = q.reshape(tiles, kv_heads, group * count, head_dim) @ keys.swapaxes(-1, -2)
+    if softcap is not None:
+        scores = mx.tanh(scores / softcap) * softcap
+    scores = scores.reshape(tiles, kv_heads, group, count, length) + plan.bias.astype(scores.dtype)
+    if sinks is not None:
+        column = sinks.astype(scores.dtype).reshape(1, kv_heads, group, 1, 1)
+        column = mx.broadcast_to(column, (tiles, kv_heads, group, count, 1))
+        weights = mx.softmax(mx.concatenate([column, scores], axis=-1), axis=-1, precise=True)[..., 1:]
+    else:
+        weights = mx.softmax(scores, axis=-1, precise=True)
+    out = weights.reshape(tiles, kv_heads, group * count, length) @ values
+    out = out.reshape(tiles, kv_heads, group, count, head_dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(tiles * count, heads, head_dim)
+
+
+class GatheredAttention:
+    """Backend over a PagedPool (see `base.AttentionBackend`)."""
+
+    def __init__(self, pool: PagedPool) -> None:
+        self._pool = pool
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """See `base.AttentionBackend.arrays`."""
+        return self._pool.arrays
+
+    def prepare(self, batch: Batch) -> GatheredStep:
+        """See `base.AttentionBackend.prepare`."""
+        return GatheredStep(self._pool, [plan_group(batch, group) for group in self._pool.layout.groups])

@@ -1,0 +1,89 @@
+"""Facts about the KV cache: what a layer keeps, and where vLLM's blocks put it.
+
+    LayerCache (from the model) --metal_worker--> vLLM KVCacheSpec --vLLM--> KVCacheConfig --metal_worker--> CacheLayout
+
+vLLM groups layers of one kind (full attention, or one sliding window) into cache groups; each group has its own block
+table per request. Block ids are global: a block belongs to one group at a time, so layers of different groups may share
+one buffer and never overwrite each other. `buffer_of_layer` says which.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+BLOCK_SIZES = (8, 16, 32)
+"""Tokens per block that the worker and its kernels accept."""
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one attention layer keeps per token.
+
+    Attributes:
+        num_kv_heads, head_dim: K and V are each (num_kv_heads, head_dim) per token.
+        window: tokens that a query sees, itself included; None for full attention.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+
+    def token_bytes(self, itemsize: int) -> int:
+        """Bytes of K and V of one token with elements of `itemsize` bytes."""
+        return 2 * self.num_kv_heads * self.head_dim * itemsize
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """Layers that share block tables and window, and so the index arrays of a step.
+
+    Attributes:
+        layers: layer indices. window: as in `LayerCache`. block_size: tokens per block.
+        table: which of a request's block tables is theirs.
+    """
+
+    layers: tuple[int, ...]
+    block_size: int
+    window: int | None
+    table: int
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Where the K and V of each layer live.
+
+    Attributes:
+        layers: indexed by layer. groups: cover each layer once.
+        buffer_of_layer: layer -> buffer; layers of different groups may share one, if they are of one shape.
+        num_blocks: blocks per buffer. vLLM keeps block 0 as its null block; it is never written for a live token.
+    """
+
+    layers: tuple[LayerCache, ...]
+    groups: tuple[CacheGroup, ...]
+    buffer_of_layer: tuple[int, ...]
+    num_blocks: int
+
+    def __post_init__(self) -> None:
+        shapes: dict[int, tuple[int, int, int]] = {}
+        for layer, cache in enumerate(self.layers):
+            shape = (cache.num_kv_heads, cache.head_dim, self.group_of(layer).block_size)
+            if shapes.setdefault(self.buffer_of_layer[layer], shape) != shape:
+                raise ValueError(f"layers of one KV buffer differ in shape: {shapes[self.buffer_of_layer[layer]]}, {shape}")
+
+    def group_of(self, layer: int) -> CacheGroup:
+        """The cache group that `layer` belongs to."""
+        return self.groups[self.group_index[layer]]
+
+    @property
+    def group_index(self) -> Mapping[int, int]:
+        """Layer -> index of its group."""
+        return {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
+
+
+def single_group_layout(layers: Sequence[LayerCache], block_size: int, num_blocks: int) -> CacheLayout:
+    """A layout with one buffer per layer and one group per window: what the engine below vLLM uses on its own."""
+    windows = list(dict.fromkeys(layer.window for layer in layers))
+    groups = tuple(
+        CacheGroup(tuple(i for i, layer in enumerate(layers) if layer.window == window), block_size, window, table)
+        for table, window in enumerate(windows)
+    )
+    return CacheLayout(tuple(layers), groups, tuple(range(len(layers))), num_blocks)

@@ -1,0 +1,411 @@
+"""MetalWorker: vLLM's worker contract over the engine below it. The only module of worker/ that imports vLLM.
+
+    VllmConfig        --init_device, load_model--> Device, LoadedModel, PagedModel
+    PagedModel.layers --get_kv_cache_spec--> vLLM's block manager --initialize_from_config--> CacheLayout, PagedPool
+    SchedulerOutput   --step_of--> Step --ModelRunner--> StepResult --output_of--> ModelRunnerOutput
+
+Contract: vllm/v1/worker/worker_base.py (WorkerBase) and what vllm/v1/engine/core.py calls, vLLM 0.29. Everything here
+translates; what it translates to and from is tested without vLLM.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import numpy as np
+import torch
+from vllm.sampling_params import SamplingParams as VllmSamplingParams
+from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, LogprobsTensors, ModelRunnerOutput
+from vllm.v1.sample.logits_processor import (
+    BatchUpdate,
+    LogitsProcessor,
+    MoveDirectionality,
+    cached_load_custom_logitsprocs,
+)
+from vllm.v1.sample.thinking_budget_state import maybe_create_thinking_budget_state_holder
+from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
+
+from pomarium.worker import blas, memory
+from pomarium.worker.activations import activation_bytes
+from pomarium.worker.attention.gathered import GatheredAttention
+from pomarium.worker.device import Device, use
+from pomarium.worker.errors import InsufficientMemoryError, UnsupportedError
+from pomarium.worker.forward import ContiguousForward, Forward, PagedForward, contiguous_layer
+from pomarium.worker.kv_cache.layout import CacheGroup, CacheLayout, LayerCache
+from pomarium.worker.kv_cache.pool import PagedPool
+from pomarium.worker.model_runner import ModelRunner, StepStats
+from pomarium.worker.models.load import LoadedModel, load
+from pomarium.worker.models.paged import PagedModel, prepare
+from pomarium.worker.models.resolve import resolve
+from pomarium.worker.sampling.params import SamplingParams
+from pomarium.worker.sampling.rows import SamplingRow
+from pomarium.worker.sampling.sampler import Sampler
+from pomarium.worker.settings import DeviceKind
+from pomarium.worker.settings import load as load_settings
+from pomarium.worker.step import CachedRequest, Grammar, NewRequest, Step, StepResult
+
+logger = logging.getLogger(__name__)
+
+KV_LAYOUT = "LBHNC"
+"""vLLM's name of PagedPool's order (vllm/v1/kv_cache_layout.py): layers, blocks, heads, tokens, content."""
+
+WORKERS_KEY = "workers_on_machine"
+"""Key in vLLM's additional_config: how many workers share this machine's memory."""
+
+_MX_DTYPES = {torch.float32: mx.float32, torch.float16: mx.float16, torch.bfloat16: mx.bfloat16}
+_TORCH_DTYPES = {value: key for key, value in _MX_DTYPES.items()}
+
+
+class MetalWorker(WorkerBase):
+    """One worker: a model on this machine's device, with its KV cache. Methods are called in the order below."""
+
+    def init_device(self) -> None:
+        """Choose the device. Raises SettingsError if the environment asks for one that is absent."""
+        self.settings = load_settings(os.environ)
+        logger.info("BLAS: %s", blas.load())
+        self.mlx_device: Device = use(self.settings)
+        self.device = torch.device("cpu")  # what vLLM's own tensors use; the model's arrays are MLX's
+        self.memory_at_start = memory.snapshot(self.mlx_device)
+        self._listeners: list[Callable[[StepStats], None]] = []
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """Load the checkpoint. Raises CheckpointError, UnsupportedError."""
+        if load_dummy_weights:
+            raise UnsupportedError("dummy weights are not supported: drop --load-format dummy")
+        directory = resolve(
+            self.model_config.model,
+            use_modelscope=self.settings.use_modelscope,
+            modelscope_cache=self.settings.modelscope_cache,
+        )
+        on_cpu = self.mlx_device.kind is DeviceKind.CPU
+        self.loaded: LoadedModel = load(directory, dense=on_cpu, dtype=_MX_DTYPES[self.model_config.dtype])
+        self.paged: PagedModel | None = None
+        if self.settings.paged_attention:
+            self.paged = prepare(self.loaded.model, self.loaded.config["model_type"])
+            self.layers, self.kv_dtype = self.paged.layers, self.paged.dtype
+        else:
+            layer, self.kv_dtype = contiguous_layer(self.loaded.model)
+            self.layers = (layer,)
+
+    def get_model(self) -> object:
+        """The mlx-lm module."""
+        return self.loaded.model
+
+    def get_supported_tasks(self) -> tuple[str, ...]:
+        """Generation only."""
+        return ("generate",)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """One spec per attention layer; without paging one layer that stands for all."""
+        return {_layer_name(index): self._spec(layer) for index, layer in enumerate(self.layers)}
+
+    def _spec(self, layer: LayerCache) -> KVCacheSpec:
+        common = {
+            "block_size": self.cache_config.block_size,
+            "num_kv_heads": layer.num_kv_heads,
+            "head_size": layer.head_dim,
+            "dtype": _TORCH_DTYPES[self.kv_dtype],
+        }
+        if layer.window is None:
+            return FullAttentionSpec(**common)
+        return SlidingWindowSpec(**common, sliding_window=layer.window)
+
+    def get_supported_kv_cache_layouts(self) -> list[str]:
+        """The pool's order, the only one."""
+        return [KV_LAYOUT]
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache. Raises InsufficientMemoryError if one sequence of maximum length does not fit."""
+        specs = self.get_kv_cache_spec().values()
+        now = memory.snapshot(self.mlx_device)
+        additional = self.vllm_config.additional_config
+        facts = memory.MemoryFacts(
+            kind=self.mlx_device.kind,
+            base=memory.memory_base(self.mlx_device, now),
+            available=now.available,
+            others=memory.others_since(self.memory_at_start, now),
+            weights=self.loaded.weight_bytes,
+            activations=self._activation_bytes(),
+            workers=int(additional.get(WORKERS_KEY, 1)) if isinstance(additional, dict) else 1,
+            fraction=self.settings.memory_fraction,
+            paged=self.settings.paged_attention,
+            sequence=sum(spec.max_memory_usage_bytes(self.vllm_config) for spec in specs),
+            block=sum(spec.page_size_bytes for spec in specs),
+        )
+        if (asked := self.cache_config.kv_cache_memory_bytes) is not None:
+            if asked < (least := memory.minimum_kv_bytes(facts)):
+                raise InsufficientMemoryError(
+                    f"--kv-cache-memory-bytes {asked} is less than one sequence of maximum length needs ({least}): "
+                    "raise it or lower --max-model-len."
+                )
+            return int(asked)
+        memory.wire(self.mlx_device, memory.wired_bytes(facts))
+        return memory.kv_bytes(facts)
+
+    def _activation_bytes(self) -> int:
+        rows = self.scheduler_config.max_num_batched_tokens
+        text = self.model_config.hf_text_config
+        return activation_bytes(
+            rows=rows,
+            sampled=min(rows, self.scheduler_config.max_num_seqs),
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            vocab_size=self.model_config.get_vocab_size(),
+            itemsize=self.kv_dtype.size,
+        )
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        """vLLM fitted the context to the memory (--max-model-len auto)."""
+        self.model_config.max_model_len = max_model_len
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the pool and put the runner together."""
+        mx.set_cache_limit(self._activation_bytes())
+        forward: Forward
+        if self.paged is None:
+            forward = ContiguousForward(self.loaded.model)
+        else:
+            pool = PagedPool(layout_of(kv_cache_config, self.layers), self.kv_dtype)
+            logger.info("KV pool: %d blocks, %d MiB", pool.layout.num_blocks, pool.nbytes >> 20)
+            forward = PagedForward(self.paged, GatheredAttention(pool))
+        custom = OperatorProcessors.of_config(self)
+        vocab_size = self.model_config.get_vocab_size()
+        sampler = Sampler(vocab_size, self.model_config.seed, self.model_config.logprobs_mode)
+        self.runner = ModelRunner(forward, sampler, self._publish, custom[False], custom[True])
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Nothing is compiled ahead: MLX builds its kernels at the first step."""
+        return CompilationTimes(0.0, 0.0)
+
+    def subscribe(self, listener: Callable[[StepStats], None]) -> None:
+        """Have every step's figures handed to `listener`, on the thread that runs the steps."""
+        self._listeners.append(listener)
+
+    def _publish(self, stats: StepStats) -> None:
+        if self.settings.debug:
+            logger.info("%s, MLX active %d MiB, peak %d MiB", stats, mx.get_active_memory() >> 20, mx.get_peak_memory() >> 20)
+        for listener in self._listeners:
+            listener(stats)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        """Compute a step; None if `sample_tokens` is to follow."""
+        scheduled = self.runner.execute(step_of(scheduler_output))
+        return None if scheduled else EMPTY_MODEL_RUNNER_OUTPUT
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        """Sample the step that `execute_model` computed."""
+        return output_of(self.runner.sample(grammar_of(grammar_output)))
+
+    def synchronize_device(self) -> None:
+        """Wait for MLX."""
+        mx.synchronize()
+
+    def reset_mm_cache(self) -> None:
+        """No multimodal inputs, no cache."""
+
+    def reset_encoder_cache(self) -> None:
+        """No encoder, no cache."""
+
+
+def _layer_name(index: int) -> str:
+    return f"layers.{index}"
+
+
+def layout_of(config: KVCacheConfig, layers: Sequence[LayerCache]) -> CacheLayout:
+    """vLLM's placement of layers in memory as buffers: layers at one address share one.
+
+    Raises:
+        UnsupportedError: if layers of one buffer differ in shape.
+    """
+    index_of = {_layer_name(index): index for index in range(len(layers))}
+    addresses: dict[int, int] = {}
+    for tensor in config.kv_cache_tensors:
+        for place, name in enumerate(tensor.layers):
+            addresses[index_of[name]] = tensor.offset + place * tensor.layer_stride
+    buffers = {address: buffer for buffer, address in enumerate(dict.fromkeys(addresses.values()))}
+    groups = []
+    for table, group in enumerate(config.kv_cache_groups):
+        members = [index_of[name] for name in group.layer_names]
+        # With --disable-hybrid-kv-cache-manager one table serves layers of different windows.
+        for window in dict.fromkeys(layers[index].window for index in members):
+            own = tuple(index for index in members if layers[index].window == window)
+            groups.append(CacheGroup(own, group.kv_cache_spec.block_size, window, table))
+    try:
+        return CacheLayout(
+            tuple(layers),
+            tuple(groups),
+            tuple(buffers[addresses[index]] for index in range(len(layers))),
+            config.num_blocks,
+        )
+    except ValueError as error:
+        raise UnsupportedError(f"the KV cache cannot be laid out ({error}): set --disable-hybrid-kv-cache-manager") from error
+
+
+def step_of(output: SchedulerOutput) -> Step:
+    """A step from vLLM's scheduler."""
+    cached = output.scheduled_cached_reqs
+    return Step(
+        num_scheduled_tokens=output.num_scheduled_tokens,
+        new=tuple(_new_request(new) for new in output.scheduled_new_reqs),
+        cached=tuple(
+            CachedRequest(
+                request_id,
+                num_computed_tokens=cached.num_computed_tokens[index],
+                new_block_ids=_tables(cached.new_block_ids[index]),
+                resumed=request_id in cached.resumed_req_ids,
+                token_ids=tuple(cached.all_token_ids[request_id]) if request_id in cached.resumed_req_ids else None,
+            )
+            for index, request_id in enumerate(cached.req_ids)
+        ),
+        finished=frozenset(output.finished_req_ids),
+    )
+
+
+def _new_request(new: NewRequestData) -> NewRequest:
+    prompt = new.prompt_token_ids or []
+    return NewRequest(
+        new.req_id,
+        token_ids=tuple(new.prefill_token_ids or prompt),
+        num_prompt_tokens=len(prompt),
+        num_computed_tokens=new.num_computed_tokens,
+        block_ids=_tables(new.block_ids) or (),
+        sampling=sampling_of(new.sampling_params),
+    )
+
+
+def _tables(block_ids: tuple[list[int], ...] | None) -> tuple[tuple[int, ...], ...] | None:
+    return None if block_ids is None else tuple(tuple(blocks) for blocks in block_ids)
+
+
+def sampling_of(params: VllmSamplingParams) -> SamplingParams:
+    """What of vLLM's parameters concerns the worker; stop strings, n and the like act in the engine."""
+    return SamplingParams(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=max(0, params.top_k),
+        min_p=params.min_p,
+        seed=params.seed,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.logit_bias or {},
+        allowed_token_ids=None if params.allowed_token_ids is None else tuple(params.allowed_token_ids),
+        bad_words=tuple(tuple(word) for word in params.bad_words_token_ids or ()),
+        min_tokens=params.min_tokens,
+        stop_token_ids=frozenset(params.all_stop_token_ids),
+        num_logprobs=params.logprobs,
+        num_prompt_logprobs=params.prompt_logprobs,
+        logprob_token_ids=None if params.logprob_token_ids is None else tuple(params.logprob_token_ids),
+        extra_args={**(params.extra_args or {}), OperatorProcessors.PARAMS: params},
+    )
+
+
+def grammar_of(output: GrammarOutput | None) -> Grammar | None:
+    """Rows of vLLM's bitmask by request."""
+    if output is None:
+        return None
+    rows = zip(output.structured_output_request_ids, output.grammar_bitmask, strict=False)
+    return Grammar({request_id: row.view(np.uint32) for request_id, row in rows})
+
+
+def output_of(result: StepResult) -> ModelRunnerOutput:
+    """vLLM's form of a result."""
+    logprobs = None
+    if result.logprobs is not None:
+        # Rows exist for the requests that sampled; vLLM finds a request's rows by these starts.
+        starts = np.cumsum([0, *(len(tokens) for tokens in result.token_ids)]).tolist()
+        found = result.logprobs
+        logprobs = LogprobsLists(found.token_ids, found.logprobs, found.ranks, starts)
+    return ModelRunnerOutput(
+        req_ids=list(result.request_ids),
+        req_id_to_index={request_id: index for index, request_id in enumerate(result.request_ids)},
+        sampled_token_ids=[list(tokens) for tokens in result.token_ids],
+        logprobs=logprobs,
+        prompt_logprobs_dict={
+            request_id: LogprobsTensors(
+                torch.from_numpy(chunk.token_ids), torch.from_numpy(chunk.logprobs), torch.from_numpy(chunk.ranks)
+            )
+            for request_id, chunk in result.prompt_logprobs.items()
+        },
+    )
+
+
+class OperatorProcessors:
+    """vLLM's custom logits processors (--logits-processors, entry points) and its thinking budget, as one stage.
+
+    vLLM's processors know requests by their index in a persistent batch and are told of changes to it; this keeps such a
+    batch of the requests that sample. A request that skips a step leaves it and comes back, as in vLLM's own runner.
+    """
+
+    PARAMS = "_vllm_sampling_params"
+    """Key in SamplingParams.extra_args under which a request's original parameters travel to the processors."""
+
+    def __init__(self, processors: Sequence[LogitsProcessor], thinking: object | None) -> None:
+        self._processors = processors
+        self._thinking = thinking
+        self._order: list[str] = []
+        self._outputs: dict[str, list[int]] = {}
+
+    @classmethod
+    def of_config(cls, worker: MetalWorker) -> dict[bool, "OperatorProcessors | None"]:
+        """The processors that are (True) and are not (False) argmax-invariant; None where there are none."""
+        config, device = worker.vllm_config, worker.device
+        found = [kind(config, device, False) for kind in cached_load_custom_logitsprocs(_names(config.model_config))]
+        thinking = maybe_create_thinking_budget_state_holder(
+            config.reasoning_config, config.scheduler_config.max_num_seqs, 0, device, False
+        )
+        early = [processor for processor in found if not processor.is_argmax_invariant()]
+        late = [processor for processor in found if processor.is_argmax_invariant()]
+        return {False: cls(early, thinking) if early or thinking else None, True: cls(late, None) if late else None}
+
+    def apply(self, logits: np.ndarray, rows: Sequence[SamplingRow]) -> np.ndarray:
+        """See sampling.rows.LogitsProcessor."""
+        update = self._update(rows)
+        place = {request_id: index for index, request_id in enumerate(self._order)}
+        order = [place[row.request_id] for row in rows]
+        batch = torch.empty(logits.shape, dtype=torch.float32)
+        batch[order] = torch.from_numpy(logits)
+        for processor in self._processors:
+            processor.update_state(update)
+            batch = processor.apply(batch)
+        if self._thinking is not None:
+            self._thinking.sync_batch(update)
+            self._thinking.update_state([self._outputs[request_id] for request_id in self._order], None)
+            batch = self._thinking.apply_to_logits(batch, False, None)
+        return batch[order].numpy()
+
+    def _update(self, rows: Sequence[SamplingRow]) -> BatchUpdate | None:
+        """Bring the persistent batch to `rows`: removals, then additions into the holes, then moves that close the rest."""
+        wanted = {row.request_id: row for row in rows}
+        slots: list[str | None] = [request_id if request_id in wanted else None for request_id in self._order]
+        removed = [index for index, request_id in enumerate(slots) if request_id is None]
+        for request_id in [request_id for request_id in self._outputs if request_id not in wanted]:
+            del self._outputs[request_id]
+        holes, added, moved = list(removed), [], []
+        for request_id, row in wanted.items():
+            if request_id in self._outputs:
+                self._outputs[request_id][:] = row.output_token_ids
+                continue
+            output = self._outputs[request_id] = list(row.output_token_ids)
+            index = holes.pop(0) if holes else len(slots)
+            slots[index : index + 1] = [request_id]
+            params = (row.params.extra_args or {})[self.PARAMS]
+            added.append((index, params, list(row.prompt_token_ids), output))
+        while holes:
+            if slots[-1] is None:
+                holes.remove(len(slots) - 1)
+            else:
+                hole = holes.pop(0)
+                slots[hole] = slots[-1]
+                moved.append((len(slots) - 1, hole, MoveDirectionality.UNIDIRECTIONAL))
+            slots.pop()
+        self._order = [request_id for request_id in slots if request_id is not None]
+        return BatchUpdate(len(rows), removed, added, moved) if removed or added or moved else None
+
+
+def _names(model_config: object) -> tuple[object, ...] | None:
+    processors = model_config.logits_processors  # type: ignore[attr-defined]
+    return None if processors is None else tuple(processors)

@@ -1,0 +1,146 @@
+"""One step of the model: what changed -> rows -> logits -> sampled tokens.
+
+    execute(Step): RequestTable.apply -> build_batch -> Forward.run      (the logits wait)
+    sample(Grammar): Sampler -> tokens appended to the table -> StepResult
+
+Two calls because the scheduler computes a grammar's bitmask while the forward pass runs. Steps come strictly in order, so
+one step's logits wait at a time.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from pomarium.worker.batch import Batch, build_batch
+from pomarium.worker.forward import Forward
+from pomarium.worker.requests import RequestState, RequestTable
+from pomarium.worker.sampling.rows import LogitsProcessor, SamplingRow
+from pomarium.worker.sampling.sampler import Sampler
+from pomarium.worker.step import Grammar, Logprobs, Step, StepResult
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Figures of one step. rows: tokens computed. seconds: forward and sampling, without the wait between them."""
+
+    requests: int
+    rows: int
+    sampled: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A step whose logits have been computed and not yet sampled."""
+
+    scheduled: list[tuple[RequestState, int]]
+    batch: Batch
+    logits: mx.array
+    seconds: float
+
+
+class ModelRunner:
+    """Runs steps over a Forward.
+
+    Args:
+        on_step: called with each step's figures.
+        processors, invariant_processors: the operator's own logits processors (see Sampler.sample).
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        sampler: Sampler,
+        on_step: Callable[[StepStats], None],
+        processors: LogitsProcessor | None = None,
+        invariant_processors: LogitsProcessor | None = None,
+    ) -> None:
+        self.requests = RequestTable()
+        self._forward = forward
+        self._sampler = sampler
+        self._on_step = on_step
+        self._processors = processors
+        self._invariant_processors = invariant_processors
+        self._waiting: _Waiting | None = None
+
+    def execute(self, step: Step) -> bool:
+        """Take in what changed and compute the scheduled tokens; False if none were scheduled (do not sample then)."""
+        began = time.perf_counter()
+        self._forward.release(step.finished)
+        scheduled = self.requests.apply(step)
+        if not scheduled:
+            return False
+        batch = build_batch(scheduled)
+        logits = self._forward.run(batch)
+        for request, count in scheduled:
+            request.num_computed_tokens += count
+        self._waiting = _Waiting(scheduled, batch, logits, time.perf_counter() - began)
+        return True
+
+    def sample(self, grammar: Grammar | None = None) -> StepResult:
+        """Sample the step that `execute` computed.
+
+        Raises:
+            RuntimeError: without such a step.
+        """
+        if self._waiting is None:
+            raise RuntimeError("sample() without a step that was executed")
+        waiting, self._waiting = self._waiting, None
+        began = time.perf_counter()
+        batch = waiting.batch
+        prompt_logprobs = self._prompt_logprobs(waiting)
+        requests = [self.requests[request_id] for request_id in batch.samplers]
+        sampled = self._sampler.sample(
+            waiting.logits[mx.array(batch.sample_index)] if requests else waiting.logits,
+            [_sampling_row(request) for request in requests],
+            grammar,
+            self._processors,
+            self._invariant_processors,
+        )
+        for request, token_id in zip(requests, sampled.token_ids, strict=True):
+            request.token_ids.append(token_id)
+        tokens = dict(zip(batch.samplers, sampled.token_ids, strict=True))
+        result = StepResult(
+            tuple(request.id for request, _ in waiting.scheduled),
+            tuple((tokens[request.id],) if request.id in tokens else () for request, _ in waiting.scheduled),
+            sampled.logprobs,
+            prompt_logprobs,
+        )
+        seconds = waiting.seconds + time.perf_counter() - began
+        self._on_step(StepStats(len(waiting.scheduled), len(batch.token_ids), len(requests), seconds))
+        return result
+
+    def _prompt_logprobs(self, waiting: _Waiting) -> dict[str, Logprobs]:
+        """Log-probabilities of the prompts that this step finishes."""
+        finished = {}
+        for request_id, (first, last) in waiting.batch.prompt_index.items():
+            request = self.requests[request_id]
+            wanted = request.sampling.num_prompt_logprobs
+            if wanted is None:
+                continue
+            end = min(request.num_computed_tokens, request.num_prompt_tokens - 1)
+            targets = request.token_ids[end - (last - first) + 1 : end + 1]
+            request.prompt_logprobs.append(self._sampler.prompt_logprobs(waiting.logits[first:last], targets, wanted))
+            if end == request.num_prompt_tokens - 1:
+                finished[request_id] = _join(request.prompt_logprobs)
+                request.prompt_logprobs = []
+        return finished
+
+
+def _sampling_row(request: RequestState) -> SamplingRow:
+    count = request.num_prompt_tokens
+    return SamplingRow(request.id, request.sampling, request.token_ids[:count], request.token_ids[count:])
+
+
+def _join(chunks: list[Logprobs]) -> Logprobs:
+    return Logprobs(
+        np.concatenate([chunk.token_ids for chunk in chunks]),
+        np.concatenate([chunk.logprobs for chunk in chunks]),
+        np.concatenate([chunk.ranks for chunk in chunks]),
+    )

@@ -1,0 +1,93 @@
+"""The requests that a worker holds between steps: their tokens, their blocks, how much of them is cached.
+
+The scheduler sends a request once and then only what changed, so this table is the worker's only mutable knowledge of
+requests. Sampled tokens are appended here and stay here: with async scheduling the next step is planned before the
+scheduler has seen them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from pomarium.worker.sampling.params import SamplingParams
+from pomarium.worker.step import CachedRequest, Logprobs, NewRequest, Step
+
+
+@dataclass
+class RequestState:
+    """One live request.
+
+    Attributes:
+        token_ids: prompt and sampled tokens. num_computed_tokens: leading tokens whose K/V are cached.
+        block_tables: one list of block ids per cache group.
+        prompt_logprobs: finished chunks of its prompt's log-probabilities.
+    """
+
+    id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_tables: list[list[int]]
+    sampling: SamplingParams
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Tokens sampled so far."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+
+class RequestTable:
+    """Live requests by id."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, RequestState] = {}
+
+    def __getitem__(self, request_id: str) -> RequestState:
+        return self._requests[request_id]
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def apply(self, step: Step) -> list[tuple[RequestState, int]]:
+        """Take in what changed and return the scheduled (request, number of tokens), in the step's order.
+
+        Raises:
+            KeyError: if the step names a request that was never sent.
+        """
+        self._drop(step.finished)
+        for new in step.new:
+            self._requests[new.id] = _admit(new)
+        for cached in step.cached:
+            _update(self._requests[cached.id], cached)
+        return [(self._requests[request_id], count) for request_id, count in step.num_scheduled_tokens.items()]
+
+    def _drop(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            # A request aborted before it was ever scheduled is reported as finished, too.
+            self._requests.pop(request_id, None)
+
+
+def _admit(new: NewRequest) -> RequestState:
+    return RequestState(
+        new.id,
+        list(new.token_ids),
+        new.num_prompt_tokens,
+        new.num_computed_tokens,
+        [list(table) for table in new.block_ids],
+        new.sampling,
+    )
+
+
+def _update(request: RequestState, cached: CachedRequest) -> None:
+    request.num_computed_tokens = cached.num_computed_tokens
+    if cached.resumed:
+        request.block_tables = [list(table) for table in cached.new_block_ids or ()]
+        request.prompt_logprobs = []
+        if cached.token_ids is not None:
+            request.token_ids = list(cached.token_ids)
+    elif cached.new_block_ids is not None:
+        for table, blocks in zip(request.block_tables, cached.new_block_ids, strict=True):
+            table += blocks

@@ -1,0 +1,140 @@
+"""Does this machine compute the embedded model right? The worker's own path against mlx-lm's, on the machine's device.
+
+    embedded checkpoint --load--> one module --reference (mlx-lm's forward, its cache)--+
+                                             --ModelRunner (rows, paged pool, sampler)--+--> Report
+
+Written for the first owner of a Mac: a short text to paste into an issue. Nothing but the worker is involved.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from transformers import AutoTokenizer
+
+from pomarium.worker import blas, parity
+from pomarium.worker.attention.gathered import GatheredAttention
+from pomarium.worker.device import Device, use
+from pomarium.worker.forward import PagedForward
+from pomarium.worker.kv_cache.layout import single_group_layout
+from pomarium.worker.kv_cache.pool import PagedPool
+from pomarium.worker.model_runner import ModelRunner
+from pomarium.worker.models.embedded import path as embedded_path
+from pomarium.worker.models.load import load
+from pomarium.worker.models.paged import PagedModel, prepare
+from pomarium.worker.sampling.params import SamplingParams
+from pomarium.worker.sampling.sampler import Sampler
+from pomarium.worker.settings import DeviceKind
+from pomarium.worker.settings import load as load_settings
+from pomarium.worker.step import CachedRequest, NewRequest, Step
+
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Il était une fois, dans un verger de pommiers,",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "A",
+)
+NEW_TOKENS = 24
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was seen.
+
+    Attributes:
+        tokens: compared; equal: of them equal to mlx-lm's. near_ties: prompts that part where mlx-lm was undecided.
+        failures: prompts that part elsewhere.
+        seconds: of our path, for all prompts in one batch.
+    """
+
+    device: str
+    machine: str
+    dtype: str
+    bound: float
+    tokens: int
+    equal: int
+    near_ties: tuple[str, ...]
+    failures: tuple[str, ...]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """True if every prompt agrees, near ties aside."""
+        return not self.failures
+
+    def text(self) -> str:
+        """A few lines to paste."""
+        lines = [
+            f"pomarium selftest: {'passed' if self.passed else 'FAILED'}",
+            f"  machine   {self.machine}",
+            f"  device    {self.device}, MLX {mx.__version__}, {self.dtype}",
+            f"  tokens    {self.equal} of {self.tokens} equal to mlx-lm's, bound {self.bound:.0e}, {self.seconds:.1f} s",
+        ]
+        lines += [f"  near tie  {tie}" for tie in self.near_ties]
+        lines += [f"  FAILED    {failure}" for failure in self.failures]
+        return "\n".join(lines)
+
+
+def run() -> Report:
+    """Run it. Raises PomariumError if the device or the embedded model cannot be used."""
+    settings = load_settings(os.environ)
+    blas.load()
+    device: Device = use(settings)
+    dtype = mx.float32 if device.kind is DeviceKind.CPU else mx.bfloat16
+    directory = embedded_path()
+    loaded = load(directory, dense=device.kind is DeviceKind.CPU, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    references = [parity.reference(loaded.model, prompt, NEW_TOKENS) for prompt in prompts]
+    model = prepare(loaded.model, loaded.config["model_type"])
+    began = time.perf_counter()
+    tokens = generate(model, prompts, NEW_TOKENS)
+    seconds = time.perf_counter() - began
+    bound = parity.FLOAT32_BOUND if dtype == mx.float32 else parity.HALF_BOUND
+    ties, failures, equal = [], [], 0
+    for prompt, got, want in zip(PROMPTS, tokens, references, strict=True):
+        mismatch = parity.first_mismatch(got, want)
+        equal += NEW_TOKENS if mismatch is None else mismatch.index
+        if mismatch is not None:
+            (ties if mismatch.lead <= bound else failures).append(f"{prompt!r}: {mismatch}")
+    return Report(
+        device=f"{device.kind} ({device.name})",
+        machine=f"{platform.platform()}, Python {platform.python_version()}",
+        dtype=str(dtype).removeprefix("mlx.core."),
+        bound=bound,
+        tokens=NEW_TOKENS * len(prompts),
+        equal=equal,
+        near_ties=tuple(ties),
+        failures=tuple(failures),
+        seconds=seconds,
+    )
+
+
+def generate(model: PagedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy tokens of all prompts in one batch through runner, paged pool and sampler."""
+    length = max(map(len, prompts)) + new_tokens
+    per_request = -(-length // BLOCK_SIZE) * len({layer.window for layer in model.layers})
+    layout = single_group_layout(model.layers, BLOCK_SIZE, 1 + per_request * len(prompts))
+    backend = GatheredAttention(PagedPool(layout, model.dtype))
+    runner = ModelRunner(PagedForward(model, backend), Sampler(model.vocab_size, engine_seed=0), lambda stats: None)
+    blocks = np.arange(1, layout.num_blocks).reshape(len(prompts), len(layout.groups), -1)
+    greedy = SamplingParams(temperature=0.0)
+    new = tuple(
+        NewRequest(str(index), tuple(prompt), len(prompt), 0, tuple(tuple(t) for t in blocks[index].tolist()), greedy)
+        for index, prompt in enumerate(prompts)
+    )
+    step = Step({request.id: len(request.token_ids) for request in new}, new)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    for number in range(new_tokens):
+        runner.execute(step)
+        for row, sampled in zip(tokens, runner.sample().token_ids, strict=True):
+            row += sampled
+        cached = tuple(CachedRequest(request.id, len(request.token_ids) + number, None) for request in new)
+        step = Step({request.id: 1 for request in new}, cached=cached)
+    return tokens
