@@ -1,4 +1,4 @@
-"""Sampling parameters of one request, as the worker needs them: vLLM's SamplingParams after its front end resolved them.
+"""Sampling parameters of one request, as the worker needs them: vLLM's SamplingParams, resolved by its front end.
 
 Stop strings, `n`, `best_of`, `detokenize` and the like never reach a worker: the engine acts on them. What is left is
 what changes which token is drawn or which log-probabilities are reported.

@@ -1,0 +1,58 @@
+"""The command line as a whole, run as users run it."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from pomarium.cluster.cli import main as cli
+
+HEAVY = ("vllm", "ray", "torch", "transformers")
+
+
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "pomarium.cluster.cli.main", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_help_names_every_command() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in cli.COMMANDS)
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert done.returncode == 0
+    assert done.stdout.split()[0] == "pomarium"
+
+
+def test_without_command_it_exits_2_with_the_usage() -> None:
+    done = run()
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: pomarium")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    """Import time decides how long --help takes; processor time is bounded, as the machine may be busy."""
+    code = (
+        "import sys, time\n"
+        "from pomarium.cluster.cli.main import parse\n"
+        f"try: parse({arguments!r})\n"
+        "except SystemExit: pass\n"
+        f"print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules], time.process_time() < 1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "HEAVY [] True"
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse", interrupted)
+    started = time.monotonic()
+    assert cli.main([]) == cli.EXIT_INTERRUPTED
+    assert time.monotonic() - started < 1

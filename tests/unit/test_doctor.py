@@ -1,0 +1,102 @@
+"""Each fault of a machine is found, named with a cure, and decides the exit code."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pomarium.cluster.cli import doctor
+from pomarium.cluster.cli.machine import PINS, Facts, gather
+
+WELL = Facts(
+    python=(3, 11, 7),
+    system="Linux",
+    machine="x86_64",
+    hostname="box",
+    host_is_loopback=False,
+    versions={**PINS, "torch": "2.13.0+cpu", "fastapi": "0.136.3", "mlx-cpu": PINS["mlx"]},
+    memory_total=16 * doctor.GIB,
+    memory_available=8 * doctor.GIB,
+    disk_free=50 * doctor.GIB,
+    port_free=True,
+    temp_folder="/tmp",
+    device="cpu",
+    device_fault=None,
+    blas="OpenBLAS",
+    blas_fault=None,
+    settings_fault=None,
+    embedded_fault=None,
+    ray_reachable=None,
+    environ={},
+)
+RACK = {"RAY_ADDRESS": "10.0.0.1:6379", "RAY_AUTH_MODE": "disabled"}
+MAC = replace(
+    WELL,
+    system="Darwin",
+    machine="arm64",
+    ray_reachable=True,
+    environ={**RACK, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"},
+)
+
+
+def faults(facts: Facts) -> dict[str, bool]:
+    """Subject -> fatal, of the findings that have a cure."""
+    return {f.subject: f.fatal for f in doctor.diagnose(facts) if f.cure}
+
+
+@pytest.mark.parametrize("facts", [WELL, MAC, replace(WELL, environ=RACK, ray_reachable=True)])
+def test_a_sound_machine_has_no_fault(facts: Facts) -> None:
+    assert faults(facts) == {}
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "subject", "fatal"),
+    [
+        (WELL, {"python": (3, 10, 1)}, "Python", True),
+        (WELL, {"versions": {**WELL.versions, "ray": "2.59.0"}}, "ray", True),
+        (WELL, {"versions": {**WELL.versions, "vllm": None}}, "vllm", True),
+        (WELL, {"versions": {**WELL.versions, "fastapi": "0.137.0"}}, "fastapi", True),
+        (WELL, {"versions": {**WELL.versions, "mlx-cpu": "0.32.3"}}, "mlx-cpu", True),
+        (WELL, {"memory_available": 1}, "memory", True),
+        (WELL, {"disk_free": 1}, "disk", True),
+        (WELL, {"port_free": False}, "port 8000", False),
+        (WELL, {"device": None, "device_fault": "No GPU."}, "device", True),
+        (WELL, {"blas": None, "blas_fault": "Install it."}, "BLAS", False),
+        (WELL, {"settings_fault": "X is wrong."}, "settings", True),
+        (WELL, {"embedded_fault": "Reinstall."}, "embedded model", True),
+        (WELL, {"temp_folder": "/a/very/long/temporary/folder"}, "RAY_TMPDIR", True),
+        (WELL, {"environ": RACK, "ray_reachable": False}, "Ray", True),
+        (WELL, {"environ": {"RAY_ADDRESS": "h:1"}, "ray_reachable": True}, "RAY_AUTH_MODE", True),
+        (MAC, {"machine": "x86_64"}, "machine", True),
+        (MAC, {"environ": RACK}, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", True),
+        (MAC, {"environ": {**MAC.environ, "RAY_OBJECT_STORE_MEMORY": "9" * 11}}, "RAY_OBJECT_STORE_MEMORY", True),
+        (MAC, {"hostname": "mac.local", "host_is_loopback": True}, "host name", True),
+    ],
+)
+def test_each_fault_is_named(base: Facts, change: dict[str, Any], subject: str, fatal: bool) -> None:
+    assert faults(replace(base, **change)) == {subject: fatal}
+
+
+def test_the_report_shows_the_cure_below_its_fault() -> None:
+    lines = doctor.report(doctor.diagnose(replace(WELL, settings_fault="X is wrong: set it to 1."))).splitlines()
+    at = lines.index("FAULT settings: invalid")
+    assert lines[at + 1].strip() == "-> X is wrong: set it to 1."
+    assert sum(line.startswith("FAULT") for line in lines) == 1
+
+
+def test_pins_are_those_of_the_requirement_files() -> None:
+    root = Path(__file__).parents[2]
+    text = "".join(p.read_text() for p in (root / "requirements").glob("*.txt"))
+    pinned = dict(re.findall(r"^([A-Za-z0-9_-]+)==([\w.]+)", text, re.M))
+    found = {name: pinned.get(name) or pinned.get(f"{name}-cpu") for name in PINS}
+    assert found == dict(PINS)
+
+
+def test_this_machine_can_be_looked_at() -> None:
+    facts = gather({"RAY_ADDRESS": "127.0.0.1:1", "VLLM_METAL_DEBUG": "maybe"})
+    assert facts.ray_reachable is False
+    assert facts.settings_fault is not None
+    assert "VLLM_METAL_DEBUG" in facts.settings_fault
+    assert facts.memory_total > 0
+    assert facts.versions["ray"] == PINS["ray"]

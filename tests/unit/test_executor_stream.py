@@ -1,0 +1,226 @@
+"""The control stream between an engine and a worker, over real gRPC on loopback, without Ray and vLLM."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import grpc
+import pytest
+
+from pomarium.cluster.executor.codec import (
+    Method,
+    WorkerError,
+    WorkerLostError,
+    decode,
+    describe,
+    encode,
+    encode_call,
+    method_name,
+)
+from pomarium.cluster.executor.link import Reply, WorkerLink
+from pomarium.cluster.executor.service import ControlService, serve
+from pomarium.proto import control_pb2 as pb
+from pomarium.worker.errors import CheckpointError
+
+TOKEN = "a token"
+WAIT_S = 10.0
+
+
+class Peer:
+    """A worker's process in miniature: executes calls on `methods` on a thread of its own, records their order."""
+
+    def __init__(self, methods: dict[str, Callable[..., Any]]) -> None:
+        self.ended = threading.Event()
+        self.executed: list[str] = []
+        self._methods = methods
+        self.service = ControlService(TOKEN, self.ended.set)
+        self.server, self.address = serve(self.service, "127.0.0.1")
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            call = self.service.calls.get()
+            self.executed.append(call.method)
+            method, args, kwargs = decode(call.payload)
+            try:
+                value = self._methods[method](*args, **kwargs) if isinstance(method, str) else method(self, *args)
+            except Exception as error:  # noqa: BLE001 - as the worker's host does
+                self.service.report(pb.Report(failure=describe(call.seq, call.method, error)))
+                continue
+            if call.wants_result:
+                self.service.report(pb.Report(result=pb.Result(seq=call.seq, payload=encode(value))))
+
+
+class Failures:
+    def __init__(self) -> None:
+        self.first: Future[Exception] = Future()
+        self.count = 0
+
+    def __call__(self, error: Exception) -> None:
+        self.count += 1
+        self.first.set_result(error)
+
+
+def _raise_checkpoint_error() -> None:
+    raise CheckpointError("config.json is missing: choose another folder.")
+
+
+def _raise_value_error() -> None:
+    raise ValueError("broken")
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "echo": lambda value: value,
+    "user_fault": _raise_checkpoint_error,
+    "our_fault": _raise_value_error,
+}
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    release = threading.Event()
+    made = Peer({**METHODS, "hang": release.wait})
+    yield made
+    release.set()
+    made.server.stop(0)
+
+
+@pytest.fixture
+def failures() -> Failures:
+    return Failures()
+
+
+@pytest.fixture
+def link(peer: Peer, failures: Failures) -> Iterator[WorkerLink]:
+    made = WorkerLink("worker 0", peer.address, TOKEN, failures)
+    made.wait_ready(WAIT_S)
+    yield made
+    made.close()
+
+
+def call(link: WorkerLink, method: Method, *args: Any, fatal: bool = False, timeout_s: float = WAIT_S) -> Reply:
+    return link.call(method_name(method), encode_call(method, args), timeout_s, fatal)
+
+
+def test_results_come_back_to_their_calls_in_order(link: WorkerLink, peer: Peer) -> None:
+    replies = []
+    for index in range(100):
+        if index % 3 == 0:
+            link.post("echo", encode_call("echo", (index,)))
+        replies.append(call(link, "echo", index))
+    assert [reply.result() for reply in replies] == list(range(100))
+    assert len(peer.executed) == 134
+
+
+def test_a_callable_travels_by_value(link: WorkerLink) -> None:
+    secret = object.__name__
+    assert call(link, lambda worker, n: (type(worker).__name__, secret, n), 3).result() == ("Peer", "object", 3)
+
+
+def test_large_payloads_pass(link: WorkerLink) -> None:
+    value = bytes(16 << 20)
+    assert call(link, "echo", value).result() == value
+
+
+def test_a_users_fault_keeps_its_class_and_sentence(link: WorkerLink, failures: Failures) -> None:
+    with pytest.raises(CheckpointError, match=r"^config\.json is missing: choose another folder\.$"):
+        call(link, "user_fault").result()
+    assert call(link, "echo", 1).result() == 1
+    assert failures.count == 0
+
+
+def test_our_fault_carries_the_workers_traceback_and_the_link_lives_on(link: WorkerLink, failures: Failures) -> None:
+    with pytest.raises(WorkerError, match=r"(?s)worker 0: our_fault raised ValueError: broken.*_raise_value_error"):
+        call(link, "our_fault").result()
+    assert call(link, "echo", 1).result() == 1
+    assert failures.count == 0
+
+
+@pytest.mark.parametrize("how", ["posted", "fatal"])
+def test_a_step_that_raises_fails_everything_that_waits(link: WorkerLink, failures: Failures, how: str) -> None:
+    if how == "posted":
+        link.post("our_fault", encode_call("our_fault"))
+        waiting = [call(link, "hang")]
+    else:
+        waiting = [call(link, "our_fault", fatal=True), call(link, "hang")]
+    error = failures.first.result(WAIT_S)
+    assert "ValueError: broken" in str(error)
+    for reply in waiting:
+        assert reply.exception(WAIT_S) is error
+    with pytest.raises(WorkerError):
+        call(link, "echo", 1)
+    assert failures.count == 1
+
+
+def test_the_loss_of_the_peer_fails_everything_that_waits(link: WorkerLink, peer: Peer, failures: Failures) -> None:
+    waiting = call(link, "hang")
+    peer.server.stop(0)
+    with pytest.raises(WorkerLostError, match="worker 0 was lost"):
+        waiting.result()
+    assert isinstance(failures.first.result(WAIT_S), WorkerLostError)
+
+
+def test_pending_replies_fail_before_the_callback_runs(peer: Peer) -> None:
+    seen: Future[bool] = Future()
+    link = WorkerLink("worker 0", peer.address, TOKEN, lambda _: seen.set_result(waiting.done()))
+    waiting = call(link, "hang")
+    peer.server.stop(0)
+    assert seen.result(WAIT_S)
+    link.close()
+
+
+def test_a_reply_is_not_awaited_for_ever(link: WorkerLink) -> None:
+    with pytest.raises(TimeoutError, match=r"worker 0: hang did not end within 0\.05 s"):
+        call(link, "hang", timeout_s=0.05).result()
+
+
+def test_closing_ends_the_peer_and_is_no_failure(peer: Peer, failures: Failures) -> None:
+    link = WorkerLink("worker 0", peer.address, TOKEN, failures)
+    link.wait_ready(WAIT_S)
+    waiting = call(link, "hang")
+    link.close()
+    assert peer.ended.wait(WAIT_S)
+    assert isinstance(waiting.exception(WAIT_S), WorkerLostError)
+    assert failures.count == 0
+    with pytest.raises(WorkerLostError, match="shut down"):
+        call(link, "echo", 1)
+
+
+@pytest.mark.parametrize("token", ["", "a toke", "a token ", "A TOKEN"])
+def test_another_token_is_refused_before_any_call_is_read(peer: Peer, failures: Failures, token: str) -> None:
+    link = WorkerLink("worker 0", peer.address, token, failures)
+    with pytest.raises(WorkerLostError, match="UNAUTHENTICATED"):  # from whichever comes first
+        link.post("echo", encode_call("echo", (1,)))
+        link.wait_ready(WAIT_S)
+    link.close()
+    assert peer.executed == []
+    assert not peer.ended.is_set(), "a stranger must not be able to end the worker"
+
+
+def test_a_second_engine_is_refused_and_the_first_goes_on(link: WorkerLink, peer: Peer) -> None:
+    second = WorkerLink("worker 0", peer.address, TOKEN, Failures())
+    with pytest.raises(WorkerLostError, match="FAILED_PRECONDITION"):
+        second.wait_ready(WAIT_S)
+    second.close()
+    assert call(link, "echo", 1).result() == 1
+    assert not peer.ended.is_set()
+
+
+def test_nobody_listens(failures: Failures) -> None:
+    server = grpc.server(None)  # a port that was free a moment ago
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.stop(0)
+    link = WorkerLink("worker 0", f"127.0.0.1:{port}", TOKEN, failures)
+    with pytest.raises(WorkerLostError, match="UNAVAILABLE"):
+        link.wait_ready(WAIT_S)
+    link.close()
+
+
+def test_the_service_listens_on_its_host_only(peer: Peer) -> None:
+    host, port = peer.address.rsplit(":", 1)
+    assert host == "127.0.0.1"
+    link = WorkerLink("worker 0", f"127.0.0.2:{port}", TOKEN, Failures())
+    with pytest.raises(WorkerLostError, match="UNAVAILABLE"):
+        link.wait_ready(WAIT_S)
+    link.close()

