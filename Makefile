@@ -1,0 +1,53 @@
+# Set-up, serving and checks. `make help` lists what there is. Works with GNU make 3.81 (macOS) and newer.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: help install install-dev serve test test-fast lint lint-style lint-types lint-layers unit format bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "  PYTHON=/path/to/python3 chooses the interpreter; ARGS=... is passed on by serve, test, test-fast and bench"
+
+install: ## set up .venv, so that .venv/bin/pomarium works
+	@deploy/setup.sh
+
+install-dev: ## the same, and the linters, type checker and test tools
+	@deploy/setup.sh --dev
+
+serve: install ## set up if needed, then serve the embedded model at http://127.0.0.1:8000/v1
+	@exec $(BIN)/pomarium serve $(ARGS)
+
+test: install-dev lint ## set up if needed, then lint, types, layers and all tests
+	@echo "[test] all tests"
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: install-dev ## the tests that start no server: under three minutes on two cores
+	@$(BIN)/python -m pytest -m "not e2e" $(ARGS)
+
+lint: lint-style lint-types lint-layers ## style, types and the layer rule
+
+lint-style: install-dev
+	@echo "[lint] style"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+lint-types: install-dev
+	@echo "[lint] types"
+	@deploy/lint_types.sh
+
+lint-layers: install-dev
+	@echo "[lint] layers"
+	@deploy/lint_layers.sh
+
+format: install-dev ## rewrite our Python files in the project's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: install-dev ## measure our engine, mlx-lm and vLLM's CPU backend (docs/benchmarks.md)
+	@$(BIN)/python benchmarks/engine.py $(ARGS)
+
+clean: ## remove .venv, caches and build output
+	rm -rf .venv build dist pomarium.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find cluster worker kernels proto tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
