@@ -53,7 +53,8 @@ class Batch:
 def build_batch(scheduled: list[tuple[RequestState, int]]) -> Batch:
     """Lay out the rows of the scheduled (request, number of tokens) pairs, in their order.
 
-    A request samples when its rows reach the end of what is known of it; a prompt chunk before that only fills the cache.
+    A request samples when its rows reach the end of what is known of it; a prompt chunk before that only fills the
+    cache.
     """
     sequences: list[Sequence] = []
     token_ids: list[int] = []

@@ -2,8 +2,8 @@
 
     Batch --Forward.run--> logits of Batch.logit_rows
 
-Both do the same to the same model; VLLM_METAL_USE_PAGED_ATTENTION chooses. The contiguous one runs request by request the
-way mlx-lm does, so it takes every model that mlx-lm runs, and it is what the paged one is compared with.
+Both do the same to the same model; VLLM_METAL_USE_PAGED_ATTENTION chooses. The contiguous one runs request by request
+the way mlx-lm does, so it takes every model that mlx-lm runs, and it is what the paged one is compared with.
 """
 
 from collections.abc import Iterable

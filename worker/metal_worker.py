@@ -25,7 +25,10 @@ from vllm.v1.sample.logits_processor import (
     MoveDirectionality,
     cached_load_custom_logitsprocs,
 )
-from vllm.v1.sample.thinking_budget_state import maybe_create_thinking_budget_state_holder
+from vllm.v1.sample.thinking_budget_state import (
+    ThinkingBudgetStateHolder,
+    maybe_create_thinking_budget_state_holder,
+)
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from pomarium.worker import blas, memory
@@ -40,6 +43,7 @@ from pomarium.worker.model_runner import ModelRunner, StepStats
 from pomarium.worker.models.load import LoadedModel, load
 from pomarium.worker.models.paged import PagedModel, prepare
 from pomarium.worker.models.resolve import resolve
+from pomarium.worker.models.verify import PROVEN, verify
 from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.rows import SamplingRow
 from pomarium.worker.sampling.sampler import Sampler
@@ -84,7 +88,10 @@ class MetalWorker(WorkerBase):
         self.loaded: LoadedModel = load(directory, dense=on_cpu, dtype=_MX_DTYPES[self.model_config.dtype])
         self.paged: PagedModel | None = None
         if self.settings.paged_attention:
-            self.paged = prepare(self.loaded.model, self.loaded.config["model_type"])
+            model_type = self.loaded.config["model_type"]
+            self.paged = prepare(self.loaded.model, model_type)
+            if model_type not in PROVEN:
+                verify(self.paged, model_type)
             self.layers, self.kv_dtype = self.paged.layers, self.paged.dtype
         else:
             layer, self.kv_dtype = contiguous_layer(self.loaded.model)
@@ -186,7 +193,9 @@ class MetalWorker(WorkerBase):
 
     def _publish(self, stats: StepStats) -> None:
         if self.settings.debug:
-            logger.info("%s, MLX active %d MiB, peak %d MiB", stats, mx.get_active_memory() >> 20, mx.get_peak_memory() >> 20)
+            logger.info(
+                "%s, MLX active %d MiB, peak %d MiB", stats, mx.get_active_memory() >> 20, mx.get_peak_memory() >> 20
+            )
         for listener in self._listeners:
             listener(stats)
 
@@ -241,7 +250,9 @@ def layout_of(config: KVCacheConfig, layers: Sequence[LayerCache]) -> CacheLayou
             config.num_blocks,
         )
     except ValueError as error:
-        raise UnsupportedError(f"the KV cache cannot be laid out ({error}): set --disable-hybrid-kv-cache-manager") from error
+        raise UnsupportedError(
+            f"the KV cache cannot be laid out ({error}): set --disable-hybrid-kv-cache-manager"
+        ) from error
 
 
 def step_of(output: SchedulerOutput) -> Step:
@@ -336,14 +347,14 @@ def output_of(result: StepResult) -> ModelRunnerOutput:
 class OperatorProcessors:
     """vLLM's custom logits processors (--logits-processors, entry points) and its thinking budget, as one stage.
 
-    vLLM's processors know requests by their index in a persistent batch and are told of changes to it; this keeps such a
-    batch of the requests that sample. A request that skips a step leaves it and comes back, as in vLLM's own runner.
+    vLLM's processors know requests by their index in a persistent batch and are told of changes to it; this keeps such
+    a batch of the requests that sample. A request that skips a step leaves it and comes back, as in vLLM's own runner.
     """
 
     PARAMS = "_vllm_sampling_params"
     """Key in SamplingParams.extra_args under which a request's original parameters travel to the processors."""
 
-    def __init__(self, processors: Sequence[LogitsProcessor], thinking: object | None) -> None:
+    def __init__(self, processors: Sequence[LogitsProcessor], thinking: ThinkingBudgetStateHolder | None) -> None:
         self._processors = processors
         self._thinking = thinking
         self._order: list[str] = []
@@ -375,10 +386,11 @@ class OperatorProcessors:
             self._thinking.sync_batch(update)
             self._thinking.update_state([self._outputs[request_id] for request_id in self._order], None)
             batch = self._thinking.apply_to_logits(batch, False, None)
-        return batch[order].numpy()
+        changed: np.ndarray = batch[order].numpy()
+        return changed
 
     def _update(self, rows: Sequence[SamplingRow]) -> BatchUpdate | None:
-        """Bring the persistent batch to `rows`: removals, then additions into the holes, then moves that close the rest."""
+        """Bring the persistent batch to `rows`: removals, additions into the holes, moves that close the rest."""
         wanted = {row.request_id: row for row in rows}
         slots: list[str | None] = [request_id if request_id in wanted else None for request_id in self._order]
         removed = [index for index, request_id in enumerate(slots) if request_id is None]

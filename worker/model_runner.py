@@ -3,8 +3,8 @@
     execute(Step): RequestTable.apply -> build_batch -> Forward.run      (the logits wait)
     sample(Grammar): Sampler -> tokens appended to the table -> StepResult
 
-Two calls because the scheduler computes a grammar's bitmask while the forward pass runs. Steps come strictly in order, so
-one step's logits wait at a time.
+Two calls because the scheduler computes a grammar's bitmask while the forward pass runs. Steps come strictly in order,
+so one step's logits wait at a time.
 """
 
 import logging

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import mlx.core as mx
 import numpy as np
@@ -73,8 +74,9 @@ class Report:
         lines = [
             f"pomarium selftest: {'passed' if self.passed else 'FAILED'}",
             f"  machine   {self.machine}",
-            f"  device    {self.device}, MLX {mx.__version__}, {self.dtype}",
-            f"  tokens    {self.equal} of {self.tokens} equal to mlx-lm's, bound {self.bound:.0e}, {self.seconds:.1f} s",
+            f"  device    {self.device}, MLX {version('mlx')}, {self.dtype}",
+            f"  tokens    {self.equal} of {self.tokens} equal to mlx-lm's, bound {self.bound:.0e}, "
+            f"{self.seconds:.1f} s",
         ]
         lines += [f"  near tie  {tie}" for tie in self.near_ties]
         lines += [f"  FAILED    {failure}" for failure in self.failures]
@@ -97,7 +99,9 @@ def run() -> Report:
     tokens = generate(model, prompts, NEW_TOKENS)
     seconds = time.perf_counter() - began
     bound = parity.FLOAT32_BOUND if dtype == mx.float32 else parity.HALF_BOUND
-    ties, failures, equal = [], [], 0
+    ties: list[str] = []
+    failures: list[str] = []
+    equal = 0
     for prompt, got, want in zip(PROMPTS, tokens, references, strict=True):
         mismatch = parity.first_mismatch(got, want)
         equal += NEW_TOKENS if mismatch is None else mismatch.index

@@ -12,7 +12,8 @@ from tiny_models import TINY, build
 from pomarium.worker.models.paged import PagedModel, prepare
 
 REQUIRED = (
-    "llama", "qwen2", "qwen3", "llama_sliding", "gemma3_text", "gemma2", "phi3", "gpt_oss", "qwen3_moe", "olmo2", "granite",
+    "llama", "qwen2", "qwen3", "llama_sliding", "gemma3_text", "gemma2", "phi3", "gpt_oss", "qwen3_moe", "olmo2",
+    "granite",
 )  # fmt: skip
 NEW_TOKENS = 8
 PROMPT_LENGTHS = {"one": 1, "short": 5, "block": 16, "long": 43}

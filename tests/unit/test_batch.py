@@ -24,8 +24,11 @@ def test_rows_samplers_and_wanted_logits(requests: list[tuple[int, int, bool]]) 
     chunks = {str(index): min(length, chunk) for index, (length, chunk, _) in enumerate(requests)}
     step = Step(
         chunks,
-        tuple(new(str(i), length, sampling=SCORED if scored else GREEDY) for i, (length, _, scored) in enumerate(requests)),
-    )  # fmt: skip
+        tuple(
+            new(str(index), length, sampling=SCORED if scored else GREEDY)
+            for index, (length, _, scored) in enumerate(requests)
+        ),
+    )
     batch = build_batch(table.apply(step))
     assert len(batch.token_ids) == sum(chunks.values())
     assert batch.samplers == tuple(name for name, count in chunks.items() if count == requests[int(name)][0])

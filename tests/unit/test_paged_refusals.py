@@ -23,12 +23,12 @@ def mlx_model(config: dict[str, object]) -> nn.Module:
 
 
 def test_recurrent_state_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="'mamba'.*ArraysCache.*VLLM_METAL_USE_PAGED_ATTENTION=0"):
+    with pytest.raises(UnsupportedError, match=r"'mamba'.*ArraysCache.*VLLM_METAL_USE_PAGED_ATTENTION=0"):
         prepare(mlx_model(MAMBA), "mamba")
 
 
 def test_rope_that_depends_on_the_whole_sequence_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="'internlm3'.*row by row"):
+    with pytest.raises(UnsupportedError, match=r"'internlm3'.*row by row"):
         prepare(mlx_model({**TINY["internlm3"], **DYNAMIC}), "internlm3")
 
 
@@ -59,7 +59,7 @@ def test_a_layer_must_attend_exactly_once(calls: int, reason: str) -> None:
 def test_rotating_cache_that_keeps_a_prefix_is_refused() -> None:
     model = InlineAttention(1)
     model.make_cache = lambda: [RotatingKVCache(max_size=8, keep=4)]
-    with pytest.raises(UnsupportedError, match="RotatingKVCache"):
+    with pytest.raises(UnsupportedError, match=r"RotatingKVCache"):
         prepare(model, "kept")
 
 

@@ -1,10 +1,9 @@
 """Paged attention as MLX operations: write the rows' K and V, gather blocks, attend in padded bundles.
 
-    Batch --tiles--> GroupPlan (index arrays, per cache group) --attend--> for each bundle: gather, QK, mask, softmax, PV
+    Batch --tiles--> GroupPlan (index arrays, per cache group) --attend--> per bundle: gather, QK, mask, softmax, PV
 
-The reference for the kernels and the path of the CPU device. Grouped-query heads are folded into the query axis, so that
-K and V are read once per KV head. Padding is masked with a large finite number: a fully masked row stays finite and is
-dropped when rows are put back in order.
+The path of the CPU device, and what the kernels are compared with. Padded rows are dropped when rows are put back in
+order.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -13,12 +12,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from pomarium.kernels.reference import MASKED, grouped_attention
 from pomarium.worker.attention.tiles import Rows, Tile, bundle, cut
 from pomarium.worker.batch import Batch
 from pomarium.worker.kv_cache.layout import CacheGroup
 from pomarium.worker.kv_cache.pool import PagedPool
-
-MASKED = -1e30
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,9 @@ def _plan_bundle(tiles: SequenceOf[Tile], tables: list[np.ndarray], group: Cache
     for row, tile in zip(blocks, tiles, strict=True):
         row[: tile.blocks] = tables[tile.sequence][tile.first_block : tile.end_block]
     query = np.array([tile.position for tile in tiles])[:, None] + step
-    key = np.array([tile.first_block * group.block_size for tile in tiles])[:, None] + np.arange(width * group.block_size)
+    key = np.array([tile.first_block * group.block_size for tile in tiles])[:, None] + np.arange(
+        width * group.block_size
+    )
     seen = key[:, None] <= query[:, :, None]
     if group.window is not None:
         seen &= key[:, None] > query[:, :, None] - group.window
@@ -122,7 +122,7 @@ class GatheredStep:
         for bundle_plan, blocks in zip(plan.bundles, self._head_blocks(group, kv_heads), strict=True):
             k, v = self._pool.read(layer, blocks)
             q = queries if bundle_plan.rows is None else queries[bundle_plan.rows]
-            outputs.append(_attend_bundle(q, k, v, bundle_plan, scale, sinks, softcap))
+            outputs.append(grouped_attention(q, k, v, bundle_plan.bias, scale=scale, sinks=sinks, softcap=softcap))
         rows = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
         return rows if plan.order is None else rows[plan.order]
 
@@ -143,35 +143,6 @@ class GatheredStep:
                 plan.blocks[:, None] * kv_heads + heads for plan in self._plans[group].bundles
             ]
         return self._blocks[group, kv_heads]
-
-
-def _attend_bundle(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    plan: BundlePlan,
-    scale: float,
-    sinks: mx.array | None,
-    softcap: float | None,
-) -> mx.array:
-    """(S x Q, heads, head_dim) queries over (S, kv_heads, L, head_dim) K and V; the same shape as the queries."""
-    tiles, kv_heads, length, head_dim = keys.shape
-    heads, count = queries.shape[1], plan.queries
-    group = heads // kv_heads
-    q = (queries * scale).reshape(tiles, count, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
-    scores = q.reshape(tiles, kv_heads, group * count, head_dim) @ keys.swapaxes(-1, -2)
-    if softcap is not None:
-        scores = mx.tanh(scores / softcap) * softcap
-    scores = scores.reshape(tiles, kv_heads, group, count, length) + plan.bias.astype(scores.dtype)
-    if sinks is not None:
-        column = sinks.astype(scores.dtype).reshape(1, kv_heads, group, 1, 1)
-        column = mx.broadcast_to(column, (tiles, kv_heads, group, count, 1))
-        weights = mx.softmax(mx.concatenate([column, scores], axis=-1), axis=-1, precise=True)[..., 1:]
-    else:
-        weights = mx.softmax(scores, axis=-1, precise=True)
-    out = weights.reshape(tiles, kv_heads, group * count, length) @ values
-    out = out.reshape(tiles, kv_heads, group, count, head_dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(tiles * count, heads, head_dim)
 
 
 class GatheredAttention:

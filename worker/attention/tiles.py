@@ -3,9 +3,9 @@
     sequences --cut--> Tile: a run of query rows against a run of cached blocks
               --bundle--> tiles of like shape that are computed as one padded batch
 
-A decode row is a tile of one query. A prompt chunk is cut every MAX_QUERIES rows: an early tile then skips the keys that
-only later rows see, which saves about half of a long chunk's work and bounds its scores. Bundling trades padding for
-fewer operations: all decode rows of a step cost one batched product instead of one each.
+A decode row is a tile of one query. A prompt chunk is cut every MAX_QUERIES rows: an early tile then skips the keys
+that only later rows see, which saves about half of a long chunk's work and bounds its scores. Bundling trades padding
+for fewer operations: all decode rows of a step cost one batched product instead of one each.
 """
 
 from collections.abc import Sequence as SequenceOf

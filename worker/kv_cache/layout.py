@@ -67,7 +67,9 @@ class CacheLayout:
         for layer, cache in enumerate(self.layers):
             shape = (cache.num_kv_heads, cache.head_dim, self.group_of(layer).block_size)
             if shapes.setdefault(self.buffer_of_layer[layer], shape) != shape:
-                raise ValueError(f"layers of one KV buffer differ in shape: {shapes[self.buffer_of_layer[layer]]}, {shape}")
+                raise ValueError(
+                    f"layers of one KV buffer differ in shape: {shapes[self.buffer_of_layer[layer]]}, {shape}"
+                )
 
     def group_of(self, layer: int) -> CacheGroup:
         """The cache group that `layer` belongs to."""

@@ -1,12 +1,12 @@
 """The paged pool: K and V of every layer in blocks, as MLX arrays that are written in place.
 
-Layout of a buffer is (num_blocks, num_kv_heads, block_size, head_dim): one head's part of a block is contiguous, so that
-reading a sequence copies runs of block_size x head_dim elements and the result is already (heads, tokens, head_dim), the
-operand order of attention, without a transposing copy.
+Layout of a buffer is (num_blocks, num_kv_heads, block_size, head_dim): one head's part of a block is contiguous, so
+that reading a sequence copies runs of block_size x head_dim elements and the result is already (heads, tokens,
+head_dim), the operand order of attention, without a transposing copy.
 
-In place means: a scatter reuses its input's buffer only while nobody else holds it. Each array therefore has exactly one
-owner, this class, which rebinds it at each write; what `read` returns are copies. The step must be evaluated before the
-next write is queued, else MLX copies the whole buffer (a 256 MB pool: 2.7 ms a step against 104).
+In place means: a scatter reuses its input's buffer only while nobody else holds it. Each array therefore has exactly
+one owner, this class, which rebinds it at each write; what `read` returns are copies. The step must be evaluated before
+the next write is queued, else MLX copies the whole buffer (a 256 MB pool: 2.7 ms a step against 104).
 """
 
 import mlx.core as mx

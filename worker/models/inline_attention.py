@@ -11,13 +11,14 @@ from mlx_lm.models import gemma2
 from pomarium.worker.models.rows import RowCache
 
 
-class Gemma2RowAttention(gemma2.Attention):  # type: ignore[misc]  # mlx-lm is untyped
+class Gemma2RowAttention(gemma2.Attention):
     """Gemma 2's attention over a RowCache: grouped-query attention with soft-capped scores."""
 
     def __call__(self, x: mx.array, mask: mx.array | None = None, cache: object = None) -> mx.array:
         """x: (T, 1, hidden); the same shape out."""
         if not isinstance(cache, RowCache):
-            return super().__call__(x, mask, cache)
+            original: mx.array = super().__call__(x, mask, cache)
+            return original
         rows, length, _ = x.shape
         queries, keys, values = (
             projection(x).reshape(rows, length, heads, self.head_dim).transpose(0, 2, 1, 3)
@@ -30,7 +31,8 @@ class Gemma2RowAttention(gemma2.Attention):  # type: ignore[misc]  # mlx-lm is u
         queries, keys = self.rope(queries, offset=cache.offset), self.rope(keys, offset=cache.offset)
         keys, values = cache.update_and_fetch(keys, values)
         out = cache.attend(queries, keys, values, scale=self.scale, softcap=self.attn_logit_softcapping)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+        projected: mx.array = self.o_proj(out.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+        return projected
 
 
 def reroute_inline_attention(model: nn.Module) -> None:

@@ -3,9 +3,8 @@
     nn.Module --prepare--> PagedModel.layers --(vLLM)--> pool --PagedModel(rows, StepAttention)--> logits
 
 `prepare` finds the facts by asking the model: the kinds of cache it makes tell the windows, and a lazy dry run of two
-rows, which computes nothing, tells K's and V's shapes and that every layer attends through the seam exactly once. A
-family that is not on the list of those tested is then checked on its own weights against mlx-lm's own forward. What fails
-is refused by name.
+rows, which computes nothing, tells K's and V's shapes and that every layer attends through the seam exactly once. What
+fails is refused by name.
 """
 
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pomarium.worker.kv_cache.layout import LayerCache
 from pomarium.worker.models.inline_attention import reroute_inline_attention
 from pomarium.worker.models.rows import HeadRows, RowCache, route_attention
 
-_WAY_OUT = "set VLLM_METAL_USE_PAGED_ATTENTION=0 to run it with mlx-lm's contiguous cache"
+WAY_OUT = "set VLLM_METAL_USE_PAGED_ATTENTION=0 to run it with mlx-lm's contiguous cache"
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def prepare(module: nn.Module, model_type: str) -> PagedModel:
     return PagedModel(module, tuple(layers), logits.shape[-1], dry.seen[0][2], head)
 
 
-def _window(cache: object, model_type: str) -> int | None:
+def _window(cache: KVCache | RotatingKVCache, model_type: str) -> int | None:
     if type(cache) is KVCache:
         return None
     if type(cache) is RotatingKVCache and cache.keep == 0:
@@ -110,4 +109,4 @@ def _window(cache: object, model_type: str) -> int | None:
 
 
 def _refusal(model_type: str, reason: str) -> UnsupportedError:
-    return UnsupportedError(f"model type {model_type!r} does not run on the paged KV cache: {reason}; {_WAY_OUT}")
+    return UnsupportedError(f"model type {model_type!r} does not run on the paged KV cache: {reason}; {WAY_OUT}")

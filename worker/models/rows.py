@@ -1,6 +1,6 @@
 """Running an unmodified mlx-lm model over a ragged batch: T tokens as T rows of length one.
 
-    RowCache (per layer, per step) --as mlx-lm's cache--> model(token_ids[:, None], cache) --attention--> StepAttention.attend
+    RowCache (per layer and step) --as mlx-lm's cache--> model(token_ids[:, None], cache) --> StepAttention.attend
 
 An mlx-lm model sees a batch of T sequences of one token. RoPE takes each row's position from `cache.offset`, an array;
 masks are None; and where the model calls `scaled_dot_product_attention`, the call goes to the step's attention if the
@@ -58,7 +58,8 @@ class RowCache:
     ) -> mx.array:
         """(T, heads, 1, head_dim) in and out, as mlx-lm lays out one token."""
         rows = (array.squeeze(2) for array in (queries, keys, values))
-        return self._step.attend(self._layer, *rows, scale=scale, sinks=sinks, softcap=softcap)[:, :, None]
+        out: mx.array = self._step.attend(self._layer, *rows, scale=scale, sinks=sinks, softcap=softcap)
+        return out[:, :, None]
 
 
 def _dispatching_attention(
@@ -72,7 +73,8 @@ def _dispatching_attention(
 ) -> mx.array:
     if isinstance(cache, RowCache):
         return cache.attend(queries, keys, values, scale=scale, sinks=sinks)
-    return base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
+    original: mx.array = base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
+    return original
 
 
 def route_attention(model: nn.Module) -> None:
@@ -105,13 +107,16 @@ class HeadRows:
 
             inner.__class__ = type(base_class.__name__, (base_class,), {"__call__": call})
 
-    def run(self, model: nn.Module, token_ids: mx.array, cache: Sequence[object], rows: mx.array, axis: int) -> mx.array:
+    def run(
+        self, model: nn.Module, token_ids: mx.array, cache: Sequence[object], rows: mx.array, axis: int
+    ) -> mx.array:
         """model(token_ids, cache) with only `rows` (int32 (N,)) of `axis` (0 or 1) in the result."""
         if not self._installed:
             return mx.take(model(token_ids, cache=cache), rows, axis=axis)
         self._rows, self._axis = rows, axis
         try:
-            return model(token_ids, cache=cache)
+            logits: mx.array = model(token_ids, cache=cache)
+            return logits
         finally:
             self._rows = None
 
