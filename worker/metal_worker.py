@@ -68,6 +68,7 @@ class MetalWorker(WorkerBase):
 
     def init_device(self) -> None:
         """Choose the device. Raises SettingsError if the environment asks for one that is absent."""
+        _log_like_vllm()
         self.settings = load_settings(os.environ)
         logger.info("BLAS: %s", blas.load())
         self.mlx_device: Device = use(self.settings)
@@ -217,6 +218,15 @@ class MetalWorker(WorkerBase):
 
     def reset_encoder_cache(self) -> None:
         """No encoder, no cache."""
+
+
+def _log_like_vllm() -> None:
+    """Send the worker's log lines where vLLM's go, at its level (VLLM_LOGGING_LEVEL)."""
+    ours, theirs = logging.getLogger("pomarium"), logging.getLogger("vllm")
+    ours.setLevel(theirs.level)
+    for handler in theirs.handlers:
+        if handler not in ours.handlers:
+            ours.addHandler(handler)
 
 
 def _layer_name(index: int) -> str:

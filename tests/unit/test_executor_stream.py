@@ -1,11 +1,11 @@
 """The control stream between an engine and a worker, over real gRPC on loopback, without Ray and vLLM."""
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
-import grpc
 import pytest
 
 from pomarium.cluster.executor.codec import (
@@ -190,7 +190,7 @@ def test_closing_ends_the_peer_and_is_no_failure(peer: Peer, failures: Failures)
 @pytest.mark.parametrize("token", ["", "a toke", "a token ", "A TOKEN"])
 def test_another_token_is_refused_before_any_call_is_read(peer: Peer, failures: Failures, token: str) -> None:
     link = WorkerLink("worker 0", peer.address, token, failures)
-    with pytest.raises(WorkerLostError, match="UNAUTHENTICATED"):  # from whichever comes first
+    with pytest.raises(WorkerLostError, match="UNAUTHENTICATED"):  # noqa: PT012 - from whichever comes first
         link.post("echo", encode_call("echo", (1,)))
         link.wait_ready(WAIT_S)
     link.close()
@@ -208,9 +208,9 @@ def test_a_second_engine_is_refused_and_the_first_goes_on(link: WorkerLink, peer
 
 
 def test_nobody_listens(failures: Failures) -> None:
-    server = grpc.server(None)  # a port that was free a moment ago
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.stop(0)
+    with socket.socket() as free:  # a port that was free a moment ago
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     link = WorkerLink("worker 0", f"127.0.0.1:{port}", TOKEN, failures)
     with pytest.raises(WorkerLostError, match="UNAVAILABLE"):
         link.wait_ready(WAIT_S)

@@ -1,0 +1,45 @@
+"""gRPC settings of the control stream, the same at both ends.
+
+A peer that is killed closes its socket and is seen at once. A peer that is frozen (SIGSTOP, power or cable lost) closes
+nothing: the engine pings each second and gives a ping PING_TIMEOUT_S. `ping_timeout_ms` has to be set beside
+`keepalive_timeout_ms`, for gRPC takes the larger (60 s by default) of the two. The worker answers pings in gRPC's own
+threads, also while Python holds the interpreter lock for long.
+"""
+
+PING_INTERVAL_S = 1.0
+PING_TIMEOUT_S = 4.0
+MAX_MESSAGE_BYTES = 1 << 30
+"""A pickled call or result. Requests of 1 M tokens take 5 MB; anything near this limit is a fault."""
+
+_COMMON: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),
+)
+
+CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
+    *_COMMON,
+    ("grpc.keepalive_time_ms", int(PING_INTERVAL_S * 1000)),
+    ("grpc.keepalive_timeout_ms", int(PING_TIMEOUT_S * 1000)),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.ping_timeout_ms", int(PING_TIMEOUT_S * 1000)),
+    ("grpc.enable_retries", 0),
+    # A proxy of the environment must never come between an engine and its worker.
+    ("grpc.enable_http_proxy", 0),
+)
+
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    *_COMMON,
+    # The other direction: a worker whose engine's node is gone ends itself. Slower, so that an engine held in a
+    # debugger does not lose its worker.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 30_000),
+    ("grpc.http2.ping_timeout_ms", 30_000),
+)
+
+
+def authority(host: str, port: int) -> str:
+    """`host:port`, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,59 @@
+"""Environment of a worker process: the engine's own settings, and the devices that the executor chose.
+
+Machine-specific variables (paths, addresses, thread counts) stay behind: a worker's machine has its own.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+VISIBLE_DEVICES = "VLLM_METAL_VISIBLE_DEVICES"
+RESOURCE = "mlx"
+"""Ray's custom resource: one per Mac, or per device that may run a worker."""
+
+_CARRIED_PREFIXES = (
+    "VLLM_",
+    "POMARIUM_",
+    "MLX_",
+    "HF_",
+    "HUGGING_FACE_",
+    "MODELSCOPE_",
+    "TRANSFORMERS_",
+    "TOKENIZERS_",
+    "OPENBLAS_",
+)
+_CARRIED_NAMES = frozenset({"PYTHONPATH", "PYTHONHASHSEED", "LD_PRELOAD"})
+_LEFT_BEHIND = frozenset({VISIBLE_DEVICES, "VLLM_HOST_IP", "VLLM_PORT", "VLLM_WORKER_MULTIPROC_METHOD"})
+
+
+def local_ranks(node_ids: Sequence[str]) -> tuple[int, ...]:
+    """Index of each worker among those on its node, in rank order; it is also the index of its device."""
+    seen: Counter[str] = Counter()
+    ranks = []
+    for node_id in node_ids:
+        ranks.append(seen[node_id])
+        seen[node_id] += 1
+    return tuple(ranks)
+
+
+def worker_environment(engine: Mapping[str, str], device: int) -> dict[str, str]:
+    """Variables to set in a worker's process before it starts.
+
+    Args:
+        engine: the environment of the engine's process.
+        device: index of the worker's device on its node.
+    """
+    carried = {
+        name: value
+        for name, value in engine.items()
+        if name not in _LEFT_BEHIND and (name in _CARRIED_NAMES or name.startswith(_CARRIED_PREFIXES))
+    }
+    return carried | {VISIBLE_DEVICES: str(device)}
+
+
+def override_warning(engine: Mapping[str, str], devices: Sequence[int]) -> str | None:
+    """What to tell a user who set the devices by hand, None if he did not."""
+    chosen = ",".join(map(str, devices))
+    value = engine.get(VISIBLE_DEVICES)
+    if value is None or value == chosen:
+        return None
+    return f"{VISIBLE_DEVICES}={value} is overridden: the executor gives each worker its device ({chosen})."

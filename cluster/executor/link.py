@@ -1,0 +1,196 @@
+"""The engine's end of the control stream to one worker.
+
+    call()/post() --Call--> worker --Report--> reader thread --> Future of the call
+                                       |
+                                       +--> failure: every pending Future, then `on_failure`
+
+A link fails once and for good: the stream breaks, a fatal call raises, or a call overruns its time.
+"""
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from pomarium.cluster.executor.channel import CLIENT_OPTIONS
+from pomarium.cluster.executor.codec import WorkerLostError, decode, rebuild
+from pomarium.cluster.executor.service import AUTHORIZATION, bearer
+from pomarium.proto import control_pb2 as pb
+from pomarium.proto import control_pb2_grpc as pb_grpc
+
+
+class Reply(Future[Any]):
+    """The result of a call. `result()` waits no longer than the call was given, whatever the caller asks for."""
+
+    def __init__(self, what: str, timeout_s: float) -> None:
+        super().__init__()
+        self._what, self._timeout_s = what, timeout_s
+
+    def result(self, timeout: float | None = None) -> Any:
+        """As Future.result; raises TimeoutError when `timeout` or, failing that, the call's own time is over."""
+        limit = self._timeout_s if timeout is None else timeout
+        try:
+            return super().result(limit)
+        except TimeoutError:
+            if self.done():
+                raise
+            raise TimeoutError(f"{self._what} did not end within {limit:g} s") from None
+
+
+def gather(replies: Sequence[Reply]) -> Future[list[Any]]:
+    """A Future of all results in order, or of the first exception."""
+    future: Future[list[Any]] = Future()
+    lock = threading.Lock()
+    left = len(replies)
+
+    def on_done(reply: Future[Any]) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            error = reply.exception()
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            elif left == 0:
+                future.set_result([r.result() for r in replies])
+
+    for reply in replies:
+        reply.add_done_callback(on_done)
+    return future
+
+
+@dataclass(frozen=True)
+class _Pending:
+    reply: Reply
+    fatal: bool
+
+
+class WorkerLink:
+    """Calls to one worker.
+
+    Attributes:
+        name: the worker, for messages.
+    """
+
+    def __init__(self, name: str, address: str, token: str, on_failure: Callable[[Exception], None]) -> None:
+        self.name = name
+        self._on_failure = on_failure
+        self._lock = threading.Lock()
+        self._seq = itertools.count()
+        self._pending: dict[int, _Pending] = {}
+        self._failure: Exception | None = None
+        self._closing = False
+        self._outgoing: queue.SimpleQueue[pb.Call | None] = queue.SimpleQueue()
+        self._ready = Reply(f"{name}: connecting to {address}", 0.0)
+        self._channel = grpc.insecure_channel(address, options=CLIENT_OPTIONS)
+        stub = pb_grpc.WorkerStub(self._channel)  # type: ignore[no-untyped-call]
+        metadata = ((AUTHORIZATION, bearer(token)),)
+        self._stream = stub.Control(iter(self._outgoing.get, None), metadata=metadata)
+        self._reader = threading.Thread(target=self._read, name=f"{name}-reports", daemon=True)
+        self._reader.start()
+
+    def wait_ready(self, timeout_s: float) -> pb.Ready:
+        """What the worker says of itself. Raises WorkerLostError or TimeoutError."""
+        ready: pb.Ready = self._ready.result(timeout_s)
+        return ready
+
+    def call(self, method: str, payload: bytes, timeout_s: float, fatal: bool = False) -> Reply:
+        """Queue a call and return its reply.
+
+        Args:
+            payload: of `encode_call`.
+            fatal: the worker cannot go on if this raises: the link fails with it.
+
+        Raises what the link failed with, if it has.
+        """
+        reply = Reply(f"{self.name}: {method}", timeout_s)
+        self._send(method, payload, _Pending(reply, fatal))
+        return reply
+
+    def post(self, method: str, payload: bytes) -> None:
+        """Queue a call that has no result of its own. If it raises, the link fails."""
+        self._send(method, payload, None)
+
+    def fail(self, error: Exception) -> None:
+        """Fail the link and every pending reply with `error`; only the first time counts."""
+        with self._lock:
+            if self._failure is not None or self._closing:
+                return
+            self._failure = error
+            pending, self._pending = self._pending, {}
+        for waiting in (*(p.reply for p in pending.values()), self._ready):
+            if not waiting.done():
+                waiting.set_exception(error)
+        self._on_failure(error)
+
+    def close(self) -> None:
+        """End the stream, which the worker takes as the end of the engine. Pending replies fail; the link does not."""
+        with self._lock:
+            self._closing = True
+            pending, self._pending = self._pending, {}
+        for waiting in (p.reply for p in pending.values()):
+            waiting.set_exception(WorkerLostError(f"{self.name} was shut down"))
+        self._outgoing.put(None)
+        self._stream.cancel()
+        self._channel.close()
+        if threading.current_thread() is not self._reader:
+            self._reader.join(timeout=5)
+
+    def _send(self, method: str, payload: bytes, pending: _Pending | None) -> None:
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            if self._closing:
+                raise WorkerLostError(f"{self.name} was shut down")
+            seq = next(self._seq)
+            if pending is not None:
+                self._pending[seq] = pending
+            self._outgoing.put(pb.Call(seq=seq, method=method, wants_result=pending is not None, payload=payload))
+
+    def _read(self) -> None:
+        try:
+            for report in self._stream:
+                self._on_report(report)
+            reason = "it ended the stream"
+        except grpc.RpcError as error:
+            reason = f"{error.code().name}: {error.details()}"
+        self.fail(WorkerLostError(f"{self.name} was lost: {reason}"))
+
+    def _on_report(self, report: pb.Report) -> None:
+        kind = report.WhichOneof("kind")
+        if kind == "ready":
+            self._ready.set_result(report.ready)
+        elif kind == "result":
+            self._on_result(report.result)
+        else:
+            self._on_failed_call(report.failure)
+
+    def _on_result(self, result: pb.Result) -> None:
+        with self._lock:
+            pending = self._pending.pop(result.seq, None)
+        if pending is None:  # failed meanwhile
+            return
+        try:
+            value = decode(result.payload)
+        except Exception as error:  # noqa: BLE001 - whatever unpickling raises belongs to the one who waits
+            pending.reply.set_exception(error)
+        else:
+            pending.reply.set_result(value)
+
+    def _on_failed_call(self, failure: pb.Failure) -> None:
+        error = rebuild(failure, self.name)
+        with self._lock:
+            pending = self._pending.get(failure.seq)
+            recoverable = pending is not None and not pending.fatal
+            if recoverable:
+                del self._pending[failure.seq]
+        if pending is not None and recoverable:
+            pending.reply.set_exception(error)
+        else:
+            self.fail(error)

@@ -1,0 +1,188 @@
+"""RackExecutor: vLLM's Executor over one Ray actor per pipeline stage and one gRPC stream to each.
+
+    EngineCore --execute_model, sample_tokens--> RackExecutor --Call--> every worker, in one order
+               <--Future of the last stage------              <-Report-
+
+Ray places, starts and ends the workers and is in no step's path. `execute_model` goes to every stage and is answered by
+none; the last stage answers `sample_tokens`. Any failure fails every pending Future first and then calls the engine's
+callback, so no thread is left waiting. Stages find each other through `workers` (addresses in rank order).
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import vllm.envs as envs
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.executor.abstract import Executor, FailureCallback
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+
+from pomarium.cluster.executor.bundles import Reservation, release, reserve
+from pomarium.cluster.executor.codec import WorkerError, WorkerLostError, encode_call, method_name
+from pomarium.cluster.executor.host import INIT_WORKER
+from pomarium.cluster.executor.launch import RemoteWorker, kill, launch
+from pomarium.cluster.executor.link import gather
+from pomarium.cluster.executor.session import ensure_connected
+from pomarium.cluster.serving.faults import record_engine_core_faults
+from pomarium.worker.errors import PomariumError
+
+logger = init_logger("vllm.pomarium.executor")
+
+START_TIMEOUT_S = 240.0
+"""Imports of vLLM, torch and MLX, and the device."""
+CALL_TIMEOUT_S = 3600.0
+"""Any other call whose caller names no time: loading weights may include a download. A bound, not an expectation: a
+worker that is lost or frozen is seen within seconds."""
+SHUTDOWN_TIMEOUT_S = 5.0
+
+
+class RackExecutor(Executor):
+    """See the module. Set by `platform.PomariumPlatform`, or by its qualified name as distributed_executor_backend.
+
+    Attributes:
+        workers: the started workers in rank order: node, address, device.
+    """
+
+    uses_ray = True
+    supports_pp = True
+
+    workers: tuple[RemoteWorker, ...]
+
+    @classmethod
+    def supports_async_scheduling(cls) -> bool:
+        return True
+
+    def _init_executor(self) -> None:
+        record_engine_core_faults()
+        self.workers = ()
+        self._reservation: Reservation | None = None
+        self._order = threading.Lock()
+        self._state = threading.Lock()
+        self._failure: Exception | None = None
+        self._failure_callbacks: list[FailureCallback] = []
+        self._closed = False
+        self._step_timeout_s = float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+        try:
+            ensure_connected()
+            self._reservation = reserve(self.parallel_config.placement_group, self.parallel_config.world_size)
+            self.workers = launch(self._reservation, self._on_worker_failure)
+            self._init_workers()
+            self.collective_rpc("init_device", timeout=START_TIMEOUT_S)
+            self.collective_rpc("load_model")
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def _init_workers(self) -> None:
+        replies = []
+        for worker in self.workers:
+            kwargs = {
+                "vllm_config": self.vllm_config,
+                "local_rank": worker.local_rank,
+                "rank": worker.rank,
+                "distributed_init_method": "",
+                "is_driver_worker": worker.rank == 0,
+            }
+            payload = encode_call(INIT_WORKER, (), kwargs)
+            replies.append(worker.link.call(INIT_WORKER, payload, START_TIMEOUT_S))
+        for reply in replies:
+            reply.result()
+        places = ", ".join(f"{w.rank}: {w.endpoint.address} pid {w.endpoint.pid}" for w in self.workers)
+        logger.info("Workers by rank: %s", places)
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, non_block: bool = False
+    ) -> ModelRunnerOutput | Future[ModelRunnerOutput | None] | None:
+        """Sends the step to every stage; None (or a Future of it): the tokens come with `sample_tokens`."""
+        payload = encode_call("execute_model", (scheduler_output,))
+        with self._order:
+            for worker in self.workers:
+                worker.link.post("execute_model", payload)
+        output = None if scheduler_output.total_num_scheduled_tokens else EMPTY_MODEL_RUNNER_OUTPUT
+        if not non_block:
+            return output
+        future: Future[ModelRunnerOutput | None] = Future()
+        future.set_result(output)
+        return future
+
+    def sample_tokens(
+        self, grammar_output: GrammarOutput | None, non_block: bool = False
+    ) -> ModelRunnerOutput | Future[ModelRunnerOutput]:
+        """Tokens of the oldest step that was not sampled, from the last stage."""
+        payload = encode_call("sample_tokens", (grammar_output,))
+        with self._order:
+            reply = self.workers[-1].link.call("sample_tokens", payload, self._step_timeout_s, fatal=True)
+        if non_block:
+            return reply
+        output: ModelRunnerOutput = reply.result()
+        return output
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        non_block: bool = False,
+    ) -> list[Any] | Future[list[Any]]:
+        """Call `method` on every worker; results in rank order.
+
+        Raises what a worker raised (PomariumError as it was, else WorkerError), WorkerLostError, or TimeoutError after
+        `timeout` (CALL_TIMEOUT_S by default).
+        """
+        limit = CALL_TIMEOUT_S if timeout is None else timeout
+        name = method_name(method)
+        payload = encode_call(method, args, kwargs)
+        with self._order:
+            replies = [worker.link.call(name, payload, limit) for worker in self.workers]
+        return gather(replies) if non_block else [reply.result() for reply in replies]
+
+    def register_failure_callback(self, callback: FailureCallback) -> None:
+        with self._state:
+            self._failure_callbacks.append(callback)
+            failed = self._failure is not None
+        if failed:
+            callback()
+
+    def check_health(self) -> None:
+        """Raises what the executor failed with. Links are watched all the time, so there is nothing to ask for."""
+        if self._failure is not None:
+            raise self._failure
+        if self._closed:
+            raise WorkerLostError("the executor was shut down")
+
+    def shutdown(self) -> None:
+        """End workers and give back what was reserved. May be called again, and after a failure."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._failure is None:
+            self._say_goodbye()
+        for worker in self.workers:
+            worker.link.close()
+        kill([worker.actor for worker in self.workers])
+        if self._reservation is not None:
+            release(self._reservation)
+
+    def _say_goodbye(self) -> None:
+        payload = encode_call("shutdown")
+        try:
+            for reply in [w.link.call("shutdown", payload, SHUTDOWN_TIMEOUT_S) for w in self.workers]:
+                reply.result()
+        except (WorkerLostError, WorkerError, PomariumError, TimeoutError) as error:
+            logger.warning("A worker did not shut down in order: %s", error)
+
+    def _on_worker_failure(self, rank: int, error: Exception) -> None:
+        with self._state:
+            if self._failure is not None or self._closed:
+                return
+            self._failure = error
+            callbacks = list(self._failure_callbacks)
+        logger.error("%s", error)
+        for worker in self.workers:
+            if worker.rank != rank:
+                worker.link.fail(error)
+        for callback in callbacks:
+            callback()
