@@ -4,7 +4,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help install install-dev serve test test-fast lint lint-style lint-types lint-layers unit format bench clean
+.PHONY: help install install-dev serve test test-fast lint lint-style lint-types lint-layers format proto bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,11 @@ lint-layers: install-dev
 format: install-dev ## rewrite our Python files in the project's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+proto: install-dev ## generate the gRPC stubs from proto/*.proto
+	@mkdir -p build/typing/pomarium && ln -sfn ../../../proto build/typing/pomarium/proto
+	@$(BIN)/python -m grpc_tools.protoc -Ibuild/typing --python_out=build/typing --pyi_out=build/typing \
+		--grpc_python_out=build/typing build/typing/pomarium/proto/*.proto
 
 bench: install-dev ## measure our engine, mlx-lm and vLLM's CPU backend (docs/benchmarks.md)
 	@$(BIN)/python benchmarks/engine.py $(ARGS)

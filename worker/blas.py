@@ -97,8 +97,8 @@ def thread_count(environ: Mapping[str, str], physical_cores: int | None, usable_
     """Threads for one product: the user's OPENBLAS_NUM_THREADS, else all but one of the physical cores.
 
     The last core is the engine's and the endpoint's. OpenBLAS splits a product evenly and its threads wait for each
-    other, so that one of them without a core holds up all: on two cores, one of them busy, a decode step of SmolLM2 took
-    134 ms with one thread and 810 ms with two.
+    other, so that one of them without a core holds up all: on two cores, one of them busy, a decode step of SmolLM2
+    took 134 ms with one thread and 810 ms with two.
     OMP_NUM_THREADS is not read: Ray sets it to the CPUs that an actor reserved, which for a worker is 1.
     Raises SettingsError if the user's value is not a positive whole number.
     """
