@@ -99,7 +99,9 @@ class Driver:
             preempt: step number -> requests whose blocks are taken away before it; they start over from their tokens.
         """
         live = [
-            Live(name, list(prompt), len(prompt), new_tokens, sampling[name] if isinstance(sampling, dict) else sampling)
+            Live(
+                name, list(prompt), len(prompt), new_tokens, sampling[name] if isinstance(sampling, dict) else sampling
+            )
             for name, prompt in prompts.items()
         ]
         chunk, done = cycle(chunks), frozenset[str]()

@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+
 from pomarium.cluster.cli import main as cli
 
 HEAVY = ("vllm", "ray", "torch", "transformers")

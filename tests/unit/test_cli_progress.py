@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from pomarium.cluster.cli.progress import log_file
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pomarium.cluster.cli import main as cli
 from pomarium.cluster.cli import serve
+from pomarium.cluster.serving.check import Check
 from pomarium.cluster.serving.engine_args import parse
 from pomarium.cluster.serving.plan import ModelPlan, ServePlan
 from pomarium.worker.errors import PomariumError, SettingsError
+from pomarium.worker.models import embedded
 
 words = st.text("abcdefghij/.", min_size=1, max_size=8)
 options = st.text("abcdefghij", min_size=3, max_size=8).map(lambda w: f"--x{w}")
@@ -85,7 +88,7 @@ def test_a_port_in_use_is_refused() -> None:
 
 
 def test_a_folder_without_config_is_refused(model_folder: Path) -> None:
-    with pytest.raises(PomariumError, match=r"config\.json"):
+    with pytest.raises(PomariumError, match=r"holds no config\.json"):
         plan([str(model_folder)])
 
 
@@ -95,7 +98,19 @@ def test_truncated_weights_are_refused(model_folder: Path) -> None:
     )
     (model_folder / "model.safetensors").write_bytes((10_000).to_bytes(8, "little") + b'{"a":')
     with pytest.raises(PomariumError, match=r"model\.safetensors"):
-        plan([str(model_folder)])
+        Check([str(model_folder)]).folders()
+
+
+def test_the_embedded_model_is_found_and_sound() -> None:
+    (folder,) = Check([None]).folders()
+    assert (folder / "config.json").is_file()
+
+
+def test_an_abandoned_check_is_gone() -> None:
+    check = Check([None])
+    check.abandon()
+    with pytest.raises(RuntimeError, match="code -9"):
+        check.folders()
 
 
 def test_a_mistake_is_one_line_and_exit_code_1(
@@ -108,6 +123,11 @@ def test_a_mistake_is_one_line_and_exit_code_1(
     assert out == ""
 
 
+def test_the_embedded_models_name_is_its_own() -> None:
+    assert embedded.NAME == serve.EMBEDDED_NAME
+    assert [(m.name, m.source) for m in plan([]).models] == [(embedded.NAME, None)]
+
+
 def test_keys_come_from_the_arguments_and_the_environment() -> None:
     args = argparse.Namespace(api_key=["k1"])
     assert serve.api_keys(args, {serve.KEY_VARIABLE: "k2"}) == {"k1", "k2"}
@@ -115,7 +135,7 @@ def test_keys_come_from_the_arguments_and_the_environment() -> None:
 
 
 def test_welcome_shows_a_request_that_fits() -> None:
-    text = serve.welcome(ServePlan((ModelPlan("org/m", Path("/m")),), "0.0.0.0", 81, frozenset({"k"})))
+    text = serve.welcome(ServePlan((ModelPlan("org/m"),), "0.0.0.0", 81, frozenset({"k"})))
     assert "curl http://127.0.0.1:81/v1/chat/completions" in text
     assert '"model": "org/m"' in text
     assert "$KEY" in text

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from pomarium.cluster.cli import doctor
 from pomarium.cluster.cli.machine import PINS, Facts, gather
 

@@ -4,12 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from pomarium.cluster.serving import asgi_bridge
-from pomarium.cluster.serving.asgi_bridge import Head
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from pomarium.cluster.serving import asgi_bridge
+from pomarium.cluster.serving.asgi_bridge import Head
 
 
 async def collect(app: Starlette, path: str, body: bytes = b"") -> list[Head | bytes]:

@@ -1,15 +1,17 @@
 """The one sentence behind a failed start, wherever it failed."""
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError, field_validator
+from ray.exceptions import RayTaskError
+
 from pomarium.cluster.serving import faults
 from pomarium.worker.errors import CheckpointError, PomariumError, SettingsError
-from pydantic import BaseModel, field_validator
-from ray.exceptions import RayTaskError
 
 
 class Config(BaseModel):
@@ -25,19 +27,9 @@ class Config(BaseModel):
 
 def chained(*errors: Exception) -> Exception:
     """The last of `errors`, each raised while the one before was handled."""
-    try:
-        raise errors[0]
-    except Exception as first:
-        current = first
-    for error in errors[1:]:
-        try:
-            try:
-                raise current
-            except Exception:
-                raise error from None  # the context stays
-        except Exception as e:
-            current = e
-    return current
+    for error, later in pairwise(errors):
+        later.__context__ = error
+    return errors[-1]
 
 
 @given(st.text(min_size=1))
@@ -61,10 +53,10 @@ def test_a_remote_pomarium_error_is_the_answer() -> None:
 
 
 def test_vllm_validation_message_loses_its_frame() -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValidationError) as caught:
         Config(length=9)
     assert faults.sentence(caught.value) == "length 9 is greater than 8. Lower it."
-    with pytest.raises(ValueError) as other:
+    with pytest.raises(ValidationError) as other:
         Config(length="nine")  # type: ignore[arg-type]
     assert faults.sentence(other.value).startswith("length: Input should be a valid integer")
     wrapped = RuntimeError(f"Failed to create vLLM engine config: {caught.value}")

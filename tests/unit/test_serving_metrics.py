@@ -1,7 +1,8 @@
 """Prometheus pages of several machines become one valid page."""
 
-from pomarium.cluster.serving.metrics import addresses, merge
 from prometheus_client.parser import text_string_to_metric_families
+
+from pomarium.cluster.serving.metrics import addresses, merge
 
 PAGE_1 = """# HELP steps_total Steps.
 # TYPE steps_total counter

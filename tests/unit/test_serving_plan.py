@@ -1,17 +1,16 @@
 """What is served, decided from the command line alone."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pomarium.cluster.serving.app import deployment_name, passed_environment
 from pomarium.cluster.serving.plan import RESOURCE, ModelPlan, ServePlan, served_names
 from pomarium.worker.errors import SettingsError
 
 
 def model(name: str = "m", replicas: int = 1, **engine_args: object) -> ModelPlan:
-    return ModelPlan(name, Path("/models") / name, engine_args, replicas)
+    return ModelPlan(name, f"/models/{name}", engine_args, replicas)
 
 
 @given(replicas=st.integers(1, 5), stages=st.integers(1, 6))

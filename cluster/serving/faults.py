@@ -1,0 +1,116 @@
+"""From a pile of tracebacks to the one sentence that tells what to change.
+
+An engine that does not start fails in one of three processes. What fails in the replica is an exception there. What
+fails in vLLM's EngineCore process, or in a worker that it drives, reaches the replica only as "Engine core
+initialization failed": therefore `record_engine_core_faults`, called in that process by our executor, hands the
+sentence on through a file that the replica names in its environment. Serve passes a replica's failure to the command
+line as text: therefore `StartError` marks the sentence in it, and `marked_sentence` finds it.
+"""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pomarium.worker.errors import PomariumError
+
+FILE_VARIABLE = "POMARIUM_FAULT_FILE"
+ENGINE_CORE_LOGGER = "vllm.v1.engine.core"
+_MARK = "pomarium-start-error:"
+_WRAPPERS = ("Failed to create vLLM engine config: ",)
+
+
+class StartError(PomariumError):
+    """An engine did not start. The text carries the sentence, marked, so that it survives Serve's formatting."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(f"{_MARK}{json.dumps(sentence)}")
+
+
+def marked_sentence(text: str) -> str | None:
+    """The sentence of the first StartError that `text` (a status message with tracebacks) quotes, or None."""
+    found = re.search(re.escape(_MARK) + r'("(?:[^"\\]|\\.)*")', text)
+    return str(json.loads(found.group(1))) if found else None
+
+
+def sentence(error: BaseException) -> str:
+    """What `error` comes down to, as one line.
+
+    A PomariumError anywhere among its causes is the answer; else vLLM's own validation message; else the innermost
+    cause's type and first line.
+    """
+    chain = list(_causes(error))
+    for e in chain:
+        if isinstance(e, PomariumError):
+            return one_line(str(e))
+    for e in chain:
+        if isinstance(e, ValidationError):
+            return one_line(_validation_message(str(e)))
+    for e in chain:
+        for wrapper in _WRAPPERS:
+            if str(e).startswith(wrapper):
+                return one_line(_validation_message(str(e).removeprefix(wrapper)))
+    last = chain[-1]
+    first_line = next((line for line in str(last).splitlines() if line.strip()), "no message")
+    return one_line(f"{type(last).__name__}: {first_line}")
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks or runs of blanks."""
+    return " ".join(text.split())
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """`error`, what caused it, and so on. A Ray error carries what the remote side raised."""
+    from ray.exceptions import RayTaskError
+
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        remote = current.cause if isinstance(current, RayTaskError) else None
+        current = remote or current.__cause__ or current.__context__
+
+
+def _validation_message(text: str) -> str:
+    """The message in pydantic's frame: "1 validation error for X / field / Value error, MESSAGE [type=...]"."""
+    head, _, rest = text.partition("\n")
+    if "validation error" not in head:
+        return text
+    message = re.split(r"\s\[type=\w+, input_value=", rest)[0]
+    field, _, inner = message.partition("\n") if not message.startswith(" ") else ("", "", message)
+    if found := re.match(r"\s*(?:Value|Assertion) (?:error|failed), (.*)", inner, re.S):
+        return found.group(1)
+    return f"{field}: {inner}" if field else inner
+
+
+class _FaultFile(logging.Handler):
+    """Writes the first logged exception's sentence to a file, as long as the replica still waits for it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.ERROR)
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        starting = self._path.parent.exists() and not self._path.exists()
+        if starting and record.exc_info and record.exc_info[1]:
+            self._path.write_text(json.dumps(sentence(record.exc_info[1])))
+
+
+def record_engine_core_faults() -> None:
+    """In vLLM's EngineCore process: from now on hand the first fault that it logs to the replica that started it.
+
+    Does nothing where no replica asked for it (`vllm serve`, `vllm.LLM`).
+    """
+    if path := os.environ.get(FILE_VARIABLE):
+        logging.getLogger(ENGINE_CORE_LOGGER).addHandler(_FaultFile(Path(path)))
+
+
+def recorded_sentence(path: Path) -> str | None:
+    """What EngineCore handed over, or None."""
+    return str(json.loads(path.read_text())) if path.exists() else None

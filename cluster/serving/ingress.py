@@ -1,0 +1,167 @@
+"""The HTTP endpoint: authorises, finds the model, hands the request to one of its engines and relays the answer.
+
+    client --HTTP--> Serve proxy --> Ingress --Serve handle--> EngineReplica (vLLM's OpenAI application)
+
+Bodies pass through unread but for `model`, so that everything vLLM accepts works and its own error bodies arrive. The
+process stays small: it imports no vLLM. No CORS headers are sent: browsers of other origins are kept out.
+"""
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+
+from pomarium.cluster.serving import metrics, openai_errors
+from pomarium.cluster.serving.relay import RefusalError, Relay
+
+logger = logging.getLogger(__name__)
+
+HEALTH_S = 2.0
+"""An engine that does not answer a health check in this time would not serve a request either."""
+
+PASSED_HEADERS = frozenset({"content-type", "x-request-id", "traceparent", "tracestate"})
+
+api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+
+@api.exception_handler(RefusalError)
+async def _answer_refusal(_: Request, refusal: RefusalError) -> Response:
+    return JSONResponse(refusal.body, refusal.status)
+
+
+@api.exception_handler(HTTPException)
+async def _answer_http(request: Request, error: HTTPException) -> Response:
+    status, body = openai_errors.http(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
+    return JSONResponse(body, status, headers=error.headers)
+
+
+@api.exception_handler(Exception)
+async def _answer_fault(request: Request, fault: Exception) -> Response:
+    request_id = request.headers.get("x-request-id", "?")
+    logger.error("request %s failed", request_id, exc_info=fault)
+    status, body = openai_errors.internal(request_id)
+    return JSONResponse(body, status)
+
+
+class Ingress:
+    """Serve deployment class of the endpoint.
+
+    `engines`: one handle per model name. `api_keys`: accepted bearer tokens; empty admits everybody.
+    """
+
+    def __init__(self, engines: Mapping[str, DeploymentHandle], api_keys: frozenset[str] = frozenset()) -> None:
+        self._engines = dict(engines)
+        self._keys = tuple(key.encode() for key in api_keys)
+        self._created = int(time.time())
+
+    @api.get("/health")
+    async def health(self) -> Response:
+        """200 if each model would serve a request, else 503 with the reason per model."""
+        reasons = await asyncio.gather(*(_unhealthy(handle) for handle in self._engines.values()))
+        models = {name: reason or "ok" for name, reason in zip(self._engines, reasons, strict=True)}
+        if any(reasons):
+            return JSONResponse({"status": "unavailable", "models": models}, 503)
+        return JSONResponse({"status": "ok", "models": models})
+
+    @api.get("/metrics")
+    async def prometheus(self, request: Request) -> Response:
+        """Prometheus text of all machines: Ray's, vLLM's and our own series."""
+        self._authorise(request)
+        return PlainTextResponse(await metrics.collect(), media_type="text/plain; version=0.0.4")
+
+    @api.get("/v1/models")
+    async def models(self, request: Request) -> Response:
+        """The models served here."""
+        self._authorise(request)
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in self._engines]})
+
+    @api.get("/v1/models/{model:path}")
+    async def model(self, request: Request, model: str) -> Response:
+        """One model."""
+        self._authorise(request)
+        return JSONResponse(self._card(self._known(model)))
+
+    @api.post("/v1/chat/completions")
+    @api.post("/v1/completions")
+    @api.post("/tokenize")
+    @api.post("/detokenize")
+    async def generate(self, request: Request) -> Response:
+        """Everything that an engine answers."""
+        self._authorise(request)
+        body = await request.body()
+        name = self._model_of(body)
+        headers = [(k, v) for k, v in request.headers.items() if k.lower() in PASSED_HEADERS]
+        call = self._engines[name].options(stream=True).request
+        items = call.remote(request.method, request.url.path, body, headers)
+        relay = Relay(name, items)
+        try:
+            head = await relay.head()
+            if head.media_type.startswith("text/event-stream"):
+                return StreamingResponse(relay.events(), head.status, media_type=head.media_type)
+            return Response(b"".join([p async for p in relay.pieces()]), head.status, media_type=head.media_type)
+        except BaseException:
+            relay.cancel()
+            raise
+
+    def _authorise(self, request: Request) -> None:
+        """Raises RefusalError (401) without a valid key."""
+        if not self._keys:
+            return
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        given = token.strip().encode()
+        if scheme.lower() != "bearer" or not any(hmac.compare_digest(given, key) for key in self._keys):
+            raise RefusalError(*openai_errors.unauthorized())
+
+    def _model_of(self, body: bytes) -> str:
+        """The model that `body` asks for; the only one if it names none."""
+        try:
+            fields = json.loads(body)
+        except ValueError as e:
+            raise RefusalError(*openai_errors.invalid_json(str(e))) from None
+        if not isinstance(fields, dict):
+            raise RefusalError(*openai_errors.invalid_json("it must be an object"))
+        if fields.get("model") is None:
+            if len(self._engines) > 1:
+                raise RefusalError(*openai_errors.model_required(list(self._engines)))
+            return next(iter(self._engines))
+        return self._known(fields["model"])
+
+    def _known(self, name: object) -> str:
+        if isinstance(name, str) and name in self._engines:
+            return name
+        raise RefusalError(*openai_errors.unknown_model(name, list(self._engines)))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "pomarium"}
+
+
+async def _unhealthy(engine: DeploymentHandle) -> str | None:
+    """Why a request would not be served, or None."""
+    answer = engine.healthy.remote()
+    asked = asyncio.ensure_future(_answer_of(answer))
+    await asyncio.wait({asked}, timeout=HEALTH_S)  # not wait_for, which would wait for the cancellation as well
+    if not asked.done():
+        answer.cancel()
+        asked.cancel()
+        return "no engine answers: it is starting or being replaced"
+    if error := asked.exception():
+        logger.warning("health check failed: %s", error)
+        return "its engine has failed and is being replaced"
+    return None
+
+
+async def _answer_of(answer: Any) -> bool:
+    return bool(await answer)
+
+
+IngressDeployment = serve.ingress(api)(Ingress)
+"""`Ingress` bound to its routes. Last in the module: Serve copies the routes' functions and the names known by then."""

@@ -1,0 +1,160 @@
+"""The Ray that serves: one of our own on the loopback interface, or the rack's (RAY_ADDRESS). And its clean end.
+
+All processes of an own Ray inherit a marker in their environment, by which `leftovers` finds them, whoever their parent
+is by then: an engine process outlives a killed replica, for one.
+"""
+
+import math
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from pomarium.cluster.serving.plan import RESOURCE, ServePlan
+from pomarium.worker.errors import SettingsError
+
+MARKER = "POMARIUM_SESSION"
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Requests and tokens only pass through; no tensor ever lies in the object store."""
+
+SOCKET_PATH_LIMIT = 103
+"""Longest Unix socket path on macOS, in bytes (Linux: 107)."""
+
+RAY_SOCKET_SUFFIX = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
+
+TERM_S = 3.0
+"""How long leftovers have to end after SIGTERM before they are killed."""
+
+
+@dataclass(frozen=True)
+class LocalRay:
+    """An embedded Ray: marker value of its processes, folder of its sockets and logs."""
+
+    session: str
+    folder: Path
+
+
+def environment(session: str) -> dict[str, str]:
+    """Variables that an embedded Ray and all its processes get; Ray reads some of them when it is imported.
+
+    The node's address is 127.0.0.1 only without cluster support, whatever the system. A token keeps other users of this
+    machine out: the loopback interface is open to all of them.
+    """
+    return {
+        MARKER: session,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+    }
+
+
+def session_folder(environ: Mapping[str, str]) -> Path:
+    """A new folder, short enough for Ray's sockets.
+
+    Raises:
+        SettingsError: if RAY_TMPDIR is too long.
+    """
+    parent = environ.get("RAY_TMPDIR") or "/tmp"
+    os.makedirs(parent, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="pm-", dir=parent))
+    if len(str(folder)) + RAY_SOCKET_SUFFIX > SOCKET_PATH_LIMIT:
+        folder.rmdir()
+        raise SettingsError(
+            f"RAY_TMPDIR {parent!r} is too long for Ray's sockets: choose a path of at most 20 characters."
+        )
+    return folder
+
+
+def start(plan: ServePlan) -> LocalRay:
+    """Start an own Ray with as many `mlx` resources as `plan` has workers.
+
+    Raises:
+        SettingsError: see `session_folder`.
+    """
+    local = LocalRay(secrets.token_hex(8), session_folder(os.environ))
+    os.environ.update(environment(local.session))
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=math.ceil(plan.cpus()),
+            num_gpus=0,
+            resources={RESOURCE: plan.workers()},
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level="WARNING",
+            _temp_dir=str(local.folder),
+            # Ray would run actors at nice 15, behind whatever else this machine does.
+            _system_config={"worker_niceness": 0},
+        )
+    except BaseException:
+        stop(local)
+        raise
+    return local
+
+
+def join(address: str, plan: ServePlan) -> None:
+    """Join the rack's Ray at `address`.
+
+    Raises:
+        SettingsError: if nothing answers there or it has fewer workers than `plan` takes.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    try:
+        ray.init(address=address, logging_level="WARNING")
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        raise SettingsError(f"No Ray answers at RAY_ADDRESS={address} ({e}): start it or unset the variable.") from e
+    there = ray.cluster_resources().get(RESOURCE, 0)
+    if there < plan.workers():
+        raise SettingsError(
+            f"The Ray at {address} has {there:g} of the {plan.workers()} `{RESOURCE}` resources that this takes: "
+            f"start its nodes with --resources='{{\"{RESOURCE}\": 1}}'."
+        )
+
+
+def stop(local: LocalRay) -> None:
+    """End an own Ray, every process that it left, and its folder."""
+    import ray
+
+    ray.shutdown()
+    end(list(leftovers(local.session)))
+    shutil.rmtree(local.folder, ignore_errors=True)
+
+
+def leftovers(session: str) -> Iterator[psutil.Process]:
+    """Processes other than this one that carry the marker of `session`."""
+    for process in psutil.process_iter():
+        if process.pid == os.getpid():
+            continue
+        try:
+            if process.environ().get(MARKER) == session and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # gone, or another user's
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """SIGTERM, then SIGKILL to those that stay."""
+    for process in processes:
+        _signal(process.terminate)
+    _, alive = psutil.wait_procs(processes, timeout=TERM_S)
+    for process in alive:
+        _signal(process.kill)
+    psutil.wait_procs(alive, timeout=TERM_S)
+
+
+def _signal(send: Callable[[], None]) -> None:
+    try:
+        send()
+    except psutil.NoSuchProcess:
+        return

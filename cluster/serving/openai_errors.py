@@ -1,0 +1,53 @@
+"""OpenAI's error body, for what the ingress itself refuses; engines answer with vLLM's, which have the same shape."""
+
+from http import HTTPStatus
+from typing import Any
+
+
+def body(status: int, message: str, *, kind: str, param: str | None = None) -> dict[str, Any]:
+    """`{"error": {message, type, param, code}}`; `code` repeats the HTTP status, as vLLM does."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def invalid_json(reason: str) -> tuple[int, dict[str, Any]]:
+    """400 for a body that is not a JSON object."""
+    return _error(HTTPStatus.BAD_REQUEST, f"The request body is not valid JSON: {reason}.", "BadRequestError")
+
+
+def unknown_model(name: object, served: list[str]) -> tuple[int, dict[str, Any]]:
+    """404 for a model that is not served here."""
+    message = f"The model `{name}` does not exist. Served here: {', '.join(served)}."
+    return _error(HTTPStatus.NOT_FOUND, message, "NotFoundError", "model")
+
+
+def model_required(served: list[str]) -> tuple[int, dict[str, Any]]:
+    """400 for a request that names no model where several are served."""
+    message = f"The request names no model. Served here: {', '.join(served)}."
+    return _error(HTTPStatus.BAD_REQUEST, message, "BadRequestError", "model")
+
+
+def unauthorized() -> tuple[int, dict[str, Any]]:
+    """401 for a missing or wrong key."""
+    message = "Wrong or missing API key: send `Authorization: Bearer KEY`."
+    return _error(HTTPStatus.UNAUTHORIZED, message, "AuthenticationError")
+
+
+def engine_unavailable(model: str, reason: str) -> tuple[int, dict[str, Any]]:
+    """503 while no engine of the model answers, or when it was lost under way."""
+    message = f"The engine of `{model}` is not available: {reason}. Try again shortly."
+    return _error(HTTPStatus.SERVICE_UNAVAILABLE, message, "ServiceUnavailableError")
+
+
+def http(status: int, message: str) -> tuple[int, dict[str, Any]]:
+    """No such path, or not with this method."""
+    kind = "NotFoundError" if status == HTTPStatus.NOT_FOUND else "BadRequestError"
+    return status, body(status, message, kind=kind)
+
+
+def internal(request_id: str) -> tuple[int, dict[str, Any]]:
+    """500 for a fault of ours; the log has the traceback under this id."""
+    return _error(HTTPStatus.INTERNAL_SERVER_ERROR, f"Internal error, request {request_id}.", "InternalServerError")
+
+
+def _error(status: HTTPStatus, message: str, kind: str, param: str | None = None) -> tuple[int, dict[str, Any]]:
+    return status.value, body(status.value, message, kind=kind, param=param)

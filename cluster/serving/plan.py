@@ -1,0 +1,101 @@
+"""What is to be served, as plain facts, and the pure decisions about it. Imports neither Ray nor vLLM.
+
+command line --> ServePlan --> app.py (Ray Serve application) --> engine.py (one replica per model copy)
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pomarium.worker.errors import SettingsError
+
+RESOURCE = "mlx"
+"""Ray resource that a machine offers once per worker it can run."""
+
+REPLICA_CPUS = 1.0
+WORKER_CPUS = 1.0
+INGRESS_CPUS = 0.5
+SERVE_CPUS = 2.0
+"""Logical CPUs, for Ray's book-keeping alone: they limit nothing."""
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model behind the endpoint.
+
+    Attributes:
+        name: what requests call it (`model` in the body).
+        source: what the user named: a folder, a GGUF file or an id; None is the embedded model.
+        engine_args: vLLM AsyncEngineArgs and FrontendArgs fields that the user set; the others keep vLLM's defaults.
+        replicas: how many engines serve it.
+    """
+
+    name: str
+    source: str | None = None
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    replicas: int = 1
+
+    @property
+    def stages(self) -> int:
+        """Workers of one replica."""
+        return int(self.engine_args.get("pipeline_parallel_size", 1))
+
+    def bundles(self) -> list[dict[str, float]]:
+        """Placement-group bundles of one replica: one per worker; the replica itself sits in the first."""
+        worker = {"CPU": WORKER_CPUS, RESOURCE: 1.0}
+        first = {"CPU": WORKER_CPUS + REPLICA_CPUS, RESOURCE: 1.0}
+        return [first] + [dict(worker) for _ in range(self.stages - 1)]
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """The whole endpoint. `api_keys` empty means that everybody may ask."""
+
+    models: tuple[ModelPlan, ...]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise SettingsError("No model to serve: name at least one.")
+        for name, count in Counter(m.name for m in self.models).items():
+            if count > 1:
+                raise SettingsError(f"Two models are called {name!r}: give each a name of its own with --served-name.")
+
+    @property
+    def url(self) -> str:
+        """Base URL for clients on this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
+        return f"http://{host}:{self.port}"
+
+    def workers(self) -> int:
+        """How many `mlx` resources the plan takes."""
+        return sum(m.replicas * m.stages for m in self.models)
+
+    def cpus(self) -> float:
+        """Logical CPUs that a Ray of our own must offer for all actors to be placed."""
+        replicas = sum(m.replicas * sum(b["CPU"] for b in m.bundles()) for m in self.models)
+        return replicas + INGRESS_CPUS + SERVE_CPUS
+
+
+def served_names(models: Sequence[str], given: Sequence[str]) -> tuple[str, ...]:
+    """The name of each model: the given ones, else the last part of a path, or the id as it is.
+
+    Raises:
+        SettingsError: if names are given, but not one for each model.
+    """
+    if given and len(given) != len(models):
+        raise SettingsError(
+            f"--served-name was given {len(given)} times for {len(models)} models: give one each or none."
+        )
+    return tuple(given) if given else tuple(_own_name(m) for m in models)
+
+
+def _own_name(model: str) -> str:
+    if model.startswith(("/", ".", "~")) or Path(model).expanduser().exists():
+        path = Path(model).expanduser().resolve()
+        return path.stem if path.suffix == ".gguf" else path.name
+    return model

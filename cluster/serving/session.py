@@ -1,0 +1,110 @@
+"""From a ServePlan to a running endpoint and back to nothing, phase by phase.
+
+serving(plan): Ray (own or joined), models found and checked -> engines ready ... -> all of it gone
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pomarium.cluster.serving import faults, local_ray
+from pomarium.cluster.serving.check import Check
+from pomarium.cluster.serving.plan import ServePlan
+from pomarium.worker.errors import PomariumError
+
+Phase = Callable[[str], AbstractContextManager[None]]
+"""Told of each phase; enters it, and leaves it when it is done."""
+
+
+class EngineStartError(PomariumError):
+    """An engine did not start; says why."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Serve's view of the endpoint: running or not, and what it says about it."""
+
+    running: bool
+    message: str
+
+
+@contextmanager
+def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """The endpoint answers while the context is open. Leaving it ends all that was started.
+
+    Raises:
+        CheckpointError: a model is missing, damaged or of an unknown kind.
+        EngineStartError: with the first engine's reason.
+        SettingsError: if RAY_ADDRESS names a Ray that does not answer or is too small.
+    """
+    joined = bool(environ.get("RAY_ADDRESS"))
+    check = Check([model.source for model in plan.models])
+    with ExitStack() as stack:
+        stack.callback(check.abandon)
+        stack.enter_context(_ray(plan, phase, environ))
+        with phase("model"):
+            folders = check.folders()
+        with phase("engine"):
+            _deploy(plan, folders, environ if joined else {})
+        try:
+            yield
+        finally:
+            _remove(joined)
+
+
+@contextmanager
+def _ray(plan: ServePlan, phase: Phase, environ: Mapping[str, str]) -> Iterator[None]:
+    if address := environ.get("RAY_ADDRESS"):
+        with phase("ray"):
+            local_ray.join(address, plan)
+        yield
+        return
+    with phase("ray"):
+        local = local_ray.start(plan)
+    try:
+        yield
+    finally:
+        local_ray.stop(local)
+
+
+def _deploy(plan: ServePlan, folders: Sequence[Path], environ: Mapping[str, str]) -> None:
+    from ray import serve
+
+    from pomarium.cluster.serving import app
+
+    serve.start(proxy_location="HeadOnly", http_options={"host": plan.host, "port": plan.port})
+    try:
+        serve.run(
+            app.build(plan, folders, app.passed_environment(environ)),
+            name=app.APP_NAME,
+            route_prefix="/",
+            blocking=False,
+        )
+    except RuntimeError as e:
+        messages = [d.message for d in serve.status().applications[app.APP_NAME].deployments.values()]
+        sentence = faults.marked_sentence("\n".join([*messages, str(e)]))
+        raise EngineStartError(sentence or f"The engine did not start: {faults.one_line(str(e))}") from e
+
+
+def _remove(joined: bool) -> None:
+    from ray import serve
+
+    from pomarium.cluster.serving import app
+
+    if joined:
+        serve.delete(app.APP_NAME)
+    else:
+        serve.shutdown()
+
+
+def status() -> Status:
+    """How the endpoint is doing, as Serve's controller knows it."""
+    from ray import serve
+
+    from pomarium.cluster.serving import app
+
+    known = serve.status().applications[app.APP_NAME]
+    messages = [d.message for d in known.deployments.values() if d.message]
+    return Status(known.status.value == "RUNNING", "; ".join(faults.one_line(m) for m in messages))

@@ -1,0 +1,38 @@
+"""Our own Prometheus series: how long a worker's steps take and how much rides in one.
+
+    MetalWorker.subscribe(StepMetrics(model)) --ray.util.metrics--> Ray's agent --> /metrics, as `ray_pomarium_...`
+
+Runs in the worker's actor. KV use is vLLM's own series, `ray_vllm_kv_cache_usage_perc`.
+"""
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from pomarium.worker.model_runner import StepStats
+
+SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
+TOKENS = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0]
+
+
+class StepMetrics:
+    """A listener for MetalWorker.subscribe. `model`: served name; `rank`: the pipeline stage."""
+
+    def __init__(self, model: str, rank: int) -> None:
+        tags = {"model_name": model, "rank": str(rank)}
+        keys = tuple(tags)
+        self._seconds = Histogram(
+            "pomarium_step_seconds", "Forward and sampling of one step, in seconds.", boundaries=SECONDS, tag_keys=keys
+        )
+        self._tokens = Histogram(
+            "pomarium_step_tokens", "Tokens computed in one step.", boundaries=TOKENS, tag_keys=keys
+        )
+        self._requests = Gauge("pomarium_step_requests", "Requests in the last step: the batch size.", tag_keys=keys)
+        self._sampled = Counter("pomarium_sampled_tokens", "Tokens sampled.", tag_keys=keys)
+        for metric in (self._seconds, self._tokens, self._requests, self._sampled):
+            metric.set_default_tags(tags)
+
+    def __call__(self, stats: StepStats) -> None:
+        self._seconds.observe(stats.seconds)
+        self._tokens.observe(stats.rows)
+        self._requests.set(stats.requests)
+        if stats.sampled:
+            self._sampled.inc(stats.sampled)

@@ -1,0 +1,221 @@
+"""`pomarium serve` as its users meet it: a real process, the embedded model, OpenAI's official client."""
+
+import json
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+from serve_process import READY_S, STOP_S, Server
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+MODEL = "smollm2"
+QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "big": {"type": "boolean"}},
+    "required": ["city", "big"],
+    "additionalProperties": False,
+}
+RECOVERY_S = 300.0
+
+
+def test_the_terminal_shows_phases_url_and_a_request(server: Server) -> None:
+    words = [line.split()[0] for line in server.output.splitlines() if line]
+    assert words[:5] == ["log", "ray", "model", "engine", "ready"]
+    assert f"{server.url}/v1" in server.output
+    assert f"curl {server.url}/v1/chat/completions" in server.output
+
+
+def test_paris(client: OpenAI) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=16, temperature=0)
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens > 0
+
+
+def test_paris_streamed(client: OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=QUESTION,
+        max_tokens=16,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    deltas = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
+    assert "Paris" in "".join(deltas)
+    assert len(deltas) > 3
+    assert chunks[-1].usage is not None
+
+
+def test_completion_with_logprobs(client: OpenAI) -> None:
+    choice = client.completions.create(
+        model=MODEL, prompt="The capital of France is", max_tokens=3, temperature=0, logprobs=2
+    ).choices[0]
+    assert choice.text.startswith(" Paris")
+    assert choice.logprobs is not None
+    assert choice.logprobs.token_logprobs is not None
+    assert len(choice.logprobs.token_logprobs) == 3
+    assert all(p is not None and p <= 0 for p in choice.logprobs.token_logprobs)
+
+
+def test_chat_with_top_logprobs(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, max_tokens=2, temperature=0, logprobs=True, top_logprobs=3
+    )
+    assert answer.choices[0].logprobs is not None
+    first = (answer.choices[0].logprobs.content or [])[0]
+    assert len(first.top_logprobs) == 3
+    assert first.logprob == max(p.logprob for p in first.top_logprobs)
+
+
+def test_json_schema_is_kept(client: OpenAI) -> None:
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "city", "schema": SCHEMA, "strict": True}}
+    answer = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, max_tokens=80, temperature=0, response_format=schema
+    )
+    value = json.loads(answer.choices[0].message.content or "")
+    assert set(value) == {"city", "big"}
+    assert isinstance(value["big"], bool)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "pattern"),
+    [
+        ({"choice": ["Berlin", "Madrid"]}, "Berlin|Madrid"),
+        ({"regex": "[0-9]{3}"}, "[0-9]{3}"),
+        ({"grammar": 'root ::= "yes" | "no"'}, "yes|no"),
+    ],
+)
+def test_structured_outputs_are_kept(client: OpenAI, constraint: dict[str, Any], pattern: str) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, max_tokens=8, extra_body={"structured_outputs": constraint}
+    )
+    assert re.fullmatch(pattern, answer.choices[0].message.content or "")
+
+
+def test_models_are_listed(client: OpenAI) -> None:
+    assert [m.id for m in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).owned_by == "pomarium"
+
+
+def test_health(server: Server) -> None:
+    answer = httpx.get(f"{server.url}/health", timeout=10)
+    assert (answer.status_code, answer.json()) == (200, {"status": "ok", "models": {MODEL: "ok"}})
+
+
+def test_browsers_of_other_origins_are_kept_out(server: Server) -> None:
+    headers = {"Origin": "http://example.com", "Access-Control-Request-Method": "POST"}
+    answers = [
+        httpx.get(f"{server.url}/v1/models", headers=headers, timeout=10),
+        httpx.options(f"{server.url}/v1/chat/completions", headers=headers, timeout=10),
+    ]
+    assert not [name for a in answers for name in a.headers if name.startswith("access-control")]
+
+
+def test_metrics_show_ray_and_vllm(server: Server, client: OpenAI) -> None:
+    client.completions.create(model=MODEL, prompt="One", max_tokens=2)
+    deadline = time.monotonic() + 60
+    while server.generated() == 0 and time.monotonic() < deadline:
+        time.sleep(1)
+    page = httpx.get(f"{server.url}/metrics", timeout=30).text
+    for series in (
+        "ray_vllm_generation_tokens_total",
+        "ray_vllm_kv_cache_usage_perc",
+        "ray_serve_deployment",
+        "ray_node",
+    ):
+        assert f"\n{series}" in page, series
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_request(server: Server, stream: bool) -> None:
+    """The engine stops computing: the count of generated tokens comes to rest far from what was asked for."""
+    body = {"model": MODEL, "prompt": "Once", "max_tokens": CONTEXT_REST, "ignore_eos": True, "stream": stream}
+    before = server.generated()
+    if stream:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            next(answer.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=1.5)
+    counts = [server.generated()]
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (len(counts) > 8 and counts[-1] == counts[-8]):
+        time.sleep(1)
+        counts.append(server.generated())
+    assert counts[-1] == counts[-8]
+    assert counts[-1] - before < CONTEXT_REST
+
+
+CONTEXT_REST = 900
+
+
+def test_streams_run_side_by_side(server: Server) -> None:
+    answers: list[str] = []
+
+    def ask() -> None:
+        answer = server.client().chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=16, temperature=0)
+        answers.append(answer.choices[0].message.content or "")
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 6
+    assert all("Paris" in answer for answer in answers)
+
+
+def test_a_killed_worker_is_replaced(server: Server, client: OpenAI) -> None:
+    """kill -9: health turns to 503 with a reason within seconds, and to 200 once Serve has started another engine."""
+    (worker,) = [p for p in server.processes() if "WorkerActor" in "".join(p.cmdline())]
+    worker.kill()
+    deadline = time.monotonic() + 30
+    while (answer := httpx.get(f"{server.url}/health", timeout=20)).status_code == 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert answer.status_code == 503
+    assert answer.json()["models"][MODEL] != "ok"
+    deadline = time.monotonic() + RECOVERY_S
+    while httpx.get(f"{server.url}/health", timeout=20).status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    test_paris(client)
+    assert "an engine was lost" in server.output
+
+
+def test_ctrl_c_leaves_nothing(server: Server) -> None:
+    assert len(server.processes()) > 5
+    assert server.interrupt() == 0
+    assert server.output.endswith("stopping ...\nstopped\n")
+    deadline = time.monotonic() + 5
+    while server.processes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [p.cmdline() for p in server.processes()] == []
+
+
+def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM while the engine starts, when Ray has put its own handler of that signal in place."""
+    starting = Server(tmp_path)
+    try:
+        process = starting.start(["--port", "18735"])
+        deadline = time.monotonic() + READY_S
+        while "\nmodel " not in starting.output:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(5)
+        process.terminate()
+        assert process.wait(STOP_S) == 130
+        assert starting.processes() == []
+    finally:
+        starting.kill()

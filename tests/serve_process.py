@@ -1,0 +1,100 @@
+"""A `pomarium serve` process, driven as a terminal would drive it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+from openai import OpenAI
+
+MODEL = "smollm2"
+CONTEXT = 1024
+READY_S = 280.0
+STOP_S = 60.0
+MARKER = "POMARIUM_TEST_SERVER"
+"""Inherited by every process of the server, so that what it leaves behind is found."""
+
+
+@dataclass
+class Server:
+    """A server process in a session of its own, as a terminal would start it."""
+
+    folder: Path
+    arguments: list[str] = field(default_factory=list)
+    process: "subprocess.Popen[bytes] | None" = None
+    port: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "output").read_text()
+
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def ensure(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            return
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.start(["--port", str(self.port), "--max-model-len", str(CONTEXT), *self.arguments])
+        assert self.process is not None
+        deadline = time.monotonic() + READY_S
+        while "ready" not in self.output:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output + self.log()
+            time.sleep(0.2)
+
+    def start(self, arguments: list[str]) -> "subprocess.Popen[bytes]":
+        environ = os.environ | {"XDG_STATE_HOME": str(self.folder), MARKER: str(self.folder)}
+        environ.pop("RAY_ADDRESS", None)
+        with (self.folder / "output").open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pomarium.cluster.cli.main", "serve", *arguments],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environ,
+                start_new_session=True,
+            )
+        return self.process
+
+    def log(self) -> str:
+        return "\n".join(p.read_text()[-4000:] for p in (self.folder / "pomarium").glob("*.log"))
+
+    def interrupt(self) -> int:
+        """Ctrl-C, which the terminal sends to the whole foreground group; returns the exit code."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self.process.wait(STOP_S)
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARKER) == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def kill(self) -> None:
+        for process in self.processes():
+            process.kill()
+        if self.process is not None:
+            self.process.wait(STOP_S)
+
+    def generated(self) -> float:
+        """Tokens that the engines have generated, by the metrics."""
+        page = httpx.get(f"{self.url}/metrics", timeout=30).text
+        lines = [line for line in page.splitlines() if line.startswith("ray_vllm_generation_tokens_total{")]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
