@@ -11,6 +11,7 @@ translates; what it translates to and from is tested without vLLM.
 import logging
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -66,6 +67,11 @@ _TORCH_DTYPES = {value: key for key, value in _MX_DTYPES.items()}
 class MetalWorker(WorkerBase):
     """One worker: a model on this machine's device, with its KV cache. Methods are called in the order below."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Arguments as vLLM's WorkerBase."""
+        super().__init__(*args, **kwargs)
+        self._listeners: list[Callable[[StepStats], None]] = []
+
     def init_device(self) -> None:
         """Choose the device. Raises SettingsError if the environment asks for one that is absent."""
         _log_like_vllm()
@@ -74,7 +80,6 @@ class MetalWorker(WorkerBase):
         self.mlx_device: Device = use(self.settings)
         self.device = torch.device("cpu")  # what vLLM's own tensors use; the model's arrays are MLX's
         self.memory_at_start = memory.snapshot(self.mlx_device)
-        self._listeners: list[Callable[[StepStats], None]] = []
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the checkpoint. Raises CheckpointError, UnsupportedError."""

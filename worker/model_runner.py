@@ -27,11 +27,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepStats:
-    """Figures of one step. rows: tokens computed. seconds: forward and sampling, without the wait between them."""
+    """Figures of one step.
+
+    Attributes:
+        rows: tokens computed. cached_tokens: held by live requests after the step, a shared prefix counted for each.
+        seconds: forward and sampling, without the wait between them.
+    """
 
     requests: int
     rows: int
     sampled: int
+    cached_tokens: int
     seconds: float
 
 
@@ -113,7 +119,9 @@ class ModelRunner:
             prompt_logprobs,
         )
         seconds = waiting.seconds + time.perf_counter() - began
-        self._on_step(StepStats(len(waiting.scheduled), len(batch.token_ids), len(requests), seconds))
+        self._on_step(
+            StepStats(len(waiting.scheduled), len(batch.token_ids), len(requests), self.requests.cached_tokens, seconds)
+        )
         return result
 
     def _prompt_logprobs(self, waiting: _Waiting) -> dict[str, Logprobs]:

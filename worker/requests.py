@@ -51,6 +51,11 @@ class RequestTable:
     def __len__(self) -> int:
         return len(self._requests)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose K and V live requests hold; a shared prefix counts for each of them."""
+        return sum(request.num_computed_tokens for request in self._requests.values())
+
     def apply(self, step: Step) -> list[tuple[RequestState, int]]:
         """Take in what changed and return the scheduled (request, number of tokens), in the step's order.
 

@@ -15,7 +15,9 @@ from vllm.v1.serial_utils import run_method
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from pomarium.cluster.executor.codec import decode, describe, encode
+from pomarium.cluster.step_metrics import StepMetrics
 from pomarium.proto import control_pb2 as pb
+from pomarium.worker.metal_worker import MetalWorker
 
 INIT_WORKER = "init_worker"
 """First call: keyword arguments of vLLM's WorkerBase."""
@@ -50,5 +52,9 @@ class WorkerHost:
     def _invoke(self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if method == INIT_WORKER:
             # A lock cannot travel; vLLM wants one for a multimodal cache shared between the workers of a machine.
-            return self._wrapper.init_worker([{**kwargs, "shared_worker_lock": multiprocessing.Lock()}])
+            self._wrapper.init_worker([{**kwargs, "shared_worker_lock": multiprocessing.Lock()}])
+            worker = self._wrapper.worker
+            if isinstance(worker, MetalWorker):
+                worker.subscribe(StepMetrics(worker.model_config.served_model_name, worker.rank))
+            return None
         return run_method(self._wrapper, method, args, kwargs)

@@ -25,7 +25,7 @@ from pomarium.cluster.executor.host import INIT_WORKER
 from pomarium.cluster.executor.launch import RemoteWorker, kill, launch
 from pomarium.cluster.executor.link import gather
 from pomarium.cluster.executor.session import ensure_connected
-from pomarium.cluster.serving.faults import record_engine_core_faults
+from pomarium.cluster.faults import record_engine_core_faults
 from pomarium.worker.errors import PomariumError
 
 logger = init_logger("vllm.pomarium.executor")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pomarium.cluster.serving import asgi_bridge, faults
+from pomarium.cluster import faults
+from pomarium.cluster.serving import asgi_bridge
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.plan import ModelPlan
 

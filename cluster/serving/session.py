@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pomarium.cluster.serving import faults, local_ray
+from pomarium.cluster import faults
+from pomarium.cluster.serving import local_ray
 from pomarium.cluster.serving.check import Check
 from pomarium.cluster.serving.plan import ServePlan
 from pomarium.worker.errors import PomariumError

@@ -1,8 +1,8 @@
 """Our own Prometheus series: how long a worker's steps take and how much rides in one.
 
-    MetalWorker.subscribe(StepMetrics(model)) --ray.util.metrics--> Ray's agent --> /metrics, as `ray_pomarium_...`
+    MetalWorker.subscribe(StepMetrics(model, rank)) --ray.util.metrics--> Ray's agent --> /metrics, as `ray_pomarium_...`
 
-Runs in the worker's actor. KV use is vLLM's own series, `ray_vllm_kv_cache_usage_perc`.
+Runs in the worker's actor. The share of KV blocks in use is vLLM's own series, `ray_vllm_kv_cache_usage_perc`.
 """
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -26,13 +26,15 @@ class StepMetrics:
             "pomarium_step_tokens", "Tokens computed in one step.", boundaries=TOKENS, tag_keys=keys
         )
         self._requests = Gauge("pomarium_step_requests", "Requests in the last step: the batch size.", tag_keys=keys)
+        self._cached = Gauge("pomarium_cached_tokens", "Tokens in the KV cache of live requests.", tag_keys=keys)
         self._sampled = Counter("pomarium_sampled_tokens", "Tokens sampled.", tag_keys=keys)
-        for metric in (self._seconds, self._tokens, self._requests, self._sampled):
+        for metric in (self._seconds, self._tokens, self._requests, self._cached, self._sampled):
             metric.set_default_tags(tags)
 
     def __call__(self, stats: StepStats) -> None:
         self._seconds.observe(stats.seconds)
         self._tokens.observe(stats.rows)
         self._requests.set(stats.requests)
+        self._cached.set(stats.cached_tokens)
         if stats.sampled:
             self._sampled.inc(stats.sampled)
