@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError, field_validator
 from ray.exceptions import RayTaskError
 
-from pomarium.cluster.serving import faults
+from pomarium.cluster import faults
 from pomarium.worker.errors import CheckpointError, PomariumError, SettingsError
 
 
