@@ -8,10 +8,12 @@ are read, so what it raises reaches the user as it is.
 
 import os
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+import vllm.envs as envs
 from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
@@ -49,11 +51,19 @@ class PomariumPlatform(Platform):
         device = detect(worker_settings.load(os.environ))
         return [_TORCH_DTYPES[name] for name in device.supported_dtypes]
 
+    def is_cpu(self) -> bool:
+        """Whether torch, too, has nothing but the CPU. Else vLLM empties an accelerator's cache when an engine ends, which
+        raises where there is none; it also chooses a CPU's smaller default for --max-num-batched-tokens."""
+        return not torch.accelerator.is_available()
+
     @classmethod
     def pre_register_and_update(cls, parser: "FlexibleArgumentParser | None" = None) -> None:
+        """Called before vLLM reads arguments and checks the environment for variables that it does not know."""
         from pomarium.cluster import quantization
 
         quantization.register()
+        for variable in worker_settings.VARIABLES:
+            envs.environment_variables.setdefault(variable.name, partial(os.environ.get, variable.name))
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:

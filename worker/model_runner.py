@@ -10,7 +10,7 @@ so one step's logits wait at a time.
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -138,6 +138,8 @@ class ModelRunner:
             if end == request.num_prompt_tokens - 1:
                 finished[request_id] = _join(request.prompt_logprobs)
                 request.prompt_logprobs = []
+                # The engine appends what it gets: a request preempted later computes its prompt again, unreported.
+                request.sampling = replace(request.sampling, num_prompt_logprobs=None)
         return finished
 
 

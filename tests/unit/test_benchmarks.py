@@ -1,0 +1,123 @@
+"""The arithmetic and the tables of benchmarks/; what it measures is run by hand (docs/benchmarks.md)."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark is a script: its modules import each other by their bare names."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_percentile_is_the_nearest_rank() -> None:
+    from measure import percentile
+
+    values = [4.0, 1.0, 3.0, 2.0]
+    assert [percentile(values, share) for share in (0.25, 0.5, 0.51, 0.99, 1.0)] == [1, 2, 3, 4, 4]
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0.01, 1))
+def test_at_least_the_share_lies_at_or_below_the_percentile(values: list[float], share: float) -> None:
+    from measure import percentile
+
+    found = percentile(values, share)
+    assert found in values
+    assert sum(value <= found for value in values) >= share * len(values) - 1e-9
+
+
+@pytest.mark.parametrize(("values", "share"), [([], 0.5), ([1.0], 0.0), ([1.0], 1.1)])
+def test_percentile_refuses_what_has_none(values: list[float], share: float) -> None:
+    from measure import percentile
+
+    with pytest.raises(ValueError, match="percentile"):
+        percentile(values, share)
+
+
+def test_gaps_overlap_the_interval_and_never_span_streams() -> None:
+    from measure import gaps_of
+
+    streams = [[0.0, 1.0, 9.0, 9.5, 20.0], [4.0, 4.5], [1.0], []]
+    assert gaps_of(streams, 9.1, 9.4) == [0.5]
+    assert gaps_of(streams, 2.0, 9.2) == [8.0, 0.5, 0.5], "a gap that began before the interval"
+    assert gaps_of(streams, 9.2, 10.0) == [0.5, 10.5], "a gap that ends after it"
+    assert gaps_of(streams, 30.0, 40.0) == []
+
+
+def test_the_best_round_is_the_fastest_whatever_the_unit() -> None:
+    from measure import Sample
+    from report import summaries
+
+    found = summaries(
+        {
+            "ours": [
+                Sample("throughput/8", 50.0, 0.1),
+                Sample("throughput/8", 70.0, 0.9),
+                Sample("gap/during", 3.0, 0.0),
+                Sample("gap/during", 2.0, 0.0),
+            ]
+        }
+    )
+    throughput, gap = found["ours", "throughput/8"], found["ours", "gap/during"]
+    assert (throughput.best, throughput.low, throughput.high, throughput.others) == (70, 50, 70, 0.9)
+    assert gap.best == 2
+
+
+def test_ratio_and_cell() -> None:
+    from report import Summary, cell, ratio
+
+    one, two = Summary(1.0, 1.0, 1.0, 0.0), Summary(2.5, 2.0, 2.5, 0.0)
+    assert ratio(two, one) == "2.50x"
+    assert ratio(two, None) == ratio(None, one) == ratio(one, Summary(0.0, 0.0, 0.0, 0.0)) == "–"
+    assert (cell(one, 1), cell(two, 1), cell(None, 1)) == ("1.0", "2.5 (2.0–2.5)", "–")
+
+
+def test_tables_put_the_figures_and_ratios_under_their_columns() -> None:
+    from measure import Sample
+    from report import summaries, tables
+    from systems import KV_BYTES
+
+    weights = 100 << 20
+    text = tables(
+        summaries(
+            {
+                "ours": [
+                    Sample("throughput/1", 9.5, 0.0),
+                    Sample("throughput/8", 60.0, 0.25),
+                    Sample("first_token/cold", 10.0, 0.0),
+                    Sample("first_token/hit", 1.0, 0.0),
+                    Sample("memory/peak", float(weights + KV_BYTES + (30 << 20)), 0.0),
+                ],
+                "mlx-batch": [Sample("throughput/1", 10.0, 0.0), Sample("throughput/8", 50.0, 0.0)],
+                "mlx-server": [Sample(f"gap/{name}", 4.0, 0.0) for name in ("before", "during", "first_token")],
+            }
+        ),
+        weights,
+    )
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line]
+    assert ["Pomarium", "9.5", "0.95x", "60.0", "1.20x", "0.25"] in rows
+    assert ["Pomarium", "10.00", "1.00", "0.10x", "0.00"] in rows
+    assert ["Pomarium", str(100 + 512 + 30), "100", "512", "30"] in rows
+    assert ["mlx-lm server", "2048", "4.00", "4.00", "1.00x", "4.0", "0.00"] in rows
+    assert all(len(row) in (5, 6, 7) for row in rows)
+
+
+def test_nothing_measured_gives_no_table() -> None:
+    from report import tables
+
+    assert tables({}, 0) == ""
+
+
+def test_module_names_are_free() -> None:
+    """The bare names must not hide an installed module from the processes that run a benchmark."""
+    from importlib.machinery import PathFinder
+
+    elsewhere = [path for path in sys.path if Path(path).resolve() != BENCHMARKS]
+    for file in BENCHMARKS.glob("*.py"):
+        assert PathFinder.find_spec(file.stem, elsewhere) is None, file.stem
