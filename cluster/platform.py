@@ -52,8 +52,11 @@ class PomariumPlatform(Platform):
         return [_TORCH_DTYPES[name] for name in device.supported_dtypes]
 
     def is_cpu(self) -> bool:
-        """Whether torch, too, has nothing but the CPU. Else vLLM empties an accelerator's cache when an engine ends, which
-        raises where there is none; it also chooses a CPU's smaller default for --max-num-batched-tokens."""
+        """Whether torch, too, has nothing but the CPU.
+
+        Else vLLM empties an accelerator's cache when an engine ends, which raises where there is none. It also takes a
+        CPU's smaller default for --max-num-batched-tokens.
+        """
         return not torch.accelerator.is_available()
 
     @classmethod

@@ -1,6 +1,6 @@
 """Our own Prometheus series: how long a worker's steps take and how much rides in one.
 
-    MetalWorker.subscribe(StepMetrics(model, rank)) --ray.util.metrics--> Ray's agent --> /metrics, as `ray_pomarium_...`
+    MetalWorker.subscribe(StepMetrics(model, rank)) --ray.util.metrics--> Ray's agent --> /metrics: `ray_pomarium_...`
 
 Runs in the worker's actor. The share of KV blocks in use is vLLM's own series, `ray_vllm_kv_cache_usage_perc`.
 """
