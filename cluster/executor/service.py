@@ -48,7 +48,7 @@ class ControlService(pb_grpc.WorkerServicer):
 
     def __init__(self, token: str, on_end: Callable[[], None]) -> None:
         self.calls: queue.SimpleQueue[pb.Call] = queue.SimpleQueue()
-        self._reports: queue.SimpleQueue[pb.Report] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[pb.Report | None] = queue.SimpleQueue()
         self._expected = bearer(token).encode()
         self._on_end = on_end
         self._unclaimed = threading.Semaphore(1)
@@ -66,13 +66,15 @@ class ControlService(pb_grpc.WorkerServicer):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker already has an engine")
         threading.Thread(target=self._read, args=(request_iterator,), name="control-calls", daemon=True).start()
         yield pb.Report(ready=ready())
-        while True:
-            yield self._reports.get()
+        # None: the engine is gone. Waiting on would hold a thread of the pool, which Python joins when it exits.
+        while (report := self._reports.get()) is not None:
+            yield report
 
     def _read(self, calls: Iterator[pb.Call]) -> None:
         with contextlib.suppress(grpc.RpcError):  # ended or broken: either way the engine is gone
             for call in calls:
                 self.calls.put(call)
+        self._reports.put(None)
         self._on_end()
 
 

@@ -1,9 +1,12 @@
 """The control stream between an engine and a worker, over real gRPC on loopback, without Ray and vLLM."""
 
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,3 +227,21 @@ def test_the_service_listens_on_its_host_only(peer: Peer) -> None:
     with pytest.raises(WorkerLostError, match="UNAVAILABLE"):
         link.wait_ready(WAIT_S)
     link.close()
+
+
+def test_a_process_that_served_a_stream_can_exit(tmp_path: Path) -> None:
+    """Nothing waits for reports once the engine is gone: Python joins the pool's threads when it exits."""
+    script = tmp_path / "serve.py"
+    script.write_text(
+        "from pomarium.cluster.executor.link import WorkerLink\n"
+        "from pomarium.cluster.executor.service import ControlService, serve\n"
+        "import threading\n"
+        "ended = threading.Event()\n"
+        "service = ControlService('token', on_end=ended.set)\n"
+        "server, address = serve(service, '127.0.0.1')\n"
+        "link = WorkerLink('worker 0', address, 'token', lambda error: None)\n"
+        f"link.wait_ready({WAIT_S})\n"
+        "link.close()\n"
+        "assert ended.wait(10)\n"
+    )
+    subprocess.run([sys.executable, str(script)], check=True, timeout=30)
