@@ -14,7 +14,7 @@ from dataclasses import dataclass
 MAX_QUERIES = 256
 """Query rows per tile."""
 
-MAX_PADDING = 1.5
+MAX_PADDING = 1.25
 """A bundle's padded area may exceed the sum of its tiles' areas by this factor."""
 
 CHEAP_AREA = 4096
