@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pomarium.worker.errors import CheckpointError, PomariumError
+from pomarium.worker.errors import CheckpointError, PomariumError, UnsupportedError
 
 FAULTY = 3
 EMBEDDED = ""
@@ -62,7 +62,11 @@ def main(models: Sequence[str]) -> int:
                 use_modelscope=values.use_modelscope,
                 modelscope_cache=values.modelscope_cache,
             )
-            inspect(folder)
+            if inspect(folder).quantisation is not None and not values.use_mlx:
+                raise UnsupportedError(
+                    f"VLLM_METAL_USE_MLX=0 serves with vLLM's CPU backend, which does not read MLX's quantised weights "
+                    f"({model or 'the embedded model'}): name a dense checkpoint, or set VLLM_METAL_USE_MLX=1."
+                )
             folders.append(str(folder))
     except PomariumError as e:
         print(json.dumps(str(e)), file=answer, flush=True)

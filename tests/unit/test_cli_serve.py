@@ -106,6 +106,12 @@ def test_the_embedded_model_is_found_and_sound() -> None:
     assert (folder / "config.json").is_file()
 
 
+def test_quantised_weights_are_refused_for_vllm_s_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_METAL_USE_MLX", "0")
+    with pytest.raises(PomariumError, match=r"VLLM_METAL_USE_MLX=0.*the embedded model.*dense checkpoint"):
+        Check([None]).folders()
+
+
 def test_an_abandoned_check_is_gone() -> None:
     check = Check([None])
     check.abandon()
