@@ -3,10 +3,27 @@
 They define what a kernel computes, serve the CPU device, and take over on a GPU where a kernel does not fit a shape.
 """
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 
 MASKED = -1e30
 """Added to the scores of keys that a query does not see. Finite, so that a fully masked (padded) row gives no NaN."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer turns products of queries and keys into scores.
+
+    Attributes:
+        scale: factor on the products.
+        sinks: (num_heads,), logits of a key without a value (GPT-OSS).
+        softcap: scores become softcap x tanh(scores / softcap) (Gemma 2).
+    """
+
+    scale: float
+    sinks: mx.array | None = None
+    softcap: float | None = None
 
 
 def grouped_attention(
@@ -14,10 +31,7 @@ def grouped_attention(
     keys: mx.array,
     values: mx.array,
     bias: mx.array,
-    *,
-    scale: float,
-    sinks: mx.array | None = None,
-    softcap: float | None = None,
+    scoring: Scoring,
 ) -> mx.array:
     """Attention of S padded sequences with Q queries over L keys each, softmax in float32.
 
@@ -26,20 +40,19 @@ def grouped_attention(
     Args:
         queries: (S x Q, num_heads, head_dim). keys, values: (S, num_kv_heads, L, head_dim).
         bias: (S, 1, 1, Q, L), added to the scores.
-        sinks: (num_heads,), logits of a key without a value. softcap: scores become softcap x tanh(scores / softcap).
 
     Returns:
         (S x Q, num_heads, head_dim) of the queries' dtype.
     """
     sequences, kv_heads, length, head_dim = keys.shape
     count, group = bias.shape[3], queries.shape[1] // kv_heads
-    q = (queries * scale).reshape(sequences, count, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    q = (queries * scoring.scale).reshape(sequences, count, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     scores = q.reshape(sequences, kv_heads, group * count, head_dim) @ keys.swapaxes(-1, -2)
-    if softcap is not None:
-        scores = mx.tanh(scores / softcap) * softcap
+    if scoring.softcap is not None:
+        scores = mx.tanh(scores / scoring.softcap) * scoring.softcap
     scores = scores.reshape(sequences, kv_heads, group, count, length) + bias.astype(scores.dtype)
-    if sinks is not None:
-        column = sinks.astype(scores.dtype).reshape(1, kv_heads, group, 1, 1)
+    if scoring.sinks is not None:
+        column = scoring.sinks.astype(scores.dtype).reshape(1, kv_heads, group, 1, 1)
         column = mx.broadcast_to(column, (sequences, kv_heads, group, count, 1))
         weights = mx.softmax(mx.concatenate([column, scores], axis=-1), axis=-1, precise=True)[..., 1:]
     else:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pomarium.kernels.reference import Scoring
 from pomarium.worker.attention.gathered import GatheredAttention
 from pomarium.worker.batch import Batch, Sequence
 from pomarium.worker.kv_cache.layout import CacheGroup, CacheLayout, LayerCache, single_group_layout
@@ -87,8 +88,7 @@ def test_attention_of_ragged_chunks_matches_numpy(
         batch = Batch(tuple(sequences), np.zeros_like(rows), rows, none, none, (), {})
         queries, new_keys, new_values = (mx.array(np.concatenate(part)) for part in (q_rows, k_rows, v_rows))
         out = backend.prepare(batch).attend(
-            0, queries, new_keys, new_values,
-            scale=0.3, sinks=None if sink is None else mx.array(sink), softcap=softcap,
+            0, queries, new_keys, new_values, Scoring(0.3, None if sink is None else mx.array(sink), softcap)
         )  # fmt: skip
         mx.eval(out, backend.arrays)
         first = 0
@@ -110,7 +110,7 @@ def test_groups_that_share_a_buffer_do_not_disturb_each_other() -> None:
     batch = Batch((Sequence("a", 0, 5, ((3,), (7,))),), np.zeros(5, np.int32), np.arange(5, dtype=np.int32),
                   np.zeros(0, np.int32), np.zeros(0, np.int32), (), {})  # fmt: skip
     step = backend.prepare(batch)
-    outs = [step.attend(layer, k[layer], k[layer], k[layer], scale=1.0) for layer in (0, 1)]
+    outs = [step.attend(layer, k[layer], k[layer], k[layer], Scoring(1.0)) for layer in (0, 1)]
     for layer, window in ((0, None), (1, 4)):
         array = np.array(k[layer])
         want = softmax_attention(array, array, array, 0, 1.0, window, None, None)
@@ -135,5 +135,5 @@ def test_a_step_writes_the_pool_in_place() -> None:
     mx.reset_peak_memory()
     for _ in range(3):
         step = backend.prepare(batch)
-        mx.eval([step.attend(layer, new, new, new, scale=1.0) for layer in range(4)], backend.arrays)
+        mx.eval([step.attend(layer, new, new, new, Scoring(1.0)) for layer in range(4)], backend.arrays)
     assert mx.get_peak_memory() < pool.nbytes * 1.1

@@ -7,6 +7,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.utils import _get_classes
 from tiny_models import TINY, build
 
+from pomarium.kernels.reference import Scoring
 from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.models.paged import prepare
 
@@ -46,7 +47,7 @@ class InlineAttention(nn.Module):
     def __call__(self, tokens: mx.array, cache: list[object]) -> mx.array:
         x = mx.zeros((tokens.shape[0], 2, 1, 8))
         for _ in range(self.calls):
-            cache[0].attend(x, x, x, scale=1.0)
+            cache[0].attend(x, x, x, Scoring(1.0))
         return mx.zeros((tokens.shape[0], 1, 97))
 
 

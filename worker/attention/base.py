@@ -10,6 +10,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from pomarium.kernels.reference import Scoring
 from pomarium.worker.batch import Batch
 
 
@@ -22,18 +23,14 @@ class StepAttention(Protocol):
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
-        *,
-        scale: float,
-        sinks: mx.array | None = None,
-        softcap: float | None = None,
+        scoring: Scoring,
     ) -> mx.array:
         """Store the rows' K and V, then attend causally over everything cached of each row's own sequence.
 
         Args:
             layer: index of the layer; its cache group gives the window.
             queries: (T, num_heads, head_dim), RoPE applied. keys, values: (T, num_kv_heads, head_dim).
-            scale: factor on the scores. sinks: (num_heads,) logits of a key without value (GPT-OSS).
-            softcap: scores become softcap x tanh(scores / softcap) (Gemma 2).
+            scoring: from the products of queries and keys to scores.
 
         Returns:
             (T, num_heads, head_dim) of the queries' dtype.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from pomarium.kernels.reference import MASKED, grouped_attention
+from pomarium.kernels.reference import MASKED, Scoring, grouped_attention
 from pomarium.worker.attention.tiles import Rows, Tile, bundle, cut
 from pomarium.worker.batch import Batch
 from pomarium.worker.kv_cache.layout import CacheGroup
@@ -109,10 +109,7 @@ class GatheredStep:
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
-        *,
-        scale: float,
-        sinks: mx.array | None = None,
-        softcap: float | None = None,
+        scoring: Scoring,
     ) -> mx.array:
         """See `base.StepAttention.attend`."""
         group, kv_heads = self._group_index[layer], keys.shape[1]
@@ -122,7 +119,7 @@ class GatheredStep:
         for bundle_plan, blocks in zip(plan.bundles, self._head_blocks(group, kv_heads), strict=True):
             k, v = self._pool.read(layer, blocks)
             q = queries if bundle_plan.rows is None else queries[bundle_plan.rows]
-            outputs.append(grouped_attention(q, k, v, bundle_plan.bias, scale=scale, sinks=sinks, softcap=softcap))
+            outputs.append(grouped_attention(q, k, v, bundle_plan.bias, scoring))
         rows = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
         return rows if plan.order is None else rows[plan.order]
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gemma2
 
+from pomarium.kernels.reference import Scoring
 from pomarium.worker.models.rows import RowCache
 
 
@@ -30,7 +31,7 @@ class Gemma2RowAttention(gemma2.Attention):
         )
         queries, keys = self.rope(queries, offset=cache.offset), self.rope(keys, offset=cache.offset)
         keys, values = cache.update_and_fetch(keys, values)
-        out = cache.attend(queries, keys, values, scale=self.scale, softcap=self.attn_logit_softcapping)
+        out = cache.attend(queries, keys, values, Scoring(self.scale, softcap=self.attn_logit_softcapping))
         projected: mx.array = self.o_proj(out.transpose(0, 2, 1, 3).reshape(rows, length, -1))
         return projected
 

@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from pomarium.kernels.reference import Scoring
 from pomarium.worker.attention.base import StepAttention
 from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.kv_cache.layout import LayerCache
@@ -57,10 +58,7 @@ class _DryRun:
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
-        *,
-        scale: float,
-        sinks: mx.array | None = None,
-        softcap: float | None = None,
+        scoring: Scoring,
     ) -> mx.array:
         if layer in self.seen:
             raise UnsupportedError(f"layer {layer} attends twice in a step")

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
 
+from pomarium.kernels.reference import Scoring
 from pomarium.worker.attention.base import StepAttention
 from pomarium.worker.errors import UnsupportedError
 
@@ -51,14 +52,11 @@ class RowCache:
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
-        *,
-        scale: float,
-        sinks: mx.array | None = None,
-        softcap: float | None = None,
+        scoring: Scoring,
     ) -> mx.array:
         """(T, heads, 1, head_dim) in and out, as mlx-lm lays out one token."""
-        rows = (array.squeeze(2) for array in (queries, keys, values))
-        out: mx.array = self._step.attend(self._layer, *rows, scale=scale, sinks=sinks, softcap=softcap)
+        q, k, v = (array.squeeze(2) for array in (queries, keys, values))
+        out: mx.array = self._step.attend(self._layer, q, k, v, scoring)
         return out[:, :, None]
 
 
@@ -72,7 +70,7 @@ def _dispatching_attention(
     sinks: mx.array | None = None,
 ) -> mx.array:
     if isinstance(cache, RowCache):
-        return cache.attend(queries, keys, values, scale=scale, sinks=sinks)
+        return cache.attend(queries, keys, values, Scoring(scale, sinks))
     original: mx.array = base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
     return original
 
