@@ -92,6 +92,7 @@ def test_a_folder_without_config_is_refused(model_folder: Path) -> None:
         plan([str(model_folder)])
 
 
+@pytest.mark.e2e
 def test_truncated_weights_are_refused(model_folder: Path) -> None:
     (model_folder / "config.json").write_text(
         json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
@@ -101,11 +102,13 @@ def test_truncated_weights_are_refused(model_folder: Path) -> None:
         Check([str(model_folder)]).folders()
 
 
+@pytest.mark.e2e
 def test_the_embedded_model_is_found_and_sound() -> None:
     (folder,) = Check([None]).folders()
     assert (folder / "config.json").is_file()
 
 
+@pytest.mark.e2e
 def test_quantised_weights_are_refused_for_vllm_s_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_METAL_USE_MLX", "0")
     with pytest.raises(PomariumError, match=r"VLLM_METAL_USE_MLX=0.*the embedded model.*dense checkpoint"):
