@@ -126,6 +126,7 @@ def test_layers_of_unlike_shape_cannot_share_a_buffer() -> None:
 def test_a_step_writes_the_pool_in_place() -> None:
     """Peak memory of a step stays far below a second pool: a copy per layer would double it."""
     layers = (LayerCache(4, 64),) * 4
+    before = mx.get_active_memory()
     pool = PagedPool(single_group_layout(layers, 16, 4096), mx.float32)
     backend = GatheredAttention(pool)
     new = mx.ones((3, 4, 64))
@@ -136,4 +137,4 @@ def test_a_step_writes_the_pool_in_place() -> None:
     for _ in range(3):
         step = backend.prepare(batch)
         mx.eval([step.attend(layer, new, new, new, Scoring(1.0)) for layer in range(4)], backend.arrays)
-    assert mx.get_peak_memory() < pool.nbytes * 1.1
+    assert mx.get_peak_memory() - before < pool.nbytes * 1.1
