@@ -66,7 +66,7 @@ def test_use_sets_the_default_device_of_this_machine(caplog: pytest.LogCaptureFi
 def test_the_cpu_for_want_of_a_gpu_is_logged_once_and_an_explicit_gpu_refused(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger=device.__name__):
         assert device.use(load({})).kind is DeviceKind.CPU
-    assert len(caplog.records) == 1
+    assert len(set(caplog.records)) == 1  # one record, however many handlers an engine before this test has left
     with pytest.raises(SettingsError):
         device.use(load({"VLLM_MLX_DEVICE": "gpu"}))
 
