@@ -144,8 +144,8 @@ class ModelRunner:
 
 
 def _sampling_row(request: RequestState) -> SamplingRow:
-    count = request.num_prompt_tokens
-    return SamplingRow(request.id, request.sampling, request.token_ids[:count], request.token_ids[count:])
+    prompt = request.token_ids[: request.num_prompt_tokens]
+    return SamplingRow(request.id, request.sampling, prompt, request.output_token_ids)
 
 
 def _join(chunks: list[Logprobs]) -> Logprobs:

@@ -59,7 +59,6 @@ class Step:
     new: tuple[NewRequest, ...] = ()
     cached: tuple[CachedRequest, ...] = ()
     finished: frozenset[str] = frozenset()
-    preempted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

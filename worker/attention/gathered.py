@@ -28,7 +28,6 @@ class BundlePlan:
         blocks: int32 (S, B), block ids. bias: float32 (S, 1, 1, Q, L), 0 where a query sees a key, else MASKED.
     """
 
-    queries: int
     rows: mx.array | None
     blocks: mx.array
     bias: mx.array
@@ -89,7 +88,7 @@ def _plan_bundle(tiles: SequenceOf[Tile], tables: list[np.ndarray], group: Cache
     bias = np.where(seen, np.float32(0), np.float32(MASKED))[:, None, None]
     flat = rows.reshape(-1).astype(np.int32)
     all_rows = flat.size == total_rows and bool((flat == np.arange(total_rows)).all())
-    return BundlePlan(queries, None if all_rows else mx.array(flat), mx.array(blocks), mx.array(bias))
+    return BundlePlan(None if all_rows else mx.array(flat), mx.array(blocks), mx.array(bias))
 
 
 class GatheredStep:

@@ -27,10 +27,6 @@ class LayerCache:
     head_dim: int
     window: int | None = None
 
-    def token_bytes(self, itemsize: int) -> int:
-        """Bytes of K and V of one token with elements of `itemsize` bytes."""
-        return 2 * self.num_kv_heads * self.head_dim * itemsize
-
 
 @dataclass(frozen=True)
 class CacheGroup:

@@ -42,7 +42,7 @@ class PagedModel:
         """Logits (N, vocab_size) of the rows int32 (N,) of T rows int32 (T,) each of token ids and positions."""
         offset = mx.array(positions)
         caches = [RowCache(index, layer.window, offset, step) for index, layer in enumerate(self.layers)]
-        logits = self.head.run(self.module, mx.array(token_ids)[:, None], caches, mx.array(rows), axis=0)
+        logits = self.head.run(self.module, mx.array(token_ids)[:, None], caches, mx.array(rows))
         return logits[:, 0]
 
 
@@ -80,7 +80,7 @@ def prepare(module: nn.Module, model_type: str) -> PagedModel:
     offset = mx.array([0, 1], mx.int32)
     caches = [RowCache(index, window, offset, dry) for index, window in enumerate(windows)]
     try:
-        logits = head.run(module, mx.zeros((2, 1), mx.int32), caches, mx.array([1], mx.int32), axis=0)
+        logits = head.run(module, mx.zeros((2, 1), mx.int32), caches, mx.array([1], mx.int32))
     except UnsupportedError as error:
         raise _refusal(model_type, str(error)) from error
     except (TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:

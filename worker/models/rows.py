@@ -92,7 +92,6 @@ class HeadRows:
 
     def __init__(self, model: nn.Module) -> None:
         self._rows: mx.array | None = None
-        self._axis = 0
         inner = _owner_of_layers(model)
         self._installed = inner is not None and inner is not model
         if inner is not None and inner is not model:
@@ -101,20 +100,16 @@ class HeadRows:
 
             def call(module: nn.Module, *args: object, **kwargs: object) -> mx.array:
                 hidden = forward(module, *args, **kwargs)
-                return hidden if self._rows is None else mx.take(hidden, self._rows, axis=self._axis)
+                return hidden if self._rows is None else hidden[self._rows]
 
             inner.__class__ = type(base_class.__name__, (base_class,), {"__call__": call})
 
-    def run(
-        self, model: nn.Module, token_ids: mx.array, cache: Sequence[object], rows: mx.array, axis: int
-    ) -> mx.array:
-        """model(token_ids, cache) with only `rows` (int32 (N,)) of `axis` (0 or 1) in the result."""
-        if not self._installed:
-            return mx.take(model(token_ids, cache=cache), rows, axis=axis)
-        self._rows, self._axis = rows, axis
+    def run(self, model: nn.Module, token_ids: mx.array, cache: Sequence[object], rows: mx.array) -> mx.array:
+        """model(token_ids, cache) with only `rows` (int32 (N,)) of its first axis in the result."""
+        self._rows = rows
         try:
             logits: mx.array = model(token_ids, cache=cache)
-            return logits
+            return logits if self._installed else logits[rows]
         finally:
             self._rows = None
 
