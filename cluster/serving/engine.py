@@ -7,7 +7,8 @@ import asyncio
 import logging
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from pomarium.cluster import faults
 from pomarium.cluster.serving import asgi_bridge
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.plan import ModelPlan
+from pomarium.worker.errors import PomariumError
 
 if TYPE_CHECKING:
     from pomarium.cluster.serving.llm_server import Server
@@ -32,6 +34,20 @@ FLUSH_S = 0.5
 @dataclass(frozen=True)
 class Accepted:
     """First item of every answer: the request has reached a replica."""
+
+
+class EngineFaultError(PomariumError):
+    """What an engine raised, as text."""
+
+
+@contextmanager
+def _as_text() -> Iterator[None]:
+    """No exception of vLLM leaves the replica: who unpickles one imports vLLM first, and an ingress or controller of Serve
+    that does so answers nobody for ten seconds and more."""
+    try:
+        yield
+    except Exception as error:
+        raise EngineFaultError(faults.sentence(error)) from error
 
 
 class EngineReplica:
@@ -54,27 +70,36 @@ class EngineReplica:
         scope = asgi_bridge.scope(method, path, headers)
         answer = asgi_bridge.call(self._server.app, scope, body)
         try:
-            async for item in answer:
-                yield item
+            with _as_text():
+                async for item in answer:
+                    yield item
+        except EngineFaultError:
+            logger.exception("%s %s failed", method, path)
+            raise
         finally:
             await answer.aclose()
 
     async def healthy(self) -> bool:
-        """True if a request would be served now."""
-        await self._server.check_health()
+        """True if a request would be served now.
+
+        Raises:
+            EngineFaultError: if the engine is dead.
+        """
+        await self.check_health()
         return True
 
     async def check_health(self) -> None:
-        """Serve's periodic check."""
-        await self._server.check_health()
+        """Serve's periodic check. Raises EngineFaultError if the engine is dead."""
+        with _as_text():
+            await self._server.check_health()
 
     async def _leave_when_dead(self, name: str) -> None:
         """End the process once the engine is dead: Serve replaces a lost replica at once, an unhealthy one later."""
         while True:
             await asyncio.sleep(WATCH_S)
             try:
-                await self._server.check_health()
-            except Exception:
+                await self.check_health()
+            except EngineFaultError:
                 logger.exception("The engine of %s is dead; this replica leaves, so that Serve starts another.", name)
                 await asyncio.sleep(FLUSH_S)
                 os._exit(1)
