@@ -180,13 +180,13 @@ def test_a_killed_worker_is_replaced(server: Server, client: OpenAI) -> None:
     (worker,) = [p for p in server.processes() if "WorkerActor" in "".join(p.cmdline())]
     worker.kill()
     deadline = time.monotonic() + 30
-    while (answer := httpx.get(f"{server.url}/health", timeout=20)).status_code == 200:
+    while (answer := httpx.get(f"{server.url}/health", timeout=10)).status_code == 200:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert answer.status_code == 503
     assert answer.json()["models"][MODEL] != "ok"
     deadline = time.monotonic() + RECOVERY_S
-    while httpx.get(f"{server.url}/health", timeout=20).status_code != 200:
+    while httpx.get(f"{server.url}/health", timeout=10).status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(1)
     test_paris(client)

@@ -1,13 +1,21 @@
-"""RackExecutor under vLLM's engine on one embedded Ray, with a stub for the model (stub_worker.py)."""
+"""RackExecutor under vLLM's engine, with a stub for the model (stub_worker.py).
 
+All scripts run in one process (engine_host.py): the first starts its engine, and that engine a Ray, in a process of its
+own, the others share one embedded Ray.
+"""
+
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from engine_host import END
 from tiny_models import write_checkpoint
 
 TESTS = Path(__file__).parents[1]
@@ -20,12 +28,14 @@ def engine(directory, **changes):
     options = dict(worker_cls="stub_worker.StubWorker", max_model_len=400, max_num_seqs=8, skip_tokenizer_init=True)
     return LLM(directory, **(options | {"distributed_executor_backend": "ray"} | changes))
 
+def executor_of(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor
+
 def generate(llm, tokens):
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0)
     outputs = llm.generate([{"prompt_token_ids": [7] * n} for n in (5, 16, 40)], params, use_tqdm=False)
     return [list(o.outputs[0].token_ids) for o in outputs]
 
-if __name__ == "__main__":
 """
 
 TOKENS = [[3 + (n + i) % 120 for i in range(30)] for n in (5, 16, 40)]
@@ -38,29 +48,79 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_checkpoint("llama", tmp_path_factory.mktemp("model")))
 
 
-def run(tmp_path: Path, model: str, body: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `body` as a script of its own: Ray, spawned engines and loggers are a process' affair."""
-    script = tmp_path / "script.py"
-    script.write_text(PRELUDE + textwrap.indent(textwrap.dedent(body), "    "))
-    ray_folder = Path("/tmp") / f"pm{os.getpid()}"
-    ray_folder.mkdir(exist_ok=True)
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "VLLM_"))}
-    environ |= {"PYTHONPATH": str(TESTS / "rack"), "RAY_TMPDIR": str(ray_folder), "MODEL": model, **environment}
-    done = subprocess.run([sys.executable, str(script)], env=environ, capture_output=True, text=True, timeout=280)
-    print(done.stdout[-8000:], done.stderr[-8000:])
-    return done
+Run = Callable[..., str]
 
 
-def test_in_process_engine(tmp_path: Path, model: str) -> None:
+@pytest.fixture(scope="module")
+def run(model: str) -> Iterator[Run]:
+    """Runs a script in the shared process and returns what it printed; AssertionError if it raised."""
+    with tempfile.TemporaryDirectory(prefix="pm", dir="/tmp") as ray_folder:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "VLLM_"))}
+        environ |= {"PYTHONPATH": str(TESTS / "rack"), "RAY_TMPDIR": ray_folder, "MODEL": model}
+        host = subprocess.Popen(
+            [sys.executable, str(TESTS / "engine_host.py")],
+            env=environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert host.stdin is not None
+        assert host.stdout is not None
+
+        def execute(body: str, **environment: str) -> str:
+            assert host.stdin is not None
+            assert host.stdout is not None
+            script = {"body": PRELUDE + textwrap.dedent(body), "environment": environment}
+            print(json.dumps(script), file=host.stdin, flush=True)
+            lines = []
+            for line in host.stdout:
+                if line.startswith(END):
+                    assert line.split()[-1] == "0", "".join(lines)[-8000:]
+                    return "".join(lines)
+                lines.append(line)
+            raise AssertionError("the process ended: " + "".join(lines)[-8000:])
+
+        try:
+            yield execute
+            host.stdin.close()
+            assert host.wait(30) == 0
+        finally:
+            for process in [*psutil.Process(host.pid).children(recursive=True), host] if host.poll() is None else []:
+                process.kill()
+
+
+def test_engine_in_its_own_process_leaves_no_orphan_when_killed(run: Run) -> None:
+    """Its Ray ends with it, but for two agents of Ray's that first try for some 80 s to report that to it."""
+    output = run(
+        """
+        import psutil
+        from vllm.v1.engine.exceptions import EngineDeadError
+        llm = engine(os.environ["MODEL"])
+        print("TOKENS", generate(llm, 30))
+        (pid,) = llm.collective_rpc(lambda w: os.getpid())
+        core = [p for p in psutil.Process().children() if "EngineCore" in " ".join(p.cmdline())]
+        assert len(core) == 1, core
+        all_of_it = core[0].children(recursive=True)
+        assert pid in [p.pid for p in all_of_it]
+        core[0].kill()
+        _, alive = psutil.wait_procs(all_of_it, timeout=15)
+        print("LEFT", {p.cmdline()[0].strip() for p in alive} - {"ray::DashboardAgent", "ray::RuntimeEnvAgent"})
+        """,
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",
+    )
+    assert f"TOKENS {TOKENS}" in output
+    assert "LEFT set()" in output
+
+
+def test_in_process_engine(run: Run) -> None:
     """Tokens, devices, errors of control calls, and the death of the worker, with one start of Ray."""
-    done = run(
-        tmp_path,
-        model,
+    output = run(
         """
         import ray
         from pomarium.cluster.executor.codec import WorkerError, WorkerLostError
         llm = engine(os.environ["MODEL"])
-        executor = llm.llm_engine.engine_core.engine_core.model_executor
+        executor = executor_of(llm)
         print("TOKENS", generate(llm, 30))
         assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
         (worker,) = executor.workers
@@ -100,48 +160,18 @@ def test_in_process_engine(tmp_path: Path, model: str) -> None:
         VLLM_STUB_STEP_MS="10",
         VLLM_METAL_VISIBLE_DEVICES="5",
     )
-    assert done.returncode == 0
-    assert f"TOKENS {TOKENS}" in done.stdout
-    assert "DEVICES ['0']" in done.stdout
-    assert (done.stdout + done.stderr).count("VLLM_METAL_VISIBLE_DEVICES=5 is overridden") == 1
-    lost = next(line for line in done.stdout.splitlines() if line.startswith("LOST"))
+    assert f"TOKENS {TOKENS}" in output
+    assert "DEVICES ['0']" in output
+    assert output.count("VLLM_METAL_VISIBLE_DEVICES=5 is overridden") == 1
+    lost = next(line for line in output.splitlines() if line.startswith("LOST"))
     assert float(lost.split()[1]) < 2.0
     assert "worker 0 (pid " in lost
-    assert "UNHEALTHY" in done.stdout
-    assert "FREE 1.0" in done.stdout
+    assert "UNHEALTHY" in output
+    assert "FREE 1.0" in output
 
 
-def test_engine_in_its_own_process_leaves_no_orphan_when_killed(tmp_path: Path, model: str) -> None:
-    done = run(
-        tmp_path,
-        model,
-        """
-        import psutil
-        from vllm.v1.engine.exceptions import EngineDeadError
-        llm = engine(os.environ["MODEL"])
-        print("TOKENS", generate(llm, 30))
-        (pid,) = llm.collective_rpc(lambda w: os.getpid())
-        core = [p for p in psutil.Process().children() if "EngineCore" in " ".join(p.cmdline())]
-        assert len(core) == 1, core
-        print("WORKER", pid)
-        core[0].kill()
-        deadline = time.monotonic() + 15
-        while psutil.pid_exists(pid) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        print("GONE", not psutil.pid_exists(pid))
-        """,
-        VLLM_ALLOW_INSECURE_SERIALIZATION="1",
-    )
-    assert f"TOKENS {TOKENS}" in done.stdout
-    worker = next(line for line in done.stdout.splitlines() if line.startswith("WORKER"))
-    assert "GONE True" in done.stdout
-    assert not psutil.pid_exists(int(worker.split()[1]))
-
-
-def test_a_users_fault_in_the_worker_reaches_the_user_as_its_sentence(tmp_path: Path, model: str) -> None:
-    done = run(
-        tmp_path,
-        model,
+def test_a_users_fault_in_the_worker_reaches_the_user_as_its_sentence(run: Run) -> None:
+    output = run(
         """
         from pomarium.worker.errors import CheckpointError
         try:
@@ -152,14 +182,11 @@ def test_a_users_fault_in_the_worker_reaches_the_user_as_its_sentence(tmp_path: 
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_STUB_FAIL="load_model",
     )
-    assert done.returncode == 0
-    assert "SENTENCE model.safetensors is truncated: download it again." in done.stdout
+    assert "SENTENCE model.safetensors is truncated: download it again." in output
 
 
-def test_a_step_that_raises_ends_generate_with_the_workers_traceback(tmp_path: Path, model: str) -> None:
-    done = run(
-        tmp_path,
-        model,
+def test_a_step_that_raises_ends_generate_with_the_workers_traceback(run: Run) -> None:
+    output = run(
         """
         from pomarium.cluster.executor.codec import WorkerError
         llm = engine(os.environ["MODEL"])
@@ -167,22 +194,20 @@ def test_a_step_that_raises_ends_generate_with_the_workers_traceback(tmp_path: P
             generate(llm, 30)
         except WorkerError as error:
             print("STEP", "the stub fails in its fourth step" in str(error), "stub_worker.py" in str(error))
+        executor_of(llm).shutdown()
         """,
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_STUB_FAIL="execute_model",
     )
-    assert done.returncode == 0
-    assert "STEP True True" in done.stdout
+    assert "STEP True True" in output
 
 
-def test_a_frozen_worker_is_seen_within_seconds(tmp_path: Path, model: str) -> None:
-    done = run(
-        tmp_path,
-        model,
+def test_a_frozen_worker_is_seen_within_seconds(run: Run) -> None:
+    output = run(
         """
         from pomarium.cluster.executor.codec import WorkerLostError
         llm = engine(os.environ["MODEL"])
-        (worker,) = llm.llm_engine.engine_core.engine_core.model_executor.workers
+        (worker,) = executor_of(llm).workers
         frozen = []
         def freeze():
             time.sleep(1)
@@ -194,10 +219,10 @@ def test_a_frozen_worker_is_seen_within_seconds(tmp_path: Path, model: str) -> N
         except WorkerLostError as error:
             print("LOST", f"{time.monotonic() - frozen[0]:.3f}", str(error))
         os.kill(worker.endpoint.pid, signal.SIGKILL)
+        executor_of(llm).shutdown()
         """,
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_STUB_STEP_MS="10",
     )
-    assert done.returncode == 0
-    lost = next(line for line in done.stdout.splitlines() if line.startswith("LOST"))
+    lost = next(line for line in output.splitlines() if line.startswith("LOST"))
     assert 1.0 < float(lost.split()[1]) < 10.0
