@@ -44,6 +44,7 @@ class Spec:
         kind: "vllm", "mlx-batch" or "mlx-server". executor: vLLM's distributed_executor_backend.
         chunk, gap_chunk: prompt tokens in a step, offline and where gaps are measured.
         streams: of `throughput`. parts: what it can answer.
+        bundled_blas: MLX multiplies with what it was installed with. narrow: with kernels.narrow_gemm, as our worker.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Spec:
     streams: tuple[int, ...] = (1, 8, 32)
     parts: tuple[str, ...] = ("throughput", "first-token", "gap", "memory")
     bundled_blas: bool = False
+    narrow: bool = False
 
 
 _CPU_BACKEND = {"VLLM_METAL_USE_MLX": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -66,6 +68,13 @@ SPECS = (
     Spec("mlx-server", "mlx-lm server", "mlx-server", gap_chunk=CHUNK),
     Spec("vllm-cpu", "vLLM CPU backend", "vllm", executor="mp", environment=_CPU_BACKEND),
     Spec("ours-ray", "Pomarium, worker in a Ray actor", "vllm", executor="ray"),
+    Spec(
+        "mlx-narrow",
+        "mlx-lm `batch_generate`, our product of few rows",
+        "mlx-batch",
+        parts=("throughput",),
+        narrow=True,
+    ),
     Spec("mlx-server-256", "mlx-lm server, step 256", "mlx-server", chunk=256, parts=("gap",)),
     Spec(
         "mlx-bundled",
@@ -282,7 +291,7 @@ def bind_blas(spec: Spec) -> None:
     if not spec.bundled_blas:
         from pomarium.worker import blas
 
-        blas.load(os.environ)
+        blas.load(os.environ, narrow=spec.narrow)
 
 
 def _serve_mlx() -> None:

@@ -3,27 +3,28 @@
 MLX's Linux CPU wheel links a reference BLAS (3-5 GF/s on two cores). The wheel `scipy-openblas32` carries OpenBLAS with
 kernels for every x86-64 and arm64 core, but under prefixed names (`scipy_cblas_sgemm`), so neither LD_PRELOAD nor
 RTLD_GLOBAL lets it take the place of the other. Instead the three matrix products that libmlx imports are bound to it
-where the dynamic linker keeps their addresses, the global offset table of libmlx:
+in libmlx's own table (`linkage`), the product of few rows to code of ours in between:
 
-    scipy_cblas_sgemm --address--> slot of `cblas_sgemm` in libmlx's table      (nothing else in the process changes)
+    libmlx --cblas_sgemm--> kernels.narrow_gemm --what is not narrow--> scipy_cblas_sgemm
+           --cblas_dgemm, cblas_cgemm-----------------------------> scipy_cblas_dgemm, scipy_cblas_cgemm
 
 That works before or after MLX and torch were imported and however the engine was started, and it leaves the BLAS of
 torch, numpy and OpenCV alone. On macOS MLX calls Accelerate and nothing is done.
-
-Source: System V ABI, chapter 5 "Dynamic Linking" (dynamic section, relocations); glibc <link.h> (`struct link_map`).
 """
 
 import ctypes
 import importlib.metadata
-import mmap
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
 
+from pomarium.kernels import narrow_gemm
+from pomarium.worker import linkage
 from pomarium.worker.errors import PomariumError, SettingsError
 
 DISTRIBUTION = "scipy-openblas32"
@@ -32,9 +33,6 @@ PREFIX = "scipy_"
 PRODUCTS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 """Every BLAS function that libmlx imports. Its LAPACK calls serve mlx.linalg, which no model here uses."""
 THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
-
-_DT_PLTRELSZ, _DT_STRTAB, _DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_JMPREL = 2, 5, 6, 7, 8, 23
-_SLOT_TYPES = frozenset({6, 7, 1025, 1026})  # R_X86_64_{GLOB_DAT,JUMP_SLOT}, R_AARCH64_{GLOB_DAT,JUMP_SLOT}
 
 
 @dataclass(frozen=True)
@@ -46,37 +44,14 @@ class BlasFacts:
         path: its file; None if it is part of the system.
         threads: threads per product; None if the system decides.
         bound: the functions of libmlx that now lead to it; none if this libmlx imports no BLAS.
+        narrow_lanes: floats in a vector of our own product of few rows; None if OpenBLAS computes that, too.
     """
 
     name: str
     path: Path | None
     threads: int | None
     bound: tuple[str, ...]
-
-
-class _Dyn(ctypes.Structure):
-    _fields_ = (("tag", ctypes.c_int64), ("value", ctypes.c_uint64))
-
-
-class _Rela(ctypes.Structure):
-    _fields_ = (("offset", ctypes.c_uint64), ("info", ctypes.c_uint64), ("addend", ctypes.c_int64))
-
-
-class _Sym(ctypes.Structure):
-    _fields_ = (
-        ("name", ctypes.c_uint32),
-        ("info", ctypes.c_ubyte),
-        ("other", ctypes.c_ubyte),
-        ("section", ctypes.c_uint16),
-        ("value", ctypes.c_uint64),
-        ("size", ctypes.c_uint64),
-    )
-
-
-class _LinkMap(ctypes.Structure):
-    """The public head of glibc's `struct link_map`, which is what a dlopen handle points to."""
-
-    _fields_ = (("base", ctypes.c_uint64), ("path", ctypes.c_char_p), ("dynamic", ctypes.c_uint64))
+    narrow_lanes: int | None
 
 
 def library_path() -> Path:
@@ -111,35 +86,45 @@ def thread_count(environ: Mapping[str, str], physical_cores: int | None, usable_
     return int(digits)
 
 
-def load(environ: Mapping[str, str] = os.environ) -> BlasFacts:
+def load(environ: Mapping[str, str] = os.environ, narrow: bool = True) -> BlasFacts:
     """Binds libmlx's matrix products to OpenBLAS on Linux; does nothing on macOS. Calling it again changes nothing.
 
     Imports mlx. Call it once per worker process before the first product (an earlier one only ran slower).
+
+    Args:
+        narrow: compute products of few rows with `kernels.narrow_gemm`, where the processor can and one thread
+            computes a product (that code has no threads).
 
     Raises:
         PomariumError: the OpenBLAS wheel is missing.
         SettingsError: OPENBLAS_NUM_THREADS is not a positive whole number.
     """
     if sys.platform == "darwin":
-        return BlasFacts("Accelerate", None, None, ())
+        return BlasFacts("Accelerate", None, None, (), None)
     threads = thread_count(environ, psutil.cpu_count(logical=False), len(os.sched_getaffinity(0)))
     path = library_path()
     openblas = ctypes.CDLL(str(path))
     openblas[PREFIX + "openblas_set_num_threads"](ctypes.c_int(threads))
-    bound = set()
-    for name, slot in _slots(_libmlx()):
-        _write(slot, _address(openblas, PREFIX + name))
-        bound.add(name)
-    return BlasFacts(_config(openblas), path, threads, tuple(sorted(bound)))
+    addresses = {name: _address(openblas, PREFIX + name) for name in PRODUCTS}
+    lanes = narrow_gemm.lanes() if narrow and threads == 1 else None
+    if lanes is not None:
+        addresses["cblas_sgemm"] = _narrow(addresses["cblas_sgemm"], lanes).address
+    libmlx = _libmlx()
+    bound = tuple(name for name, address in addresses.items() if linkage.bind(libmlx, name, address))
+    return BlasFacts(_config(openblas), path, threads, bound, lanes if "cblas_sgemm" in bound else None)
 
 
 def provider(function: str = "cblas_sgemm") -> Path | None:
-    """The library that MLX's calls of `function` lead to; None if libmlx does not import it. Linux only."""
-    for name, slot in _slots(_libmlx()):
-        if name == function:
-            file, _ = _mapping_of(ctypes.c_uint64.from_address(slot).value)
-            return Path(file)
-    return None
+    """The library that MLX's calls of `function` lead to; None if they lead to code of ours, or there are none. Linux
+    only."""
+    address = linkage.target(_libmlx(), function)
+    return None if address is None else linkage.file_of(address)
+
+
+@cache
+def _narrow(fallback: int, lanes: int) -> narrow_gemm.Product:
+    """Compiled once and kept: libmlx calls it for as long as the process lives."""
+    return narrow_gemm.compile_product(fallback, lanes)
 
 
 def _config(openblas: ctypes.CDLL) -> str:
@@ -160,45 +145,3 @@ def _libmlx() -> ctypes.CDLL:
 
     path = Path(str(mx.__file__)).parent / "lib" / "libmlx.so"
     return ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-
-
-def _slots(library: ctypes.CDLL) -> Iterator[tuple[str, int]]:
-    """(function, address of its slot) for each of PRODUCTS that `library` imports."""
-    link = _LinkMap.from_address(library._handle)
-    table: dict[int, int] = {}
-    entry = link.dynamic
-    while (dyn := _Dyn.from_address(entry)).tag != 0:
-        table[dyn.tag] = dyn.value
-        entry += ctypes.sizeof(_Dyn)
-    # glibc has turned the addresses of the dynamic section into absolute ones while loading.
-    for start, size in ((_DT_RELA, _DT_RELASZ), (_DT_JMPREL, _DT_PLTRELSZ)):
-        for offset in range(0, table.get(size, 0), ctypes.sizeof(_Rela)):
-            rela = _Rela.from_address(table[start] + offset)
-            if rela.info & 0xFFFFFFFF in _SLOT_TYPES:
-                symbol = _Sym.from_address(table[_DT_SYMTAB] + (rela.info >> 32) * ctypes.sizeof(_Sym))
-                name = ctypes.string_at(table[_DT_STRTAB] + symbol.name).decode()
-                if name in PRODUCTS:
-                    yield name, link.base + rela.offset
-
-
-def _write(slot: int, address: int) -> None:
-    """Stores `address` at `slot`, whose page may have been made read-only after relocation."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    page = ctypes.c_void_p(slot & -mmap.PAGESIZE)
-    length = ctypes.c_size_t(mmap.PAGESIZE)
-    _, was_writable = _mapping_of(slot)
-    if libc.mprotect(page, length, mmap.PROT_READ | mmap.PROT_WRITE) != 0:
-        raise OSError(ctypes.get_errno(), "mprotect of libmlx's global offset table")
-    ctypes.c_uint64.from_address(slot).value = address
-    if not was_writable:
-        libc.mprotect(page, length, mmap.PROT_READ)
-
-
-def _mapping_of(address: int) -> tuple[str, bool]:
-    """(file, writable) of the mapping that holds `address` (proc(5), /proc/pid/maps)."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, permissions, _, _, _, *file = line.split(maxsplit=5)
-        first, last = (int(bound, 16) for bound in span.split("-"))
-        if first <= address < last:
-            return (file[0] if file else ""), "w" in permissions
-    raise ValueError(f"address {address:#x} is not mapped")

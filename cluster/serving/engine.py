@@ -8,18 +8,21 @@ import logging
 import os
 import tempfile
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pomarium.cluster import faults
+from pomarium.cluster.lean_import import import_vllm, without_collections
 from pomarium.cluster.serving import asgi_bridge
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.plan import ModelPlan
+from pomarium.worker import settings
 from pomarium.worker.errors import PomariumError
 
 if TYPE_CHECKING:
+    from pomarium.cluster.executor.launch import WorkerProcess
     from pomarium.cluster.serving.llm_server import Server
 
 logger = logging.getLogger(__name__)
@@ -42,8 +45,8 @@ class EngineFaultError(PomariumError):
 
 @contextmanager
 def _as_text() -> Iterator[None]:
-    """No exception of vLLM leaves the replica: who unpickles one imports vLLM first, and an ingress or controller of Serve
-    that does so answers nobody for ten seconds and more."""
+    """No exception of vLLM leaves the replica: to unpickle one means to import vLLM, and an ingress or a controller of
+    Serve that does so answers nobody for ten seconds and more."""
     try:
         yield
     except Exception as error:
@@ -59,7 +62,8 @@ class EngineReplica:
         Raises:
             faults.StartError: with the sentence to show, whichever process failed.
         """
-        self._server = await _start(plan, folder)
+        self._workers = _start_workers(plan)  # a process of Ray's ends with the last handle to it
+        self._server = await _start(plan, folder, self._workers)
         self._watch = asyncio.get_running_loop().create_task(self._leave_when_dead(plan.name))
 
     async def request(
@@ -105,16 +109,34 @@ class EngineReplica:
                 os._exit(1)
 
 
-async def _start(plan: ModelPlan, folder: Path) -> "Server":
-    with tempfile.TemporaryDirectory(prefix="pomarium-") as scratch:
+def _start_workers(plan: ModelPlan) -> "tuple[WorkerProcess, ...]":
+    """Worker processes for the engine to come, on this replica's placement group: they import vLLM while the replica
+    does. None where vLLM's own CPU backend serves."""
+    if not settings.load(os.environ).use_mlx:
+        return ()
+    from pomarium.cluster.executor import bundles, launch
+
+    return launch.start(bundles.reserve(None, plan.stages))
+
+
+async def _start(plan: ModelPlan, folder: Path, workers: "Sequence[WorkerProcess]") -> "Server":
+    from pomarium.cluster.executor import handover, launch
+
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="pomarium-"))
         fault_file = Path(scratch) / "fault.json"
         os.environ[faults.FILE_VARIABLE] = str(fault_file)
+        stack.callback(os.environ.pop, faults.FILE_VARIABLE)
         try:
-            from pomarium.cluster.serving.llm_server import Server
+            with without_collections():
+                if workers:
+                    import_vllm()
+                from pomarium.cluster.serving.llm_server import Server
 
+            if workers:
+                stack.enter_context(handover.offer(await asyncio.to_thread(launch.contacts, workers), os.environ))
             return await Server.start(plan, folder)
         except Exception as error:
             logger.exception("The engine of %s did not start.", plan.name)
+            launch.kill(workers)
             raise faults.StartError(faults.recorded_sentence(fault_file) or faults.sentence(error)) from None
-        finally:
-            del os.environ[faults.FILE_VARIABLE]

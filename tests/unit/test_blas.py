@@ -49,9 +49,9 @@ big = mx.random.normal((1024, 1024))
 small = [mx.random.normal(shape) for shape in ((1, 576), (576, 192), (3, 7, 64), (3, 64, 5))]
 mx.eval(big, small)
 print("before:", blas.provider(), f"{2 * 1024**3 / seconds(big, big) / 1e9:.1f} GF/s")
-facts = blas.load()
-assert facts == blas.load(), "idempotent"
-assert facts.bound == ("cblas_cgemm", "cblas_dgemm", "cblas_sgemm"), facts
+facts = blas.load(narrow=False)
+assert facts == blas.load(narrow=False), "idempotent"
+assert facts.bound == ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm"), facts
 assert facts.path == blas.library_path()
 assert facts.threads == 1
 for name in blas.PRODUCTS:
@@ -75,13 +75,45 @@ a, b = torch.randn(300, 300), torch.randn(300, 300)
 product, values = a @ b, torch.linalg.svdvals(a)
 inverse = np.linalg.inv(a.numpy())
 from pomarium.worker import blas
-blas.load()
+blas.load(narrow=False)
 import mlx.core as mx
 assert blas.provider().name == blas.LIBRARY
 assert torch.equal(a @ b, product)
 assert torch.equal(torch.linalg.svdvals(a), values)
 assert np.array_equal(np.linalg.inv(a.numpy()), inverse)
 np.testing.assert_allclose(np.array(mx.array(a.numpy()) @ mx.array(b.numpy())), product.numpy(), rtol=1e-3, atol=1e-4)
+""")
+
+
+@linux
+def test_products_of_few_rows_are_ours_and_the_same_in_any_company() -> None:
+    run("""
+import mlx.core as mx
+import numpy as np
+from pomarium.kernels import narrow_gemm
+from pomarium.worker import blas
+facts = blas.load()
+assert facts.narrow_lanes == narrow_gemm.lanes(), facts
+if facts.narrow_lanes is None:
+    raise SystemExit
+assert blas.provider() is None
+assert blas.provider("cblas_dgemm").name == blas.LIBRARY
+weight, rows = mx.random.normal((320, 576)), mx.random.normal((48, 576))
+together = np.array(rows @ weight.T)
+np.testing.assert_allclose(together, np.array(rows) @ np.array(weight).T, rtol=1e-4, atol=1e-3)
+for row in range(48):
+    assert np.array_equal(np.array(rows[row : row + 1] @ weight.T)[0], together[row]), row
+assert blas.load(narrow=False).narrow_lanes is None
+assert blas.provider().name == blas.LIBRARY
+""")
+
+
+@linux
+def test_with_threads_openblas_computes_them_all() -> None:
+    run("""
+from pomarium.worker import blas
+assert blas.load({blas.THREADS_VARIABLE: "2"}).narrow_lanes is None
+assert blas.provider().name == blas.LIBRARY
 """)
 
 
@@ -128,7 +160,7 @@ def test_a_missing_wheel_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch)
 
 def test_on_macos_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert blas.load({}) == blas.BlasFacts("Accelerate", None, None, ())
+    assert blas.load({}) == blas.BlasFacts("Accelerate", None, None, (), None)
 
 
 @given(st.none() | st.integers(1, 64), st.integers(1, 64))
