@@ -1,0 +1,265 @@
+"""What a model costs, from the headers of its files alone: no weight is read, a GGUF file is not converted.
+
+    MODEL --read_profile--> directory --of_directory--+
+                            GGUF file --of_gguf-------+--> Tensors, config --profile_of--> Profile(ModelProfile, sizes)
+
+Tensors are counted as they lie in memory: as stored, but GGUF tensors as the converter writes them (families.py,
+quantization.py) and FP8 ones at 16 bits, to which mlx-lm expands them. What mlx-lm does not load (vision, audio, layers
+for speculation) is left out and reported. K and V come from the config's heads and windows; for families whose windows
+mlx-lm is not known to apply, all tokens are counted. Operations are ESTIMATED as two for each weight that a token uses.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGMLQuantizationType
+
+from pomarium.cluster.placement_model import LayerProfile, ModelProfile
+from pomarium.worker.activations import activation_bytes
+from pomarium.worker.errors import CheckpointError, UnsupportedError
+from pomarium.worker.models import embedded
+from pomarium.worker.models.gguf.families import ROPE_FREQS, family_of, mlx_name, model_config
+from pomarium.worker.models.gguf.metadata import Metadata
+from pomarium.worker.models.gguf.quantization import AFFINE_BITS, GROUP_SIZE
+from pomarium.worker.models.gguf.reader import TensorInfo, read_header
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_EXPERTS = re.compile(r"\.(?:experts|switch_mlp)\.")
+_NOT_LOADED = re.compile(
+    r"(?:^|\.)(?:vision\w*|visual\w*|audio\w*|multi_modal_projector|mm_projector|mtp\w*|nextn)\.|rotary_emb\.inv_freq$"
+)
+_EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings"})
+_HEADS = frozenset({"lm_head", "embed_out", "output"})
+_WINDOWED = frozenset({
+    "llama", "mistral", "ministral3", "gemma3", "gemma3_text", "gpt_oss", "olmo3", "cohere2", "exaone4",
+})  # fmt: skip
+"""Model types whose windowed layers mlx-lm gives a RotatingKVCache; a test compares them with the worker's cache."""
+
+_ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+_KV_ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """mlx-lm's or the checkpoint's own name; bytes in the file and in memory; weights encoded (0 for scales)."""
+
+    name: str
+    stored: int
+    memory: int
+    weights: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A model's costs with what they were computed from.
+
+    Attributes:
+        stored_bytes: of all tensors in the files. left_out_bytes: those of them that are not loaded.
+        dtype: of activations, K and V. intermediate_size, hidden_size, vocab_size: widths.
+        longest_context: max_position_embeddings, None if the config does not say.
+    """
+
+    model: ModelProfile
+    stored_bytes: int
+    left_out_bytes: int
+    dtype: str
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    longest_context: int | None
+
+    def stage_bytes(self, *, rows: int, sampled: int) -> int:
+        """What a stage takes beside weights and KV cache in steps of `rows` tokens, `sampled` of them sampled."""
+        return activation_bytes(
+            rows=rows,
+            sampled=sampled,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            vocab_size=self.vocab_size,
+            itemsize=_KV_ITEM[self.dtype],
+        )
+
+
+def read_profile(model: str | None) -> Profile:
+    """The profile of anything that `worker.models.resolve` takes; ids are fetched as for serving.
+
+    Raises:
+        CheckpointError: there is no such model, or its headers are damaged or incomplete.
+        UnsupportedError: a model type, quantisation or GGUF architecture that is not served.
+    """
+    if model is None or model in (embedded.NAME, "embedded"):
+        return of_gguf(embedded.gguf_file(), embedded.NAME)
+    path = Path(model).expanduser()
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return of_gguf(path, path.stem)
+    from pomarium.worker.models import resolve  # imports mlx-lm, and so torch: seconds that a GGUF file does without
+
+    return of_directory(resolve.resolve(model), Path(model).name)
+
+
+def of_directory(directory: Path, name: str | None = None) -> Profile:
+    """The profile of an mlx-lm directory. Raises as `worker.models.checkpoint.inspect` does."""
+    from pomarium.worker.models.checkpoint import inspect, read_safetensors_header
+
+    checkpoint = inspect(directory)
+    config = checkpoint.config
+    entry = config.get("quantization") or config.get("quantization_config") or {}
+    doubled = checkpoint.quantisation is not None and checkpoint.quantisation.method == "fp8"
+    usual = (checkpoint.quantisation.bits if checkpoint.quantisation else None) or 4
+    tensors = []
+    for file in checkpoint.files:
+        for key, (dtype, size) in read_safetensors_header(file).items():
+            own = entry.get(key.rsplit(".", 1)[0])
+            bits = own["bits"] if isinstance(own, dict) and "bits" in own else usual
+            memory = 2 * size if doubled and dtype.startswith("F8_E4") else size
+            tensors.append(Tensor(key, size, memory, _weights(key, dtype, size, bits)))
+    return profile_of(name or directory.name, tensors, config, checkpoint.dtype, str(directory))
+
+
+def of_gguf(file: Path, name: str | None = None) -> Profile:
+    """The profile of a GGUF file as it would be after conversion. Raises as the converter does for its header."""
+    header = read_header(file)
+    metadata = Metadata(file, header.metadata)
+    family = family_of(metadata)
+    config = model_config(header, family)
+    tensors = []
+    for key, info in header.tensors.items():
+        try:
+            target = mlx_name(family, key, config["num_hidden_layers"])
+        except KeyError:
+            raise UnsupportedError(f"{file}: its tensor {key!r} has no place in {family.model_type}.") from None
+        memory = 0 if target is None else _converted_bytes(info, family.norms_plus_one)
+        weights = math.prod(info.shape) if target is not None else 0
+        tensors.append(Tensor(target or ROPE_FREQS, info.nbytes, memory, weights))
+    kind = header.tensors["token_embd.weight"].type
+    if family.norms_plus_one or kind is GGMLQuantizationType.BF16:
+        dtype = "bfloat16"
+    else:
+        dtype = "float32" if kind is GGMLQuantizationType.F32 else "float16"
+    return profile_of(name or file.stem, tensors, config, dtype, str(file))
+
+
+def _converted_bytes(info: TensorInfo, norms_plus_one: bool) -> int:
+    """Bytes of the arrays that worker/models/gguf/convert.py writes for a tensor."""
+    count = math.prod(info.shape)
+    if len(info.shape) == 2 and info.type in AFFINE_BITS:
+        return count * AFFINE_BITS[info.type] // 8 + count // GROUP_SIZE * 4  # scales and biases, 16 bits each
+    as_norm = norms_plus_one and info.name.split(".")[-2].endswith("norm")
+    return count * (4 if as_norm or info.type is GGMLQuantizationType.F32 else 2)
+
+
+def _weights(name: str, dtype: str, size: int, bits: int) -> float:
+    if name.endswith((".scales", ".biases", "_scales", ".weight_scale", ".weight_scale_inv", ".scale", ".qzeros")):
+        return 0.0
+    return size / _ITEM[dtype] if dtype in _ITEM else size * 8 / bits
+
+
+def profile_of(name: str, tensors: Iterable[Tensor], config: Mapping[str, Any], dtype: str, where: str) -> Profile:
+    """The profile of tensors named as mlx-lm or Hugging Face names them.
+
+    Raises:
+        CheckpointError: the config lacks a size, or a layer has no tensor.
+    """
+    text = config.get("text_config")
+    facts = {**config, **text} if isinstance(text, dict) else dict(config)
+    count = _size(facts, ("num_hidden_layers", "n_layers", "n_layer"), where)
+    hidden = _size(facts, ("hidden_size", "n_embd", "d_model"), where)
+    layers: list[list[Tensor]] = [[] for _ in range(count)]
+    ends: dict[str, list[Tensor]] = {"embedding": [], "head": [], "norm": [], "shared": [], "left out": []}
+    every = list(tensors)
+    for tensor in every:
+        match = _LAYER.search(tensor.name)
+        if _NOT_LOADED.search(tensor.name) or (match and int(match[1]) >= count) or tensor.memory == 0:
+            ends["left out"].append(tensor)
+        elif match:
+            layers[int(match[1])].append(tensor)
+        else:
+            ends[_end(tensor.name)].append(tensor)
+    if empty := [index for index, held in enumerate(layers) if not held]:
+        raise CheckpointError(f"{where} is incomplete: layer {empty[0]} of {count} has no tensors.")
+    tied = not ends["head"]
+    matrix = ends["embedding"] if tied else ends["head"]
+    model = ModelProfile(
+        name,
+        tuple(_layer(index, held, facts, dtype, where) for index, held in enumerate(layers)),
+        embedding_bytes=_memory(ends["embedding"]),
+        head_bytes=_memory(ends["head"]) + _memory(ends["norm"]),
+        tied=tied,
+        hidden_bytes=hidden * _KV_ITEM[dtype],
+        head_flops=2.0 * sum(t.weights for t in matrix),
+        shared_bytes=_memory(ends["shared"]),
+    )
+    return Profile(
+        model,
+        stored_bytes=sum(t.stored for t in every),
+        left_out_bytes=sum(t.stored for t in ends["left out"]),
+        dtype=dtype,
+        hidden_size=hidden,
+        intermediate_size=int(facts.get("intermediate_size") or facts.get("n_inner") or 4 * hidden),
+        vocab_size=_size(facts, ("vocab_size",), where),
+        longest_context=facts.get("max_position_embeddings"),
+    )
+
+
+def _end(name: str) -> str:
+    owner = name.split(".")[-2] if "." in name else name
+    if owner in _EMBEDDINGS:
+        return "embedding"
+    if owner in _HEADS:
+        return "head"
+    return "norm" if "norm" in owner or owner == "ln_f" else "shared"
+
+
+def _layer(index: int, held: list[Tensor], facts: Mapping[str, Any], dtype: str, where: str) -> LayerProfile:
+    experts = [t for t in held if _EXPERTS.search(t.name)]
+    share = _active_share(facts) if experts else 1.0
+    heads = _size(facts, ("num_attention_heads", "n_heads", "n_head"), where)
+    kv_heads = facts.get("num_key_value_heads") or heads
+    width = facts.get("head_dim") or _size(facts, ("hidden_size", "n_embd", "d_model"), where) // heads
+    used = sum(t.weights for t in held) - (1 - share) * sum(t.weights for t in experts)
+    return LayerProfile(
+        weight_bytes=_memory(held),
+        flops=2.0 * used,
+        kv_bytes=2 * int(kv_heads) * int(width) * _KV_ITEM[dtype],
+        expert_bytes=_memory(experts),
+        active_share=share,
+        attention_flops=4.0 * heads * int(width),
+        window=_window(index, facts),
+    )
+
+
+def _active_share(facts: Mapping[str, Any]) -> float:
+    """Routed experts per token / experts; 1, which only overstates the cost, where the config uses unknown names."""
+    used = [
+        facts[k] for k in ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk") if k in facts
+    ]
+    there = [facts[k] for k in ("num_experts", "num_local_experts", "n_routed_experts") if k in facts]
+    known = used and there and isinstance(used[0], int) and isinstance(there[0], int) and 0 < used[0] <= there[0]
+    return used[0] / there[0] if known else 1.0
+
+
+def _window(index: int, facts: Mapping[str, Any]) -> int | None:
+    window = facts.get("sliding_window")
+    if facts["model_type"] not in _WINDOWED or not isinstance(window, int):
+        return None
+    pattern, kinds = facts.get("sliding_window_pattern"), facts.get("layer_types")
+    if isinstance(kinds, list) and index < len(kinds):
+        return window if kinds[index] == "sliding_attention" else None
+    if isinstance(pattern, int) and pattern > 0:
+        return window if (index + 1) % pattern else None
+    return None
+
+
+def _size(facts: Mapping[str, Any], names: tuple[str, ...], where: str) -> int:
+    for name in names:
+        if isinstance(facts.get(name), int) and facts[name] > 0:
+            return int(facts[name])
+    raise CheckpointError(f"{where}: its config.json has no {names[0]}.")
+
+
+def _memory(tensors: Iterable[Tensor]) -> int:
+    return sum(t.memory for t in tensors)
