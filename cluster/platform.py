@@ -62,8 +62,9 @@ class PomariumPlatform(Platform):
     @classmethod
     def pre_register_and_update(cls, parser: "FlexibleArgumentParser | None" = None) -> None:
         """Called before vLLM reads arguments and checks the environment for variables that it does not know."""
-        from pomarium.cluster import quantization
+        from pomarium.cluster import model_registry, quantization
 
+        model_registry.register()
         quantization.register()
         for variable in worker_settings.VARIABLES:
             envs.environment_variables.setdefault(variable.name, partial(os.environ.get, variable.name))

@@ -12,6 +12,7 @@ import ray
 
 from pomarium.cluster.executor.codec import describe
 from pomarium.cluster.executor.service import ControlService, serve
+from pomarium.cluster.lean_import import import_vllm, without_collections
 from pomarium.proto import control_pb2 as pb
 
 
@@ -46,7 +47,9 @@ class WorkerActor:
 
     def _work(self) -> None:
         try:
-            from pomarium.cluster.executor.host import WorkerHost
+            with without_collections():
+                import_vllm()
+                from pomarium.cluster.executor.host import WorkerHost
 
             host = WorkerHost(self._rank)
         except BaseException as error:

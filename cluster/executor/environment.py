@@ -10,6 +10,9 @@ VISIBLE_DEVICES = "VLLM_METAL_VISIBLE_DEVICES"
 RESOURCE = "mlx"
 """Ray's custom resource: one per Mac, or per device that may run a worker."""
 
+HANDED_OVER = "POMARIUM_WORKERS"
+"""Worker processes that were started ahead of the engine: see `handover`."""
+
 _CARRIED_PREFIXES = (
     "VLLM_",
     "POMARIUM_",
@@ -22,7 +25,7 @@ _CARRIED_PREFIXES = (
     "OPENBLAS_",
 )
 _CARRIED_NAMES = frozenset({"PYTHONPATH", "PYTHONHASHSEED", "LD_PRELOAD"})
-_LEFT_BEHIND = frozenset({VISIBLE_DEVICES, "VLLM_HOST_IP", "VLLM_PORT", "VLLM_WORKER_MULTIPROC_METHOD"})
+_LEFT_BEHIND = frozenset({VISIBLE_DEVICES, HANDED_OVER, "VLLM_HOST_IP", "VLLM_PORT", "VLLM_WORKER_MULTIPROC_METHOD"})
 
 
 def local_ranks(node_ids: Sequence[str]) -> tuple[int, ...]:

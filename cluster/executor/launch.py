@@ -1,6 +1,8 @@
 """Starts the worker processes of one engine and opens a link to each: everything between Ray and the executor.
 
-Reservation --Ray actor per bundle--> Endpoint --control stream--> WorkerLink
+    Reservation --start: Ray actor per bundle--> WorkerProcess --contacts--> Contact --connect--> WorkerLink
+
+Who starts them need not be who drives them: a Serve replica starts them ahead of its engine (`handover`).
 """
 
 import logging
@@ -34,8 +36,31 @@ CONNECT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
+class WorkerProcess:
+    """A process that Ray starts.
+
+    Attributes:
+        actor: ends with the last handle to it, and with the process that started it.
+        token: what the engine has to show.
+        listening: Ray's reference to the Endpoint.
+    """
+
+    actor: ActorHandle[Any]
+    token: str
+    listening: "ray.ObjectRef[Endpoint]"
+
+
+@dataclass(frozen=True)
+class Contact:
+    """What an engine needs to drive a worker process."""
+
+    endpoint: Endpoint
+    token: str
+
+
+@dataclass(frozen=True)
 class RemoteWorker:
-    """A started worker.
+    """A worker with a link to it.
 
     Attributes:
         local_rank: its index among this engine's workers on its node, and the index of its device.
@@ -44,39 +69,47 @@ class RemoteWorker:
     rank: int
     local_rank: int
     endpoint: Endpoint
-    actor: ActorHandle[Any]
     link: WorkerLink
 
 
-def launch(reservation: Reservation, on_failure: Callable[[int, Exception], None]) -> tuple[RemoteWorker, ...]:
-    """Start a worker on each bundle. `on_failure(rank, error)` is called at most once per worker, from its own thread.
-
-    Raises WorkerLostError if one does not start, UnsupportedError if it runs another version.
-    """
+def start(reservation: Reservation) -> tuple[WorkerProcess, ...]:
+    """Have Ray start a process on each bundle, in rank order, and do not wait for it."""
     devices = local_ranks(reservation.nodes)
     if warning := override_warning(os.environ, devices):
         logger.warning(warning)
-    tokens = [secrets.token_urlsafe(32) for _ in devices]
-    actors: list[ActorHandle[Any]] = []
+    return tuple(_start_process(reservation, rank, device) for rank, device in enumerate(devices))
+
+
+def contacts(processes: Sequence[WorkerProcess]) -> tuple[Contact, ...]:
+    """Wait until all processes listen. Raises WorkerLostError if one does not start."""
+    try:
+        endpoints = ray.get([process.listening for process in processes], timeout=ACTOR_TIMEOUT_S)
+    except GetTimeoutError:
+        raise WorkerLostError(f"Ray did not start the worker processes within {ACTOR_TIMEOUT_S:g} s") from None
+    except RayError as error:
+        raise WorkerLostError(f"Ray could not start the worker processes: {error}") from error
+    return tuple(Contact(endpoint, process.token) for endpoint, process in zip(endpoints, processes, strict=True))
+
+
+def connect(contacts: Sequence[Contact], on_failure: Callable[[int, Exception], None]) -> tuple[RemoteWorker, ...]:
+    """Open a link to each worker, in rank order. `on_failure(rank, error)` is called at most once per worker, from its
+    own thread.
+
+    Raises WorkerLostError if one is gone, UnsupportedError if it runs another version.
+    """
     links: list[WorkerLink] = []
     try:
-        for rank, (device, token) in enumerate(zip(devices, tokens, strict=True)):
-            actors.append(_start_actor(reservation, rank, device, token))
-        endpoints = _endpoints(actors)
-        for rank, (endpoint, token) in enumerate(zip(endpoints, tokens, strict=True)):
-            name = f"worker {rank} (pid {endpoint.pid} at {endpoint.address})"
-            links.append(WorkerLink(name, endpoint.address, token, partial(on_failure, rank)))
+        for rank, contact in enumerate(contacts):
+            name = f"worker {rank} (pid {contact.endpoint.pid} at {contact.endpoint.address})"
+            links.append(WorkerLink(name, contact.endpoint.address, contact.token, partial(on_failure, rank)))
         for link in links:
             check_versions(link.name, link.wait_ready(CONNECT_TIMEOUT_S), ready())
     except BaseException:
         for link in links:
             link.close()
-        kill(actors)
         raise
-    return tuple(
-        RemoteWorker(rank, device, endpoint, actor, link)
-        for rank, (device, endpoint, actor, link) in enumerate(zip(devices, endpoints, actors, links, strict=True))
-    )
+    local = local_ranks([contact.endpoint.node_id for contact in contacts])
+    return tuple(RemoteWorker(rank, local[rank], contacts[rank].endpoint, link) for rank, link in enumerate(links))
 
 
 def check_versions(worker: str, theirs: pb.Ready, ours: pb.Ready) -> None:
@@ -91,14 +124,15 @@ def check_versions(worker: str, theirs: pb.Ready, ours: pb.Ready) -> None:
             )
 
 
-def kill(actors: Sequence[ActorHandle[Any]]) -> None:
+def kill(processes: Sequence[WorkerProcess]) -> None:
     """End the processes, unless Ray is gone already and they with it."""
     if ray.is_initialized():
-        for actor in actors:
-            ray.kill(actor, no_restart=True)
+        for process in processes:
+            ray.kill(process.actor, no_restart=True)
 
 
-def _start_actor(reservation: Reservation, rank: int, device: int, token: str) -> ActorHandle[Any]:
+def _start_process(reservation: Reservation, rank: int, device: int) -> WorkerProcess:
+    token = secrets.token_urlsafe(32)
     strategy = PlacementGroupSchedulingStrategy(
         reservation.group, placement_group_bundle_index=reservation.bundles[rank]
     )
@@ -114,14 +148,4 @@ def _start_actor(reservation: Reservation, rank: int, device: int, token: str) -
         )
         .remote(rank, token)
     )
-    return actor
-
-
-def _endpoints(actors: Sequence[ActorHandle[Any]]) -> list[Endpoint]:
-    try:
-        endpoints: list[Endpoint] = ray.get([actor.listen.remote() for actor in actors], timeout=ACTOR_TIMEOUT_S)
-    except GetTimeoutError:
-        raise WorkerLostError(f"Ray did not start the worker processes within {ACTOR_TIMEOUT_S:g} s") from None
-    except RayError as error:
-        raise WorkerLostError(f"Ray could not start the worker processes: {error}") from error
-    return endpoints
+    return WorkerProcess(actor, token, actor.listen.remote())

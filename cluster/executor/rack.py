@@ -8,6 +8,7 @@ none; the last stage answers `sample_tokens`. Any failure fails every pending Fu
 callback, so no thread is left waiting. Stages find each other through `workers` (addresses in rank order).
 """
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -21,8 +22,9 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from pomarium.cluster.executor.bundles import Reservation, release, reserve
 from pomarium.cluster.executor.codec import WorkerError, WorkerLostError, encode_call, method_name
+from pomarium.cluster.executor.handover import offered
 from pomarium.cluster.executor.host import INIT_WORKER
-from pomarium.cluster.executor.launch import RemoteWorker, kill, launch
+from pomarium.cluster.executor.launch import Contact, RemoteWorker, WorkerProcess, connect, contacts, kill, start
 from pomarium.cluster.executor.link import gather
 from pomarium.cluster.executor.session import ensure_connected
 from pomarium.cluster.faults import record_engine_core_faults
@@ -58,6 +60,7 @@ class RackExecutor(Executor):
         record_engine_core_faults()
         self.workers = ()
         self._reservation: Reservation | None = None
+        self._processes: tuple[WorkerProcess, ...] = ()
         self._order = threading.Lock()
         self._state = threading.Lock()
         self._failure: Exception | None = None
@@ -65,15 +68,20 @@ class RackExecutor(Executor):
         self._closed = False
         self._step_timeout_s = float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
         try:
-            ensure_connected()
-            self._reservation = reserve(self.parallel_config.placement_group, self.parallel_config.world_size)
-            self.workers = launch(self._reservation, self._on_worker_failure)
+            ahead = offered(os.environ, self.parallel_config.world_size)
+            self.workers = connect(ahead or self._start_processes(), self._on_worker_failure)
             self._init_workers()
             self.collective_rpc("init_device", timeout=START_TIMEOUT_S)
             self.collective_rpc("load_model")
         except BaseException:
             self.shutdown()
             raise
+
+    def _start_processes(self) -> tuple[Contact, ...]:
+        ensure_connected()
+        self._reservation = reserve(self.parallel_config.placement_group, self.parallel_config.world_size)
+        self._processes = start(self._reservation)
+        return contacts(self._processes)
 
     def _init_workers(self) -> None:
         replies = []
@@ -162,7 +170,7 @@ class RackExecutor(Executor):
             self._say_goodbye()
         for worker in self.workers:
             worker.link.close()
-        kill([worker.actor for worker in self.workers])
+        kill(self._processes)
         if self._reservation is not None:
             release(self._reservation)
 

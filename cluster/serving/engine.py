@@ -62,8 +62,8 @@ class EngineReplica:
         Raises:
             faults.StartError: with the sentence to show, whichever process failed.
         """
-        self._workers = _start_workers(plan)  # a process of Ray's ends with the last handle to it
-        self._server = await _start(plan, folder, self._workers)
+        # Kept, for a process of Ray's ends with the last handle to it.
+        self._workers, self._server = await _start(plan, folder)
         self._watch = asyncio.get_running_loop().create_task(self._leave_when_dead(plan.name))
 
     async def request(
@@ -119,15 +119,17 @@ def _start_workers(plan: ModelPlan) -> "tuple[WorkerProcess, ...]":
     return launch.start(bundles.reserve(None, plan.stages))
 
 
-async def _start(plan: ModelPlan, folder: Path, workers: "Sequence[WorkerProcess]") -> "Server":
+async def _start(plan: ModelPlan, folder: Path) -> "tuple[tuple[WorkerProcess, ...], Server]":
     from pomarium.cluster.executor import handover, launch
 
+    workers: tuple[WorkerProcess, ...] = ()
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="pomarium-"))
         fault_file = Path(scratch) / "fault.json"
         os.environ[faults.FILE_VARIABLE] = str(fault_file)
         stack.callback(os.environ.pop, faults.FILE_VARIABLE)
         try:
+            workers = _start_workers(plan)
             with without_collections():
                 if workers:
                     import_vllm()
@@ -135,7 +137,7 @@ async def _start(plan: ModelPlan, folder: Path, workers: "Sequence[WorkerProcess
 
             if workers:
                 stack.enter_context(handover.offer(await asyncio.to_thread(launch.contacts, workers), os.environ))
-            return await Server.start(plan, folder)
+            return workers, await Server.start(plan, folder)
         except Exception as error:
             logger.exception("The engine of %s did not start.", plan.name)
             launch.kill(workers)

@@ -1,6 +1,6 @@
 """From a ServePlan to a running endpoint and back to nothing, phase by phase.
 
-serving(plan): Ray (own or joined), models found and checked -> engines ready ... -> all of it gone
+serving(plan): Ray (own or joined) and Serve, meanwhile models found and checked -> engines ready ... -> all of it gone
 """
 
 import os
@@ -45,6 +45,9 @@ def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.envir
     with ExitStack() as stack:
         stack.callback(check.abandon)
         stack.enter_context(_ray(plan, phase, environ))
+        if not joined:  # an own Ray takes Serve with it, should a model turn out to be faulty
+            with phase("serve"):
+                _start_serve(plan)
         with phase("model"):
             folders = check.folders()
         with phase("engine"):
@@ -70,12 +73,19 @@ def _ray(plan: ServePlan, phase: Phase, environ: Mapping[str, str]) -> Iterator[
         local_ray.stop(local)
 
 
+def _start_serve(plan: ServePlan) -> None:
+    """Changes nothing where Serve runs."""
+    from ray import serve
+
+    serve.start(proxy_location="HeadOnly", http_options={"host": plan.host, "port": plan.port})
+
+
 def _deploy(plan: ServePlan, folders: Sequence[Path], environ: Mapping[str, str]) -> None:
     from ray import serve
 
     from pomarium.cluster.serving import app
 
-    serve.start(proxy_location="HeadOnly", http_options={"host": plan.host, "port": plan.port})
+    _start_serve(plan)
     try:
         serve.run(
             app.build(plan, folders, app.passed_environment(environ)),

@@ -27,7 +27,7 @@ RECOVERY_S = 300.0
 
 def test_the_terminal_shows_phases_url_and_a_request(server: Server) -> None:
     words = [line.split()[0] for line in server.output.splitlines() if line]
-    assert words[:5] == ["log", "ray", "model", "engine", "ready"]
+    assert words[:6] == ["log", "ray", "serve", "model", "engine", "ready"]
     assert f"{server.url}/v1" in server.output
     assert f"curl {server.url}/v1/chat/completions" in server.output
 

@@ -1,0 +1,58 @@
+"""Tells vLLM what it has to know of a model without importing vLLM's torch implementation of it.
+
+    architecture in config.json --ModelRegistry--> MlxDecoder --> text generation, stages, no recurrent state, ...
+
+vLLM finds out what a model can do by importing its class in a process of its own, which takes half a minute where no
+earlier start left the answer in the cache. The class computes nothing here: models come from mlx-lm. So the families
+that the worker is proven on (`worker.models.verify.PROVEN`) are registered with a stand-in, as all of them have the
+same answers; architectures that vLLM has no class for are served that way, too. Every other one goes through vLLM's own
+inspection, and is admitted or refused on what that says.
+"""
+
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from vllm.model_executor.models.registry import ModelRegistry
+
+ARCHITECTURES = frozenset({
+    "ApertusForCausalLM", "Cohere2ForCausalLM", "CohereForCausalLM", "Ernie4_5ForCausalLM", "Exaone4ForCausalLM",
+    "GPTNeoXForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GemmaForCausalLM", "Glm4ForCausalLM",
+    "GlmForCausalLM", "GptOssForCausalLM", "GraniteForCausalLM", "GraniteMoeForCausalLM", "HeliumForCausalLM",
+    "HunYuanDenseV1ForCausalLM", "InternLM3ForCausalLM", "LlamaForCausalLM", "MiMoForCausalLM",
+    "Ministral3ForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "NemotronForCausalLM", "Olmo2ForCausalLM",
+    "Olmo3ForCausalLM", "OlmoeForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM",
+    "StableLmForCausalLM", "Starcoder2ForCausalLM",
+})  # fmt: skip
+"""What config.json calls the families of PROVEN: plain decoders that generate text."""
+
+
+class MlxDecoder(torch.nn.Module):
+    """A plain decoder, as vLLM's registry sees one (vllm/model_executor/models/interfaces_base.py). Never made."""
+
+    supports_pp: ClassVar[bool] = True
+
+    def __init__(self, vllm_config: Any, prefix: str = "") -> None:
+        raise NotImplementedError("models are run by the MLX worker, not by torch")
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> NoReturn:
+        """Part of the interface."""
+        raise NotImplementedError
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, intermediate_tensors: Any = None) -> NoReturn:
+        """Part of the interface."""
+        raise NotImplementedError
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> NoReturn:
+        """Part of the interface: what marks a text generator."""
+        raise NotImplementedError
+
+    def make_empty_intermediate_tensors(self, *args: Any) -> NoReturn:
+        """Part of the interface: what pipeline stages need."""
+        raise NotImplementedError
+
+
+def register() -> None:
+    """Make the stand-in known to vLLM in this process; calling it again changes nothing."""
+    for architecture in ARCHITECTURES:
+        ModelRegistry.register_model(architecture, MlxDecoder)
