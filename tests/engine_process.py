@@ -20,7 +20,7 @@ from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
 KV_BYTES = 8 << 20
-"""More than any tiny model here needs; vLLM's block table of the 4 GiB default alone takes 3 s to build."""
+"""More than any tiny model here needs; vLLM's block table of the 2 GiB default alone takes seconds to build."""
 
 
 @contextmanager

@@ -20,8 +20,11 @@ from pomarium.worker.errors import InsufficientMemoryError
 from pomarium.worker.settings import AUTO_FRACTION, DeviceKind
 
 GIB = 1 << 30
-CPU_AUTO_KV_BYTES = 4 * GIB
-"""What the KV caches of a machine's CPU workers take together unless the user gives a fraction."""
+CPU_AUTO_KV_BYTES = 2 * GIB
+"""What the KV caches of a machine's CPU workers take together unless the user gives a fraction: 46,000 tokens of
+SmolLM2. The pool is zeroed at start, which on a virtual machine takes about a second per GiB, and up to five."""
+CPU_MOST_AUTO_KV_BYTES = 4 * GIB
+"""What they take together at most if a sequence of maximum length needs more than that."""
 RESERVED_BLOCKS = 1
 """vLLM's block pool keeps one block as a placeholder (vllm/v1/core/block_pool.py, null_block): no sequence gets it."""
 
@@ -73,7 +76,7 @@ def kv_bytes(facts: MemoryFacts) -> int:
     """Bytes for the KV cache, a multiple of `facts.block`: all that the share leaves, or without paging the minimum.
 
     On the CPU, where the whole memory is the base, it also stays within what is available now, and under `auto` the
-    machine's workers together within 4 GiB.
+    machine's workers together within 2 GiB, or up to 4 GiB if a sequence of maximum length needs them.
     Raises InsufficientMemoryError if one sequence of maximum length does not fit.
     """
     room = _room(facts)
@@ -89,7 +92,8 @@ def _room(facts: MemoryFacts) -> int:
     if facts.kind is DeviceKind.CPU:
         room = min(room, facts.available - facts.activations)
         if facts.paged and facts.fraction is None:
-            room = min(room, CPU_AUTO_KV_BYTES // facts.workers)
+            together = min(max(CPU_AUTO_KV_BYTES, minimum_kv_bytes(facts) * facts.workers), CPU_MOST_AUTO_KV_BYTES)
+            room = min(room, together // facts.workers)
     return room
 
 

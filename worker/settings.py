@@ -137,8 +137,8 @@ VARIABLES: tuple[Variable, ...] = (
         "`auto` or a number in (0, 1]: the share of the machine's memory that weights, activations and KV cache take. "
         "Paged: `auto` is 0.9. Not paged: must be `auto`, and just enough for the model plus one sequence of maximum "
         "length is taken. The base is the recommended working set on a GPU and the machine's memory on the CPU, where "
-        "`auto` gives at most 4 GiB to the KV cache. Memory that others took since the start is left to them. "
-        "Workers on one machine share the fraction.",
+        "`auto` gives 2 GiB to the KV cache, up to 4 GiB if one sequence needs them. Memory that others took since the "
+        "start is left to them. Workers on one machine share the fraction.",
     ),
     Variable(
         "VLLM_METAL_USE_MLX",

@@ -118,7 +118,7 @@ def _memory(settings: Settings, kind: DeviceKind) -> str:
         return "the model and one sequence of maximum length"
     if kind is DeviceKind.GPU:
         return f"{settings.resolved_fraction:g} of the recommended working set"
-    limit = ", at most 4 GiB for the KV cache" if settings.memory_fraction is None else ""
+    limit = ", 2 to 4 GiB for the KV cache" if settings.memory_fraction is None else ""
     return f"{settings.resolved_fraction:g} of this machine's memory{limit}"
 
 

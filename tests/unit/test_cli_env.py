@@ -86,7 +86,7 @@ def test_device(environ: dict[str, str], backend: GpuBackend | None, resolved: s
 @pytest.mark.parametrize(
     ("environ", "backend", "resolved"),
     [
-        ({}, None, "0.9 of this machine's memory, at most 4 GiB for the KV cache"),
+        ({}, None, "0.9 of this machine's memory, 2 to 4 GiB for the KV cache"),
         ({}, GpuBackend.METAL, "0.9 of the recommended working set"),
         ({"VLLM_METAL_MEMORY_FRACTION": "0.5"}, None, "0.5 of this machine's memory"),
         ({"VLLM_METAL_USE_PAGED_ATTENTION": "0"}, None, "the model and one sequence of maximum length"),

@@ -131,8 +131,11 @@ def test_memory_that_others_took_is_left_to_them() -> None:
 
 def test_the_cpu_takes_4_gib_unless_a_number_asks_for_more() -> None:
     cpu = replace(MACHINE, kind=DeviceKind.CPU)
-    assert kv_bytes(cpu) == 4 * GIB
-    assert kv_bytes(replace(cpu, workers=2)) == 2 * GIB
+    assert kv_bytes(cpu) == 2 * GIB
+    assert kv_bytes(replace(cpu, workers=2, sequence=GIB // 4)) == GIB
+    assert 3 * GIB <= kv_bytes(replace(cpu, sequence=3 * GIB)) < 3.1 * GIB
+    with pytest.raises(InsufficientMemoryError, match=r"set VLLM_METAL_MEMORY_FRACTION higher"):
+        kv_bytes(replace(cpu, sequence=4 * GIB))
     assert kv_bytes(replace(cpu, fraction=0.5)) == 15 * GIB
 
 
