@@ -3,9 +3,11 @@
     inspect (headers) -> mlx_lm.load_model, lazily -> layer by layer: dequantise (dense) or cast, evaluate
 
 Nothing is read before its own layer's turn, so the peak is the finished model plus about one layer as stored. `dense`
-is for the CPU device, where MLX multiplies quantised matrices on one thread and dense float32 through BLAS.
+is for the CPU device, where MLX multiplies quantised matrices on one thread and dense float32 through BLAS. Of a stage
+only its own layers are read, with embedding or head if it has them; the rest is blank before anything is evaluated.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,14 +20,16 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import _get_classes, load_model
 
 from pomarium.worker.errors import CheckpointError, UnsupportedError
-from pomarium.worker.models.checkpoint import inspect
+from pomarium.worker.models.checkpoint import Checkpoint, inspect
+from pomarium.worker.models.stage_weights import blank, foreign_parameters
+from pomarium.worker.models.stages import StageCut, layers_of
 
 _QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear, QuantizedMultiLinear)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """`config` is config.json as mlx-lm read it; `weight_bytes` counts the parameters as they lie in memory."""
+    """`config` is config.json as mlx-lm read it; `weight_bytes` counts the own parameters as they lie in memory."""
 
     model: nn.Module
     config: dict[str, Any]
@@ -40,16 +44,18 @@ class _CastsSelectively(Protocol):
     def cast_predicate(self) -> Any: ...
 
 
-def load(directory: Path, *, dense: bool, dtype: mx.Dtype | None) -> LoadedModel:
-    """Load and evaluate the model in `directory`.
+def load(directory: Path, *, dense: bool, dtype: mx.Dtype | None, cut: StageCut | None = None) -> LoadedModel:
+    """Load and evaluate the model in `directory`, or one stage of it.
 
     Args:
         dense: replace quantised layers by dense ones in `dtype`.
         dtype: what floating parameters are cast to (scales and biases of quantised layers too); None leaves them.
+        cut: the stage's layers; None for the whole model.
 
     Raises:
-        CheckpointError: missing or damaged files, or weights that do not fit the model.
-        UnsupportedError: mlx-lm has no such model or quantisation.
+        CheckpointError: missing or damaged files, weights that do not fit the model, or another number of layers than
+            were cut.
+        UnsupportedError: mlx-lm has no such model or quantisation, or the model cannot run in stages.
     """
     checkpoint = inspect(directory)
     try:
@@ -63,22 +69,32 @@ def load(directory: Path, *, dense: bool, dtype: mx.Dtype | None) -> LoadedModel
         raise CheckpointError(
             f"{directory} does not fit mlx-lm's {checkpoint.model_type} model: {type(error).__name__}: {first_line}."
         ) from error
+    foreign = frozenset[str]() if cut is None else _foreign(model, cut, checkpoint)
+    model.update(tree_unflatten([(path, blank(p)) for path, p in tree_flatten(model.parameters()) if path in foreign]))
     if dense:
-        dequantise(model, dtype or mx.float32)
-    _cast_and_evaluate(model, dtype)
-    weight_bytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        dequantise(model, dtype or mx.float32, foreign)
+    _cast_and_evaluate(model, dtype, foreign)
+    weight_bytes = sum(array.nbytes for path, array in tree_flatten(model.parameters()) if path not in foreign)
     return LoadedModel(model, config, weight_bytes)
 
 
-def dequantise(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Replace each quantised layer in place by its dense kind in `dtype`, one at a time."""
+def _foreign(model: nn.Module, cut: StageCut, checkpoint: Checkpoint) -> frozenset[str]:
+    if (held := len(layers_of(model))) != cut.num_layers:
+        raise CheckpointError(
+            f"{checkpoint.path} has {held} layers, but {cut.num_layers} were cut; give all Macs the same model."
+        )
+    return foreign_parameters(model, cut, checkpoint.model_type)
+
+
+def dequantise(model: nn.Module, dtype: mx.Dtype, foreign: Set[str] = frozenset()) -> None:
+    """Replace each quantised layer in place by its dense kind in `dtype`, one at a time; blanks for `foreign` ones."""
     layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, _QUANTISED)]
     while layers:
         path, layer = layers.pop()
-        model.update_modules(tree_unflatten([(path, _dense(layer, dtype))]))
+        model.update_modules(tree_unflatten([(path, _dense(layer, dtype, f"{path}.weight" in foreign))]))
 
 
-def _dense(layer: Any, dtype: mx.Dtype) -> nn.Module:
+def _dense(layer: Any, dtype: mx.Dtype, foreign: bool) -> nn.Module:
     scales, biases = layer.scales, layer.get("biases")
     if biases is not None:  # affine: else MLX computes in the scales' dtype and float16 rounds a second time
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
@@ -92,6 +108,8 @@ def _dense(layer: Any, dtype: mx.Dtype) -> nn.Module:
         global_scale=layer.get("global_scale"),
         dtype=mx.float32,
     ).astype(dtype)
+    if foreign:
+        weight = blank(weight)
     mx.eval(weight)
     bias = "bias" in layer
     replacement: nn.Module
@@ -110,9 +128,10 @@ def _dense(layer: Any, dtype: mx.Dtype) -> nn.Module:
     return replacement.eval()
 
 
-def _cast_and_evaluate(model: nn.Module, dtype: mx.Dtype | None) -> None:
+def _cast_and_evaluate(model: nn.Module, dtype: mx.Dtype | None, foreign: Set[str]) -> None:
     castable = model.cast_predicate if isinstance(model, _CastsSelectively) and dtype != mx.float32 else None
-    for path, _ in tree_flatten(model.parameters()):
+    paths = [path for path, _ in tree_flatten(model.parameters())]  # names alone: arrays would stay alive, as stored
+    for path in paths:
         owner: Any = model
         *parents, name = path.split(".")
         for parent in parents:
@@ -121,5 +140,7 @@ def _cast_and_evaluate(model: nn.Module, dtype: mx.Dtype | None) -> None:
         floating = mx.issubdtype(parameter.dtype, mx.floating)
         if dtype is not None and floating and (castable is None or castable(path)):
             parameter = parameter.astype(dtype)
+            if path in foreign:
+                parameter = blank(parameter)
             owner[name] = parameter
         mx.eval(parameter)
