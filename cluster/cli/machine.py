@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import psutil
 
+from pomarium.cluster.ray_address import answers
 from pomarium.worker.errors import PomariumError
 
 T = TypeVar("T")
@@ -94,7 +95,7 @@ def gather(environ: Mapping[str, str]) -> Facts:
         blas_fault=blas_fault,
         settings_fault=settings_fault,
         embedded_fault=embedded_fault,
-        ray_reachable=_answers(address) if address else None,
+        ray_reachable=answers(address) if address else None,
         environ=dict(environ),
     )
 
@@ -129,16 +130,4 @@ def _port_free(host: str, port: int) -> bool:
             probe.bind((host, port))
         except OSError:
             return False
-    return True
-
-
-def _answers(address: str) -> bool:
-    """Whether something listens at host:port. "auto" and the like name no port: left to Ray."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        return True
-    try:
-        socket.create_connection((host, int(port)), timeout=2).close()
-    except OSError:
-        return False
     return True

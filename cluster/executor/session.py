@@ -12,6 +12,7 @@ import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
+from pomarium.cluster import ray_address
 from pomarium.cluster.executor.environment import RESOURCE
 
 logger = logging.getLogger("vllm.pomarium.executor")  # see `launch`
@@ -21,10 +22,15 @@ _OBJECT_STORE_BYTES = 256 << 20
 
 
 def ensure_connected() -> None:
-    """Connect this process to a Ray unless it is connected. Raises ConnectionError when RAY_ADDRESS does not answer."""
+    """Connect this process to a Ray unless it is connected.
+
+    Raises:
+        SettingsError, ConnectionError: RAY_ADDRESS does not answer.
+    """
     if ray.is_initialized():
         return
     if address := os.environ.get("RAY_ADDRESS"):
+        ray_address.require(address)
         ray.init(address=address, logging_level="WARNING")
         return
     start_embedded()

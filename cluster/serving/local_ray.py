@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from pomarium.cluster import ray_address
 from pomarium.cluster.serving.plan import RESOURCE, ServePlan
 from pomarium.worker.errors import SettingsError
 
@@ -107,6 +108,7 @@ def join(address: str, plan: ServePlan) -> None:
     Raises:
         SettingsError: if nothing answers there or it has fewer workers than `plan` takes.
     """
+    ray_address.require(address)
     import ray
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
