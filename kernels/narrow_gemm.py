@@ -7,7 +7,7 @@
 A BLAS copies ("packs") all of B before it multiplies, which pays when many rows of A use the copy. A decode step has a
 row per sequence and B is a weight: read once from memory it costs what the memory takes. Each tile asks the cache for
 the next tile's rows of B while it computes. SmolLM2's products on one core of an AMD EPYC with OpenBLAS as fallback:
-1 row 1.9 to 2.9 times as fast, 8 rows 1.3 to 2.1 times (benchmarks/products.py).
+1 row 2.1 to 2.8 times as fast, 8 rows 1.5 to 2.3 times (benchmarks/products.py).
 
 A row of the result has the same bits whichever rows are computed with it.
 
