@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 ARGS ?=
+# Set-up leaves compiling to the first import of a module: a Python that keeps nothing would compile at every start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install install-dev serve test test-fast lint lint-style lint-types lint-layers format proto bench clean
 

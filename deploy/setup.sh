@@ -167,8 +167,8 @@ install_packages() {
     name_vllm
 }
 
-check_imports() { # and have them compiled, so that the first start is as quick as the next
-    PYTHONPATH='' VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" -c "$imports" >>"$log" 2>&1 || {
+check_imports() { # and have them compiled, so that the first start is as quick as the next, whatever the user's Python does
+    PYTHONPATH='' PYTHONDONTWRITEBYTECODE='' VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" -c "$imports" >>"$log" 2>&1 || {
         tail -n 15 "$log" >&2
         fail "the installed packages cannot be imported: the end of $log is above; 'make clean' and set up anew."
     }
