@@ -117,10 +117,10 @@ def _refuse_if(broken: Callable[[EngineFacts], bool], sentence: str | Callable[[
 def choose_backend(facts: EngineFacts) -> Backend:
     """Where the worker goes.
 
-    "ray" means RackExecutor. So does "mp" inside a Ray actor, for Ray Serve LLM forces it there, and "uni" in one that
-    was not given a device of its own. All else runs in the engine's process.
+    "ray" means RackExecutor, and several stages always do. So does "mp" inside a Ray actor, for Ray Serve LLM forces it
+    there, and "uni" in one that was not given a device of its own. All else runs in the engine's process.
     """
-    if facts.backend not in ("uni", "mp"):
+    if facts.backend not in ("uni", "mp") or facts.pipeline_parallel_size > 1:
         return Backend.RACK
     return Backend.RACK if facts.in_ray_worker and not facts.holds_device else Backend.UNIPROC
 
@@ -146,11 +146,13 @@ _PARALLEL = (
         ),
     ),
     _refuse_if(
-        lambda f: f.pipeline_parallel_size > 1,
-        lambda f: (
-            f"pipeline_parallel_size={f.pipeline_parallel_size} is not supported yet: serving one model from several "
-            "Macs comes with pipeline stages; set --pipeline-parallel-size 1."
-        ),
+        lambda f: f.pipeline_parallel_size > 1 and not f.paged_attention,
+        "VLLM_METAL_USE_PAGED_ATTENTION=0 runs whole models only; leave it out, or set --pipeline-parallel-size 1.",
+    ),
+    _refuse_if(
+        lambda f: f.pipeline_parallel_size > 1 and f.holds_device,
+        "Stages are placed by Pomarium, each with the resource mlx of its Mac: give none to the actor or task that "
+        "starts the engine.",
     ),
     _refuse_if(
         lambda f: f.data_parallel_size > 1,
@@ -187,7 +189,7 @@ _PARALLEL = (
         "or ray.",
     ),
     _refuse_if(
-        lambda f: f.backend == "mp" and not f.in_ray_worker,
+        lambda f: f.backend == "mp" and not f.in_ray_worker and f.pipeline_parallel_size == 1,
         "distributed_executor_backend=mp is not supported outside Ray Serve: one worker needs no second process; set "
         "--distributed-executor-backend to uni (in the engine's process) or ray (an actor of its own).",
     ),

@@ -3,7 +3,8 @@
 An engine that does not start fails in one of three processes. What fails in the replica is an exception there. What
 fails in vLLM's EngineCore process, or in a worker that it drives, reaches the replica only as "Engine core
 initialization failed": therefore `record_engine_core_faults`, called in that process by our executor, hands the
-sentence on through a file that the replica names in its environment. Serve passes a replica's failure to the command
+sentence on through a file that the replica names in its environment; where vLLM's own backend serves, our plugin calls
+`record_backend_faults` in each of its processes. Serve passes a replica's failure to the command
 line as text: therefore `StartError` marks the sentence in it, and `marked_sentence` finds it.
 """
 
@@ -20,6 +21,8 @@ from pomarium.worker.errors import PomariumError
 
 FILE_VARIABLE = "POMARIUM_FAULT_FILE"
 ENGINE_CORE_LOGGER = "vllm.v1.engine.core"
+WORKER_PROCESS_LOGGER = "vllm.v1.executor.multiproc_executor"
+"""Where a worker process of vLLM's own executor logs what ends it: it tells EngineCore no more than that it ended."""
 _MARK = "pomarium-start-error:"
 _WRAPPERS = ("Failed to create vLLM engine config: ",)
 
@@ -107,10 +110,22 @@ def record_engine_core_faults() -> None:
 
     Does nothing where no replica asked for it (`vllm serve`, `vllm.LLM`).
     """
-    if path := os.environ.get(FILE_VARIABLE):
-        logging.getLogger(ENGINE_CORE_LOGGER).addHandler(_FaultFile(Path(path)))
+    _record(ENGINE_CORE_LOGGER)
+
+
+def record_backend_faults() -> None:
+    """The same in any process of vLLM's own backend, worker processes included; may be called repeatedly."""
+    _record(ENGINE_CORE_LOGGER)
+    _record(WORKER_PROCESS_LOGGER)
+
+
+def _record(name: str) -> None:
+    logger = logging.getLogger(name)
+    recorded = any(isinstance(handler, _FaultFile) for handler in logger.handlers)
+    if (path := os.environ.get(FILE_VARIABLE)) and not recorded:
+        logger.addHandler(_FaultFile(Path(path)))
 
 
 def recorded_sentence(path: Path) -> str | None:
-    """What EngineCore handed over, or None."""
+    """What a process of the engine handed over, or None."""
     return str(json.loads(path.read_text())) if path.exists() else None

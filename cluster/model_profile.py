@@ -12,7 +12,7 @@ mlx-lm is not known to apply, all tokens are counted. Operations are ESTIMATED a
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,24 +84,40 @@ class Profile:
         )
 
 
-def read_profile(model: str | None) -> Profile:
+@dataclass(frozen=True)
+class Profiles:
+    """One model's costs where weights stay as they are stored, and where all become float32 (on a CPU)."""
+
+    stored: Profile
+    dense: Profile
+
+
+def read_profiles(model: str | None) -> Profiles:
+    """Both profiles of a model; raises as `read_profile`."""
+    return Profiles(read_profile(model), read_profile(model, "float32"))
+
+
+def read_profile(model: str | None, dense: str | None = None) -> Profile:
     """The profile of anything that `worker.models.resolve` takes; ids are fetched as for serving.
+
+    Args:
+        dense: the dtype that all weights are converted to when they are loaded, as on a CPU; None: they stay.
 
     Raises:
         CheckpointError: there is no such model, or its headers are damaged or incomplete.
         UnsupportedError: a model type, quantisation or GGUF architecture that is not served.
     """
     if model is None or model in (embedded.NAME, "embedded"):
-        return of_gguf(embedded.gguf_file(), embedded.NAME)
+        return of_gguf(embedded.gguf_file(), embedded.NAME, dense)
     path = Path(model).expanduser()
     if path.suffix.lower() == ".gguf" and path.is_file():
-        return of_gguf(path, path.stem)
+        return of_gguf(path, path.stem, dense)
     from pomarium.worker.models import resolve  # imports mlx-lm, and so torch: seconds that a GGUF file does without
 
-    return of_directory(resolve.resolve(model), Path(model).name)
+    return of_directory(resolve.resolve(model), Path(model).name, dense)
 
 
-def of_directory(directory: Path, name: str | None = None) -> Profile:
+def of_directory(directory: Path, name: str | None = None, dense: str | None = None) -> Profile:
     """The profile of an mlx-lm directory. Raises as `worker.models.checkpoint.inspect` does."""
     from pomarium.worker.models.checkpoint import inspect, read_safetensors_header
 
@@ -117,10 +133,10 @@ def of_directory(directory: Path, name: str | None = None) -> Profile:
             bits = own["bits"] if isinstance(own, dict) and "bits" in own else usual
             memory = 2 * size if doubled and dtype.startswith("F8_E4") else size
             tensors.append(Tensor(key, size, memory, _weights(key, dtype, size, bits)))
-    return profile_of(name or directory.name, tensors, config, checkpoint.dtype, str(directory))
+    return profile_of(name or directory.name, tensors, config, checkpoint.dtype, str(directory), dense)
 
 
-def of_gguf(file: Path, name: str | None = None) -> Profile:
+def of_gguf(file: Path, name: str | None = None, dense: str | None = None) -> Profile:
     """The profile of a GGUF file as it would be after conversion. Raises as the converter does for its header."""
     header = read_header(file)
     metadata = Metadata(file, header.metadata)
@@ -140,7 +156,7 @@ def of_gguf(file: Path, name: str | None = None) -> Profile:
         dtype = "bfloat16"
     else:
         dtype = "float32" if kind is GGMLQuantizationType.F32 else "float16"
-    return profile_of(name or file.stem, tensors, config, dtype, str(file))
+    return profile_of(name or file.stem, tensors, config, dtype, str(file), dense)
 
 
 def _converted_bytes(info: TensorInfo, norms_plus_one: bool) -> int:
@@ -158,8 +174,15 @@ def _weights(name: str, dtype: str, size: int, bits: int) -> float:
     return size / _ITEM[dtype] if dtype in _ITEM else size * 8 / bits
 
 
-def profile_of(name: str, tensors: Iterable[Tensor], config: Mapping[str, Any], dtype: str, where: str) -> Profile:
-    """The profile of tensors named as mlx-lm or Hugging Face names them.
+def profile_of(
+    name: str,
+    tensors: Iterable[Tensor],
+    config: Mapping[str, Any],
+    dtype: str,
+    where: str,
+    dense: str | None = None,
+) -> Profile:
+    """The profile of tensors named as mlx-lm or Hugging Face names them. `dense`: see `read_profile`.
 
     Raises:
         CheckpointError: the config lacks a size, or a layer has no tensor.
@@ -171,6 +194,9 @@ def profile_of(name: str, tensors: Iterable[Tensor], config: Mapping[str, Any], 
     layers: list[list[Tensor]] = [[] for _ in range(count)]
     ends: dict[str, list[Tensor]] = {"embedding": [], "head": [], "norm": [], "shared": [], "left out": []}
     every = list(tensors)
+    if dense is not None:
+        dtype = dense
+        every = [replace(tensor, memory=round(tensor.weights * _KV_ITEM[dense])) for tensor in every]
     for tensor in every:
         match = _LAYER.search(tensor.name)
         if _NOT_LOADED.search(tensor.name) or (match and int(match[1]) >= count) or tensor.memory == 0:

@@ -27,6 +27,14 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Network:
+    """The links of a rack. `pairs`, by sets of two names, differ from `default`."""
+
+    default: Link
+    pairs: Mapping[frozenset[str], Link] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Mac:
     """Attributes: memory: bytes that a stage may take in all. bandwidth: bytes/s from memory. flops: FLOP/s."""
 

@@ -83,6 +83,7 @@ class PomariumPlatform(Platform):
             raise refusal
         _set_executor(vllm_config, facts)
         _set_engine(vllm_config, settings)
+        _set_scheduler(vllm_config)
         _set_process_start(device)
 
     @classmethod
@@ -173,6 +174,13 @@ def _set_engine(config: "VllmConfig", settings: worker_settings.Settings) -> Non
         logger.info("Prefix caching is off: VLLM_METAL_USE_PAGED_ATTENTION=0 leaves no blocks to share.")
     if cache.gpu_memory_utilization != type(cache).gpu_memory_utilization:
         logger.warning("gpu_memory_utilization has no effect here: set VLLM_METAL_MEMORY_FRACTION instead.")
+
+
+def _set_scheduler(config: "VllmConfig") -> None:
+    if config.parallel_config.pipeline_parallel_size > 1:
+        from pomarium.cluster.scheduling import install
+
+        install.stage(config)
 
 
 def _set_process_start(device: Device) -> None:

@@ -7,4 +7,10 @@ def register() -> str | None:
     from pomarium.worker.settings import normalise, wants_mlx
 
     normalise()
-    return "pomarium.cluster.platform.PomariumPlatform" if wants_mlx() else None
+    if wants_mlx():
+        return "pomarium.cluster.platform.PomariumPlatform"
+    # vLLM's own executor then drives its own worker processes: nothing else of ours runs in them.
+    from pomarium.cluster.faults import record_backend_faults
+
+    record_backend_faults()
+    return None

@@ -6,9 +6,11 @@
     Settings, model ------------------------+                --wired_bytes--> wire()
 
 `kv_bytes` and the functions around it decide and touch nothing; `snapshot`, `memory_base` and `wire` read and set.
-All sizes are bytes.
+All sizes are bytes. A rack may say that this machine has less memory than it has (POMARIUM_MACHINE_MEMORY).
 """
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import mlx.core as mx
 import psutil
 
 from pomarium.worker.device import Device, GpuBackend
-from pomarium.worker.errors import InsufficientMemoryError
+from pomarium.worker.errors import InsufficientMemoryError, SettingsError
 from pomarium.worker.settings import AUTO_FRACTION, DeviceKind
 
 GIB = 1 << 30
@@ -27,6 +29,7 @@ CPU_MOST_AUTO_KV_BYTES = 4 * GIB
 """What they take together at most if a sequence of maximum length needs more than that."""
 RESERVED_BLOCKS = 1
 """vLLM's block pool keeps one block as a placeholder (vllm/v1/core/block_pool.py, null_block): no sequence gets it."""
+LIMIT_VARIABLE = "POMARIUM_MACHINE_MEMORY"
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class MemorySnapshot:
     """The machine's memory at one moment.
 
     Attributes:
-        total: of the machine, or of the control group that confines this process.
+        total: of the machine, or of what confines this process: a control group, a limit.
         available: what can be taken without swapping.
         own: what this process holds there.
     """
@@ -146,8 +149,29 @@ def others_since(start: MemorySnapshot, now: MemorySnapshot) -> int:
     return max(0, (start.available - now.available) - (now.own - start.own))
 
 
-def snapshot(device: Device) -> MemorySnapshot:
-    """The memory that `device` computes in: unified memory or RAM, or CUDA device memory."""
+def machine_limit(environ: Mapping[str, str]) -> int | None:
+    """Bytes that workers may take for this machine's memory; None for all of it. Raises SettingsError."""
+    text = environ.get(LIMIT_VARIABLE)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 19 and int(text) > 0):
+        raise SettingsError(f"{LIMIT_VARIABLE}={text!r} is not accepted: set it to a number of bytes, or unset it.")
+    return int(text)
+
+
+def limited(found: MemorySnapshot, limit: int | None) -> MemorySnapshot:
+    """`found` on a machine that had `limit` bytes and ran this process only."""
+    if limit is None or limit >= found.total:
+        return found
+    return replace(found, total=limit, available=max(0, min(found.available, limit - found.own)))
+
+
+def snapshot(device: Device, environ: Mapping[str, str] = os.environ) -> MemorySnapshot:
+    """The memory that `device` computes in: unified memory or RAM, or CUDA device memory. Raises SettingsError."""
+    return limited(_snapshot(device), machine_limit(environ))
+
+
+def _snapshot(device: Device) -> MemorySnapshot:
     arrays = int(mx.get_active_memory() + mx.get_cache_memory())
     if device.backend is GpuBackend.CUDA:
         info = mx.device_info(mx.Device(mx.gpu, 0))
@@ -161,7 +185,7 @@ def snapshot(device: Device) -> MemorySnapshot:
 def memory_base(device: Device, now: MemorySnapshot) -> int:
     """The memory of which a fraction is taken: Metal's recommended working set, else the memory size."""
     if device.backend is GpuBackend.METAL:
-        return int(mx.device_info(mx.Device(mx.gpu, 0))["max_recommended_working_set_size"])
+        return min(int(mx.device_info(mx.Device(mx.gpu, 0))["max_recommended_working_set_size"]), now.total)
     return now.total
 
 

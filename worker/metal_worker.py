@@ -11,6 +11,7 @@ translates; what it translates to and from is tested without vLLM.
 import logging
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -42,9 +43,11 @@ from pomarium.worker.kv_cache.layout import CacheGroup, CacheLayout, LayerCache
 from pomarium.worker.kv_cache.pool import PagedPool
 from pomarium.worker.model_runner import ModelRunner, StepStats
 from pomarium.worker.models.load import LoadedModel, load
-from pomarium.worker.models.paged import PagedModel, prepare
+from pomarium.worker.models.paged import PagedModel, prepare, prepare_stage
 from pomarium.worker.models.resolve import resolve
-from pomarium.worker.models.verify import PROVEN, verify
+from pomarium.worker.models.verify import PROVEN, verify, verify_stage
+from pomarium.worker.pipeline.place import Surroundings
+from pomarium.worker.pipeline.stage import Stage
 from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.rows import SamplingRow
 from pomarium.worker.sampling.sampler import Sampler
@@ -57,9 +60,6 @@ logger = logging.getLogger(__name__)
 KV_LAYOUT = "LBHNC"
 """vLLM's name of PagedPool's order (vllm/v1/kv_cache_layout.py): layers, blocks, heads, tokens, content."""
 
-WORKERS_KEY = "workers_on_machine"
-"""Key in vLLM's additional_config: how many workers share this machine's memory."""
-
 _MX_DTYPES = {torch.float32: mx.float32, torch.float16: mx.float16, torch.bfloat16: mx.bfloat16}
 _TORCH_DTYPES = {value: key for key, value in _MX_DTYPES.items()}
 
@@ -71,6 +71,12 @@ class MetalWorker(WorkerBase):
         """Arguments as vLLM's WorkerBase."""
         super().__init__(*args, **kwargs)
         self._listeners: list[Callable[[StepStats], None]] = []
+        self._surroundings = Surroundings()
+        self._stage: Stage | None = None
+
+    def take_place(self, surroundings: Surroundings) -> None:
+        """Learn, before anything is loaded, who shares this machine and which stage of a pipeline this is."""
+        self._surroundings = surroundings
 
     def init_device(self) -> None:
         """Choose the device. Raises SettingsError if the environment asks for one that is absent."""
@@ -85,23 +91,50 @@ class MetalWorker(WorkerBase):
         """Load the checkpoint. Raises CheckpointError, UnsupportedError."""
         if load_dummy_weights:
             raise UnsupportedError("dummy weights are not supported: drop --load-format dummy")
+        folder, source = self.model_config.model, self._surroundings.source
         directory = resolve(
-            self.model_config.model,
+            folder if source is None or Path(folder).is_dir() else source,
             use_modelscope=self.settings.use_modelscope,
             modelscope_cache=self.settings.modelscope_cache,
         )
         on_cpu = self.mlx_device.kind is DeviceKind.CPU
-        self.loaded: LoadedModel = load(directory, dense=on_cpu, dtype=_MX_DTYPES[self.model_config.dtype])
+        place = self._surroundings.place
+        cut = None if place is None else place.cut
+        self.loaded: LoadedModel = load(directory, dense=on_cpu, dtype=_MX_DTYPES[self.model_config.dtype], cut=cut)
+        model_type = self.loaded.config["model_type"]
         self.paged: PagedModel | None = None
-        if self.settings.paged_attention:
-            model_type = self.loaded.config["model_type"]
+        if place is not None:
+            self._stage = Stage(place, prepare_stage(self.loaded.model, model_type, place.cut))
+            if model_type not in PROVEN:
+                verify_stage(self._stage.model, model_type)
+            self._keep(self._stage.model.layers, self._stage.model.dtype, self._stage.model.own_entries)
+        elif self.settings.paged_attention:
             self.paged = prepare(self.loaded.model, model_type)
             if model_type not in PROVEN:
                 verify(self.paged, model_type)
-            self.layers, self.kv_dtype = self.paged.layers, self.paged.dtype
+            self._keep(self.paged.layers, self.paged.dtype, range(len(self.paged.layers)))
         else:
-            layer, self.kv_dtype = contiguous_layer(self.loaded.model)
-            self.layers = (layer,)
+            layer, dtype = contiguous_layer(self.loaded.model)
+            self._keep((layer,), dtype, (0,))
+
+    def _keep(self, layers: tuple[LayerCache, ...], dtype: mx.Dtype, entries: Sequence[int]) -> None:
+        """`entries`: number of each layer in the whole model, by which vLLM knows it."""
+        self.layers, self.kv_dtype = layers, dtype
+        self.layer_names = tuple(f"layers.{entry}" for entry in entries)
+
+    def listen(self, on_link_failure: Callable[[Exception], None]) -> str:
+        """Begin to listen for the other stages; returns the address. Raises HandoffError or OSError.
+
+        Args:
+            on_link_failure: told, from another thread, when a link to another stage has failed.
+        """
+        assert self._stage is not None
+        return self._stage.listen(on_link_failure)
+
+    def connect(self, addresses: Sequence[str]) -> None:
+        """Open the links to the other stages, which listen at `addresses`, by rank. Raises HandoffError."""
+        assert self._stage is not None
+        self._stage.connect(addresses)
 
     def get_model(self) -> object:
         """The mlx-lm module."""
@@ -113,7 +146,7 @@ class MetalWorker(WorkerBase):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """One spec per attention layer; without paging one layer that stands for all."""
-        return {_layer_name(index): self._spec(layer) for index, layer in enumerate(self.layers)}
+        return {name: self._spec(layer) for name, layer in zip(self.layer_names, self.layers, strict=True)}
 
     def _spec(self, layer: LayerCache) -> KVCacheSpec:
         common = {
@@ -134,7 +167,6 @@ class MetalWorker(WorkerBase):
         """Bytes for the KV cache. Raises InsufficientMemoryError if one sequence of maximum length does not fit."""
         specs = self.get_kv_cache_spec().values()
         now = memory.snapshot(self.mlx_device)
-        additional = self.vllm_config.additional_config
         facts = memory.MemoryFacts(
             kind=self.mlx_device.kind,
             base=memory.memory_base(self.mlx_device, now),
@@ -142,7 +174,7 @@ class MetalWorker(WorkerBase):
             others=memory.others_since(self.memory_at_start, now),
             weights=self.loaded.weight_bytes,
             activations=self._activation_bytes(),
-            workers=int(additional.get(WORKERS_KEY, 1)) if isinstance(additional, dict) else 1,
+            workers=self._surroundings.workers,
             fraction=self.settings.memory_fraction,
             paged=self.settings.paged_attention,
             sequence=sum(spec.max_memory_usage_bytes(self.vllm_config) for spec in specs),
@@ -177,21 +209,32 @@ class MetalWorker(WorkerBase):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the pool and put the runner together."""
         mx.set_cache_limit(self._activation_bytes())
+        custom = OperatorProcessors.of_config(self)
+        vocab_size = self.model_config.get_vocab_size()
+        sampler = Sampler(vocab_size, self.model_config.seed, self.model_config.logprobs_mode)
+        if self._stage is not None:
+            backend = self._backend(kv_cache_config)
+            self.runner = self._stage.runner(backend, sampler, self._publish, custom[False], custom[True])
+            return
         forward: Forward
         if self.paged is None:
             forward = ContiguousForward(self.loaded.model)
         else:
-            pool = PagedPool(layout_of(kv_cache_config, self.layers), self.kv_dtype)
-            logger.info("KV pool: %d blocks, %d MiB", pool.layout.num_blocks, pool.nbytes >> 20)
-            forward = PagedForward(self.paged, GatheredAttention(pool))
-        custom = OperatorProcessors.of_config(self)
-        vocab_size = self.model_config.get_vocab_size()
-        sampler = Sampler(vocab_size, self.model_config.seed, self.model_config.logprobs_mode)
+            forward = PagedForward(self.paged, self._backend(kv_cache_config))
         self.runner = ModelRunner(forward, sampler, self._publish, custom[False], custom[True])
+
+    def _backend(self, kv_cache_config: KVCacheConfig) -> GatheredAttention:
+        pool = PagedPool(layout_of(kv_cache_config, self.layers, self.layer_names), self.kv_dtype)
+        logger.info("KV pool: %d blocks, %d MiB", pool.layout.num_blocks, pool.nbytes >> 20)
+        return GatheredAttention(pool)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Nothing is compiled ahead: MLX builds its kernels at the first step."""
         return CompilationTimes(0.0, 0.0)
+
+    def memory_held(self) -> int:
+        """Bytes of weights and KV cache that this worker holds."""
+        return int(mx.get_active_memory())
 
     def subscribe(self, listener: Callable[[StepStats], None]) -> None:
         """Have every step's figures handed to `listener`, on the thread that runs the steps."""
@@ -211,8 +254,14 @@ class MetalWorker(WorkerBase):
         return None if scheduled else EMPTY_MODEL_RUNNER_OUTPUT
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
-        """Sample the step that `execute_model` computed."""
+        """Sample the step that `execute_model` computed. On a pipeline, the last stage's task."""
+        assert isinstance(self.runner, ModelRunner)
         return output_of(self.runner.sample(grammar_of(grammar_output)))
+
+    def shutdown(self) -> None:
+        """End the links to other stages, without a fault."""
+        if self._stage is not None:
+            self._stage.close()
 
     def synchronize_device(self) -> None:
         """Wait for MLX."""
@@ -234,17 +283,17 @@ def _log_like_vllm() -> None:
             ours.addHandler(handler)
 
 
-def _layer_name(index: int) -> str:
-    return f"layers.{index}"
-
-
-def layout_of(config: KVCacheConfig, layers: Sequence[LayerCache]) -> CacheLayout:
+def layout_of(config: KVCacheConfig, layers: Sequence[LayerCache], names: Sequence[str]) -> CacheLayout:
     """vLLM's placement of layers in memory as buffers: layers at one address share one.
+
+    Args:
+        config: of the whole model's groups; those without a layer of this worker are there, but empty.
+        layers, names: this worker's.
 
     Raises:
         UnsupportedError: if layers of one buffer differ in shape.
     """
-    index_of = {_layer_name(index): index for index in range(len(layers))}
+    index_of = {name: index for index, name in enumerate(names)}
     addresses: dict[int, int] = {}
     for tensor in config.kv_cache_tensors:
         for place, name in enumerate(tensor.layers):

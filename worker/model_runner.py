@@ -9,8 +9,9 @@ so one step's logits wait at a time.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -32,6 +33,7 @@ class StepStats:
     Attributes:
         rows: tokens computed. cached_tokens: held by live requests after the step, a shared prefix counted for each.
         seconds: forward and sampling, without the wait between them.
+        waited, handing: seconds spent on other stages beside that: waiting for their data, and handing ours on.
     """
 
     requests: int
@@ -39,6 +41,28 @@ class StepStats:
     sampled: int
     cached_tokens: int
     seconds: float
+    waited: float = 0.0
+    handing: float = 0.0
+
+
+class Links(Protocol):
+    """What the last stage of a pipeline tells the first, and the seconds that its links have taken so far."""
+
+    waited_s: float
+    handing_s: float
+
+    def return_tokens(self, token_ids: Sequence[int]) -> None:
+        """Hand on the tokens of the step that was sampled."""
+        ...
+
+
+class _NoLinks:
+    """The whole model is here."""
+
+    waited_s = handing_s = 0.0
+
+    def return_tokens(self, token_ids: Sequence[int]) -> None:
+        """Nobody else needs them."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +73,7 @@ class _Waiting:
     batch: Batch
     logits: mx.array
     seconds: float
+    waited: float
 
 
 class ModelRunner:
@@ -57,6 +82,7 @@ class ModelRunner:
     Args:
         on_step: called with each step's figures.
         processors, invariant_processors: the operator's own logits processors (see Sampler.sample).
+        links: to the first stage, if `forward` is the last one of several.
     """
 
     def __init__(
@@ -66,6 +92,7 @@ class ModelRunner:
         on_step: Callable[[StepStats], None],
         processors: LogitsProcessor | None = None,
         invariant_processors: LogitsProcessor | None = None,
+        links: Links | None = None,
     ) -> None:
         self.requests = RequestTable()
         self._forward = forward
@@ -73,11 +100,12 @@ class ModelRunner:
         self._on_step = on_step
         self._processors = processors
         self._invariant_processors = invariant_processors
+        self._links = links or _NoLinks()
         self._waiting: _Waiting | None = None
 
     def execute(self, step: Step) -> bool:
         """Take in what changed and compute the scheduled tokens; False if none were scheduled (do not sample then)."""
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), self._links.waited_s
         self._forward.release(step.finished)
         scheduled = self.requests.apply(step)
         if not scheduled:
@@ -86,7 +114,8 @@ class ModelRunner:
         logits = self._forward.run(batch)
         for request, count in scheduled:
             request.num_computed_tokens += count
-        self._waiting = _Waiting(scheduled, batch, logits, time.perf_counter() - began)
+        waited = self._links.waited_s - waited
+        self._waiting = _Waiting(scheduled, batch, logits, time.perf_counter() - began - waited, waited)
         return True
 
     def sample(self, grammar: Grammar | None = None) -> StepResult:
@@ -111,6 +140,10 @@ class ModelRunner:
         )
         for request, token_id in zip(requests, sampled.token_ids, strict=True):
             request.token_ids.append(token_id)
+        handing = self._links.handing_s
+        if requests:
+            self._links.return_tokens(sampled.token_ids)
+        handing = self._links.handing_s - handing
         tokens = dict(zip(batch.samplers, sampled.token_ids, strict=True))
         result = StepResult(
             tuple(request.id for request, _ in waiting.scheduled),
@@ -118,15 +151,21 @@ class ModelRunner:
             sampled.logprobs,
             prompt_logprobs,
         )
-        seconds = waiting.seconds + time.perf_counter() - began
         self._on_step(
-            StepStats(len(waiting.scheduled), len(batch.token_ids), len(requests), self.requests.cached_tokens, seconds)
+            StepStats(
+                len(waiting.scheduled),
+                len(batch.token_ids),
+                len(requests),
+                self.requests.cached_tokens,
+                waiting.seconds + time.perf_counter() - began - handing,
+                waiting.waited,
+                handing,
+            )
         )
         return result
 
     def _prompt_logprobs(self, waiting: _Waiting) -> dict[str, Logprobs]:
-        """Log-probabilities of the prompts that this step finishes."""
-        finished = {}
+        """Log-probabilities of the prompts whose first token this step samples: the engine takes them with that."""
         for request_id, (first, last) in waiting.batch.prompt_index.items():
             request = self.requests[request_id]
             wanted = request.sampling.num_prompt_logprobs
@@ -135,8 +174,10 @@ class ModelRunner:
             end = min(request.num_computed_tokens, request.num_prompt_tokens - 1)
             targets = request.token_ids[end - (last - first) + 1 : end + 1]
             request.prompt_logprobs.append(self._sampler.prompt_logprobs(waiting.logits[first:last], targets, wanted))
-            if end == request.num_prompt_tokens - 1:
-                finished[request_id] = _join(request.prompt_logprobs)
+        finished = {}
+        for request in (self.requests[request_id] for request_id in waiting.batch.samplers):
+            if request.prompt_logprobs:
+                finished[request.id] = _join(request.prompt_logprobs)
                 request.prompt_logprobs = []
                 # The engine appends what it gets: a request preempted later computes its prompt again, unreported.
                 request.sampling = replace(request.sampling, num_prompt_logprobs=None)

@@ -94,7 +94,7 @@ class StepResult:
         logprobs: for the requests that sampled, in order and all of one width; None if nobody asked. Rows of requests
             that asked for fewer (or none) carry more than they need.
         prompt_logprobs: request id -> its prompt's log-probabilities, positions 1..num_prompt_tokens-1 (the first token
-            has none), in the step that finishes the prompt.
+            has none), in the step that samples its first token.
     """
 
     request_ids: tuple[str, ...]

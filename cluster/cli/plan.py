@@ -152,11 +152,10 @@ def _facts(found: Plan | Refusal, workload: Workload, chips: dict[str, str]) -> 
 
 
 def _stages(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not (text.isascii() and text.isdigit() and int(text[:9]) > 0):
-        raise SettingsError(f"--stages {text} is neither `auto` nor a number of Macs.")
-    return int(text[:9])
+    try:
+        return inventory.stages_of(text)
+    except ValueError as error:
+        raise SettingsError(f"--stages: {error}.") from None
 
 
 def _at_least_one(option: str, given: int | None, default: int) -> int:

@@ -1,6 +1,6 @@
 """`pomarium serve`: from the command line to an endpoint that answers, until Ctrl-C or SIGTERM.
 
-    arguments --plan_of--> ServePlan --session.serving--> endpoint --wait--> clean end
+    arguments, rack.yaml --plan_of--> ServePlan --session.serving--> endpoint --wait--> clean end
 
 Whatever can be known to be wrong without starting anything is found first: settings, arguments, port, checkpoints.
 """
@@ -11,11 +11,15 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pomarium.cluster.cli.interrupts import Interrupts
 from pomarium.cluster.cli.progress import Terminal, log_file, quiet
+from pomarium.cluster.rack import inventory
+from pomarium.cluster.rack.current import current, environment
+from pomarium.cluster.rack.facts import network_of
 from pomarium.cluster.serving.plan import ModelPlan, ServePlan, served_names
 from pomarium.worker import settings
 from pomarium.worker.errors import CheckpointError, SettingsError
@@ -33,14 +37,35 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="serve models through an OpenAI-compatible endpoint",
         usage="pomarium serve [MODEL ...] [options] [vLLM engine arguments]",
         description="Serves each MODEL (a folder, a GGUF file, or an id of Hugging Face or ModelScope; without one the "
-        "embedded SmolLM2-135M-Instruct) at http://HOST:PORT/v1, on its own Ray or on RAY_ADDRESS.",
+        "embedded SmolLM2-135M-Instruct) at http://HOST:PORT/v1: on the rack that is up on this machine (`pomarium "
+        "rack up`), else on the Ray at RAY_ADDRESS, else on a Ray of its own.",
         epilog="All other arguments go to vLLM, for example --max-num-seqs 32, --enable-auto-tool-choice "
         "--tool-call-parser hermes; `vllm serve --help=all` lists them. They apply to every model.",
         allow_abbrev=False,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="engines per model (default: %(default)s)")
+    parser.add_argument(
+        "--replicas", type=int, metavar="N", help="engines per model (default: 1, or what the rack file says)"
+    )
+    parser.add_argument(
+        "--stages",
+        metavar="N",
+        help="Macs per engine, each with a part of the model's layers, or auto: as many as it takes (default: auto on "
+        "a rack, else 1)",
+    )
+    parser.add_argument(
+        "--share-macs", action="store_true", help="stages of one engine may share a Mac, or this machine without a rack"
+    )
+    parser.add_argument(
+        "--rack",
+        type=Path,
+        metavar="FILE",
+        help="rack.yaml: its links are used for placement, and without a MODEL its models are served",
+    )
+    parser.add_argument(
+        "--no-rack", action="store_true", help="serve from this machine alone also while a rack is up on it"
+    )
     parser.add_argument(
         "--served-name",
         action="append",
@@ -65,6 +90,9 @@ def run(args: argparse.Namespace) -> int:
     """Serve until told to stop: 0. Raises PomariumError for everything that the user can change."""
     with quiet(log_file("serve")) as terminal:
         started = time.monotonic()
+        rack = None if args.no_rack else current(os.environ)
+        if rack is not None:
+            os.environ.update(environment(rack))
         plan = plan_of(args, os.environ)
         terminal.say(f"log      {terminal.log}")
         from pomarium.cluster.serving import session
@@ -98,22 +126,71 @@ def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:
     models, engine_tokens = split_extra(args.extra)
     if args.max_model_len is not None and args.max_model_len < 1:
         raise SettingsError(f"--max-model-len {args.max_model_len} admits no prompt: give at least 1.")
-    if args.replicas < 1:
+    if args.replicas is not None and args.replicas < 1:
         raise SettingsError(f"--replicas {args.replicas} serves nothing: give at least 1.")
+    on_rack = bool(environ.get("RAY_ADDRESS"))
+    stages = _stages(args, on_rack)
     check_port(args.host, args.port)
     for model in models:
         check_path(model)
-    names = served_names(models, args.served_name) if models else tuple(args.served_name or [EMBEDDED_NAME])
-    if not models and len(names) > 1:
-        raise SettingsError("--served-name was given more than once for the one embedded model.")
     from pomarium.cluster.serving.engine_args import parse
 
     engine_args = parse(engine_tokens)
     if args.max_model_len is not None:
         engine_args["max_model_len"] = args.max_model_len
-    sources: list[str | None] = [*models] or [None]
-    plans = [ModelPlan(n, s, engine_args, args.replicas) for n, s in zip(names, sources, strict=True)]
+    rack = inventory.load(args.rack) if args.rack is not None else None
+    network = None if rack is None else network_of(rack)
+    common = ModelPlan("", None, engine_args, args.replicas or 1, stages, args.share_macs, None, network)
+    if rack is not None and not models:
+        plans = _plans_of(rack, args, common)
+    else:
+        sources: list[str | None] = [*models] or [None]
+        named = zip(_names(models, args.served_name), sources, strict=True)
+        plans = [replace(common, name=name, source=source) for name, source in named]
+    for plan in plans:
+        if not on_rack and not plan.share_macs and (plan.stages or 1) > 1:
+            raise SettingsError(
+                f"{plan.name} is to run on {plan.stages} Macs and this is one: start a rack with `pomarium rack up`, "
+                "or add --share-macs to run all stages here."
+            )
     return ServePlan(tuple(plans), args.host, args.port, api_keys(args, environ))
+
+
+def _names(models: Sequence[str], given: Sequence[str]) -> Sequence[str]:
+    if models:
+        return served_names(models, given)
+    if len(given) > 1:
+        raise SettingsError("--served-name was given more than once for the one embedded model.")
+    return given or [EMBEDDED_NAME]
+
+
+def _stages(args: argparse.Namespace, on_rack: bool) -> int | None:
+    if args.stages is None:
+        return None if on_rack else 1
+    try:
+        return inventory.stages_of(args.stages)
+    except ValueError as error:
+        raise SettingsError(f"--stages: {error}.") from None
+
+
+def _plans_of(rack: inventory.Inventory, args: argparse.Namespace, common: ModelPlan) -> list[ModelPlan]:
+    """The models of a rack file. What the command line says goes before what the file says."""
+    if not rack.models:
+        raise SettingsError(f"{args.rack} names no models: name one on the command line, or add `models:` to it.")
+    if args.served_name:
+        raise SettingsError("--served-name has no place with a rack file's models: they have names there.")
+    return [
+        replace(
+            common,
+            name=entry.name,
+            source=entry.source,
+            engine_args={**({"max_model_len": entry.context} if entry.context else {}), **common.engine_args},
+            replicas=args.replicas or max(1, entry.replicas.min),
+            stages=common.stages if args.stages is not None else entry.stages,
+            streams=entry.streams,
+        )
+        for entry in rack.models
+    ]
 
 
 def api_keys(args: argparse.Namespace, environ: Mapping[str, str]) -> frozenset[str]:

@@ -14,6 +14,7 @@ from pomarium.cluster.executor.codec import describe
 from pomarium.cluster.executor.service import ControlService, serve
 from pomarium.cluster.lean_import import import_vllm, without_collections
 from pomarium.proto import control_pb2 as pb
+from pomarium.worker.handoff.credentials import plaintext_allowed, tls_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Endpoint:
     pid: int
     node_id: str
 
+    @property
+    def host(self) -> str:
+        """The node's address, without brackets."""
+        return self.address.rpartition(":")[0].strip("[]")
+
 
 class WorkerActor:
     """Process of one worker. Made with `ray.remote`, one per bundle that carries the resource `mlx`."""
@@ -38,7 +44,8 @@ class WorkerActor:
         self._rank = rank
         # The engine is gone: whatever runs here is for nobody. No cleanup can be waited for (the step may be stuck).
         self._service = ControlService(token, on_end=lambda: os._exit(0))
-        self._server, self._address = serve(self._service, ray.util.get_node_ip_address())
+        tls, plaintext = tls_of(os.environ), plaintext_allowed(os.environ)
+        self._server, self._address = serve(self._service, ray.util.get_node_ip_address(), tls, plaintext)
 
     def listen(self) -> Endpoint:
         """Begin to execute calls."""

@@ -1,6 +1,6 @@
 """Ray reserves one bundle with the resource `mlx` per worker; workers go onto bundles in rank order.
 
-configured or surrounding placement group, or one of our own --> Reservation --> `launch`
+Slots, with the configured or surrounding placement group or none --reserve--> Reservation --> `launch`
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import ray
 from ray.util.placement_group import (
     PlacementGroup,
-    get_current_placement_group,
     placement_group,
-    placement_group_table,
     remove_placement_group,
 )
 
 from pomarium.cluster.executor.environment import RESOURCE
+from pomarium.cluster.executor.staging import Slot
 from pomarium.worker.errors import PomariumError
 
-RESERVATION_TIMEOUT_S = 60.0
+NODE_LABEL = "ray.io/node-id"
+"""Ray gives it to each node."""
 
 
 class PlacementError(PomariumError):
@@ -41,34 +41,33 @@ class Reservation:
     owned: bool
 
 
-def worker_bundles(specs: Sequence[Mapping[str, float]], count: int) -> tuple[int, ...]:
-    """Indices of the first `count` bundles that offer the resource. Raises PlacementError if there are fewer."""
-    offering = [index for index, spec in enumerate(specs) if spec.get(RESOURCE, 0) >= 1]
-    if len(offering) < count:
+def worker_bundles(specs: Sequence[Mapping[str, float]]) -> tuple[int, ...]:
+    """Indices of the bundles that offer the resource. Raises PlacementError if there are none."""
+    offering = tuple(index for index, spec in enumerate(specs) if spec.get(RESOURCE, 0) >= 1)
+    if not offering:
         raise PlacementError(
-            f"The placement group has {len(offering)} bundles with {RESOURCE}: 1 but {count} are needed; "
-            f"add bundles such as {{'CPU': 1, '{RESOURCE}': 1}} to its placement_group_config."
+            f"The placement group has no bundle with {RESOURCE}: 1; add bundles such as {{'CPU': 1, '{RESOURCE}': 1}} "
+            "to its placement_group_config."
         )
-    return tuple(offering[:count])
+    return offering
 
 
-def reserve(configured: PlacementGroup | None, count: int) -> Reservation:
-    """Bundles for `count` workers, from `configured`, the group that this process runs in, or a new one.
+def reserve(slots: Sequence[Slot], given: PlacementGroup | None, timeout_s: float) -> Reservation | None:
+    """Bundles for workers on `slots`, by rank: of the `given` group, or of a new one on just these nodes.
 
-    Raises PlacementError when Ray does not place the group within RESERVATION_TIMEOUT_S.
+    None if Ray does not place the new group in time: a node is lost or has been taken meanwhile.
     """
-    given = configured or get_current_placement_group()
-    group = given or placement_group([{RESOURCE: 1}] * count, strategy="STRICT_SPREAD" if count > 1 else "PACK")
-    try:
-        if not group.wait(RESERVATION_TIMEOUT_S):
-            raise PlacementError(_no_room(count))
-        bundles = worker_bundles(group.bundle_specs, count)
-    except BaseException:
-        if given is None:
-            remove_placement_group(group)
-        raise
-    nodes = placement_group_table(group)["bundles_to_node_id"]
-    return Reservation(group, bundles, tuple(nodes[index] for index in bundles), owned=given is None)
+    nodes = tuple(slot.node.id for slot in slots)
+    if given is not None:
+        indices = tuple(slot.bundle for slot in slots if slot.bundle is not None)
+        return Reservation(given, indices, nodes, owned=False)
+    group = placement_group(
+        [{RESOURCE: 1}] * len(slots), strategy="PACK", bundle_label_selector=[{NODE_LABEL: node} for node in nodes]
+    )
+    if not group.wait(timeout_s):
+        remove_placement_group(group)
+        return None
+    return Reservation(group, tuple(range(len(slots))), nodes, owned=True)
 
 
 def release(reservation: Reservation) -> None:
@@ -77,11 +76,12 @@ def release(reservation: Reservation) -> None:
         remove_placement_group(reservation.group)
 
 
-def _no_room(count: int) -> str:
+def no_room(count: int, waited_s: float) -> str:
+    """What to tell a user whose `count` workers found no place on a rack that others use."""
     total = ray.cluster_resources().get(RESOURCE, 0)
     free = ray.available_resources().get(RESOURCE, 0)
     return (
-        f"Ray did not place {count} worker(s) within {RESERVATION_TIMEOUT_S:g} s: the cluster has {total:g} of the "
+        f"Ray did not place {count} worker(s) within {waited_s:g} s: the cluster has {total:g} of the "
         f"resource {RESOURCE}, {free:g} free; stop another model or start a node with "
         f"--resources='{{\"{RESOURCE}\": 1}}'."
     )

@@ -1,4 +1,4 @@
-"""gRPC settings of the control stream, the same at both ends.
+"""gRPC settings of the control stream, the same at both ends, and what its refusals mean.
 
 A peer that is killed closes its socket and is seen at once. A peer that is frozen (SIGSTOP, power or cable lost) closes
 nothing: the engine pings each second and gives a ping PING_TIMEOUT_S. `ping_timeout_ms` has to be set beside
@@ -43,3 +43,22 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 def authority(host: str, port: int) -> str:
     """`host:port`, an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def explain(details: str) -> str | None:
+    """What is wrong with the identities of the two ends, as a sentence about the peer without its full stop.
+
+    None if gRPC's `details` of a connection that did not come about speak of something else. They carry BoringSSL's
+    reason (its `ssl.h`), which gRPC does not give in any other way.
+    """
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return "it shows a certificate of another rack: let both machines join with the same rack key"
+    if "WRONG_VERSION_NUMBER" in details:
+        return "it does not use TLS and this machine does: set POMARIUM_TLS on both or on neither"
+    return None
+
+
+def is_cut(details: str) -> bool:
+    """Whether the peer accepted the connection and closed it without a word, as one does that asks for a certificate
+    and is shown none or another rack's (in TLS 1.3 it finds that out after the client is done)."""
+    return any(words in details for words in ("Socket closed", "Connection reset", "Broken pipe"))

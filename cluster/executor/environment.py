@@ -6,6 +6,8 @@ Machine-specific variables (paths, addresses, thread counts) stay behind: a work
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from pomarium.worker.handoff.credentials import PLAINTEXT_VARIABLE, TLS_VARIABLE
+
 VISIBLE_DEVICES = "VLLM_METAL_VISIBLE_DEVICES"
 RESOURCE = "mlx"
 """Ray's custom resource: one per Mac, or per device that may run a worker."""
@@ -25,7 +27,14 @@ _CARRIED_PREFIXES = (
     "OPENBLAS_",
 )
 _CARRIED_NAMES = frozenset({"PYTHONPATH", "PYTHONHASHSEED", "LD_PRELOAD"})
-_LEFT_BEHIND = frozenset({VISIBLE_DEVICES, HANDED_OVER, "VLLM_HOST_IP", "VLLM_PORT", "VLLM_WORKER_MULTIPROC_METHOD"})
+# By name where importing the constant would load MLX (worker.memory), which has to wait for this environment.
+NODE_OWN = frozenset(
+    {TLS_VARIABLE, PLAINTEXT_VARIABLE, "POMARIUM_MACHINE_MEMORY", "POMARIUM_RACK_KEY", "POMARIUM_SESSION"}
+)
+"""What a rack's node gives its processes: never another machine's."""
+_LEFT_BEHIND = NODE_OWN | {
+    VISIBLE_DEVICES, HANDED_OVER, "VLLM_HOST_IP", "VLLM_PORT", "VLLM_WORKER_MULTIPROC_METHOD",
+}  # fmt: skip
 
 
 def local_ranks(node_ids: Sequence[str]) -> tuple[int, ...]:

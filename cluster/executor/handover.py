@@ -11,26 +11,27 @@ import json
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 from pomarium.cluster.executor.actor import Endpoint
 from pomarium.cluster.executor.environment import HANDED_OVER
-from pomarium.cluster.executor.launch import Contact
+from pomarium.cluster.executor.member import Contact, Member
 
 
 @contextmanager
-def offer(contacts: Sequence[Contact], environ: MutableMapping[str, str]) -> Iterator[None]:
+def offer(members: Sequence[Member], environ: MutableMapping[str, str]) -> Iterator[None]:
     """While the context is open, an engine that starts with `environ` takes these workers, in rank order.
 
     The tokens are as visible as Ray's own: to this user, in the environment of the engine's process.
     """
-    environ[HANDED_OVER] = json.dumps([asdict(contact) for contact in contacts])
+    environ[HANDED_OVER] = json.dumps([asdict(member) for member in members])
     try:
         yield
     finally:
         del environ[HANDED_OVER]
 
 
-def offered(environ: Mapping[str, str], count: int) -> tuple[Contact, ...] | None:
+def offered(environ: Mapping[str, str], count: int) -> tuple[Member, ...] | None:
     """The workers that were started for this engine; None if it has to start its own.
 
     Raises:
@@ -38,7 +39,13 @@ def offered(environ: Mapping[str, str], count: int) -> tuple[Contact, ...] | Non
     """
     if (text := environ.get(HANDED_OVER)) is None:
         return None
-    contacts = tuple(Contact(Endpoint(**entry["endpoint"]), entry["token"]) for entry in json.loads(text))
-    if len(contacts) != count:
-        raise ValueError(f"{len(contacts)} workers were started for an engine of {count}")
-    return contacts
+    members = tuple(_member(entry) for entry in json.loads(text))
+    if len(members) != count:
+        raise ValueError(f"{len(members)} workers were started for an engine of {count}")
+    return members
+
+
+def _member(entry: dict[str, Any]) -> Member:
+    contact = Contact(Endpoint(**entry["contact"]["endpoint"]), entry["contact"]["token"])
+    layers = None if entry["layers"] is None else (entry["layers"][0], entry["layers"][1])
+    return Member(contact, entry["mac"], entry["source"], layers, entry["workers"])

@@ -18,9 +18,15 @@ from pomarium.cluster.executor.codec import decode, describe, encode
 from pomarium.cluster.step_metrics import StepMetrics
 from pomarium.proto import control_pb2 as pb
 from pomarium.worker.metal_worker import MetalWorker
+from pomarium.worker.pipeline.place import Surroundings
 
 INIT_WORKER = "init_worker"
-"""First call: keyword arguments of vLLM's WorkerBase."""
+"""First call: keyword arguments of vLLM's WorkerBase, and `surroundings` of worker.pipeline.place."""
+LISTEN = "listen"
+"""A stage begins to listen for the others; gives its address. What fails on its links is reported as a call's failure
+would be."""
+NO_CALL = (1 << 64) - 1
+"""Number of a call that was never made."""
 
 
 class WorkerHost:
@@ -28,11 +34,18 @@ class WorkerHost:
 
     def __init__(self, rank: int) -> None:
         self._wrapper = WorkerWrapperBase(rpc_rank=0, global_rank=rank)
+        self._report: Callable[[pb.Report], None] = lambda report: None
 
-    def run(self, calls: "queue.SimpleQueue[pb.Call]", report: Callable[[pb.Report], None]) -> None:
-        """Execute calls for ever; the process ends when the engine's stream does."""
-        while True:
-            answer = self.execute(calls.get())
+    @property
+    def worker(self) -> Any:
+        """The worker, once INIT_WORKER made it."""
+        return self._wrapper.worker
+
+    def run(self, calls: "queue.SimpleQueue[pb.Call | None]", report: Callable[[pb.Report], None]) -> None:
+        """Execute calls until one is None; an actor's process ends before, when the engine's stream does."""
+        self._report = report
+        while (call := calls.get()) is not None:
+            answer = self.execute(call)
             if answer is not None:
                 report(answer)
 
@@ -51,10 +64,18 @@ class WorkerHost:
 
     def _invoke(self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if method == INIT_WORKER:
-            # A lock cannot travel; vLLM wants one for a multimodal cache shared between the workers of a machine.
-            self._wrapper.init_worker([{**kwargs, "shared_worker_lock": multiprocessing.Lock()}])
-            worker = self._wrapper.worker
-            if isinstance(worker, MetalWorker):
-                worker.subscribe(StepMetrics(worker.model_config.served_model_name, worker.rank))
-            return None
+            return self._init(**kwargs)
+        if method == LISTEN:
+            return self.worker.listen(self._on_link_failure)
         return run_method(self._wrapper, method, args, kwargs)
+
+    def _init(self, surroundings: Surroundings, **kwargs: Any) -> None:
+        # A lock cannot travel; vLLM wants one for a multimodal cache shared between the workers of a machine.
+        self._wrapper.init_worker([{**kwargs, "shared_worker_lock": multiprocessing.Lock()}])
+        worker = self.worker
+        if isinstance(worker, MetalWorker):
+            worker.take_place(surroundings)
+            worker.subscribe(StepMetrics(worker.model_config.served_model_name, worker.rank))
+
+    def _on_link_failure(self, error: Exception) -> None:
+        self._report(pb.Report(failure=describe(NO_CALL, "handoff", error)))

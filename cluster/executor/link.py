@@ -4,7 +4,8 @@
                                        |
                                        +--> failure: every pending Future, then `on_failure`
 
-A link fails once and for good: the stream breaks, a fatal call raises, or a call overruns its time.
+A link fails once and for good: the stream breaks, a fatal call raises, or a call overruns its time. Each end shows the
+other a certificate of the rack (mutual TLS); without certificates a link stays on loopback.
 """
 
 import itertools
@@ -17,11 +18,13 @@ from typing import Any
 
 import grpc
 
-from pomarium.cluster.executor.channel import CLIENT_OPTIONS
+from pomarium.cluster.executor.channel import CLIENT_OPTIONS, explain, is_cut
 from pomarium.cluster.executor.codec import WorkerLostError, decode, rebuild
 from pomarium.cluster.executor.service import AUTHORIZATION, bearer
 from pomarium.proto import control_pb2 as pb
 from pomarium.proto import control_pb2_grpc as pb_grpc
+from pomarium.worker.handoff.credentials import Tls, check_private, open_channel
+from pomarium.worker.handoff.errors import CredentialsError
 
 
 class Reply(Future[Any]):
@@ -78,7 +81,27 @@ class WorkerLink:
         name: the worker, for messages.
     """
 
-    def __init__(self, name: str, address: str, token: str, on_failure: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        token: str,
+        on_failure: Callable[[Exception], None],
+        tls: Tls | None = None,
+        allow_plaintext: bool = False,
+    ) -> None:
+        """Connects; `wait_ready` says how it went.
+
+        Args:
+            address: HOST:PORT of the worker's service.
+            on_failure: called at most once, on another thread, after all pending replies have failed.
+            tls: this machine's identity; the worker has to show one of the same rack. Without it, `address` must be on
+                loopback.
+            allow_plaintext: unless nobody else can reach the network, as the user says.
+
+        Raises PlaintextRefusedError.
+        """
+        check_private(address, tls, allow_plaintext)
         self.name = name
         self._on_failure = on_failure
         self._lock = threading.Lock()
@@ -88,7 +111,7 @@ class WorkerLink:
         self._closing = False
         self._outgoing: queue.SimpleQueue[pb.Call | None] = queue.SimpleQueue()
         self._ready = Reply(f"{name}: connecting to {address}", 0.0)
-        self._channel = grpc.insecure_channel(address, options=CLIENT_OPTIONS)
+        self._channel = open_channel(address, tls, CLIENT_OPTIONS)
         stub = pb_grpc.WorkerStub(self._channel)  # type: ignore[no-untyped-call]
         metadata = ((AUTHORIZATION, bearer(token)),)
         self._stream = stub.Control(iter(self._outgoing.get, None), metadata=metadata)
@@ -96,7 +119,7 @@ class WorkerLink:
         self._reader.start()
 
     def wait_ready(self, timeout_s: float) -> pb.Ready:
-        """What the worker says of itself. Raises WorkerLostError or TimeoutError."""
+        """What the worker says of itself. Raises WorkerLostError, TimeoutError, or CredentialsError: another rack's."""
         ready: pb.Ready = self._ready.result(timeout_s)
         return ready
 
@@ -157,10 +180,21 @@ class WorkerLink:
         try:
             for report in self._stream:
                 self._on_report(report)
-            reason = "it ended the stream"
+            lost: Exception = WorkerLostError(f"{self.name} was lost: it ended the stream")
         except grpc.RpcError as error:
-            reason = f"{error.code().name}: {error.details()}"
-        self.fail(WorkerLostError(f"{self.name} was lost: {reason}"))
+            lost = self._loss(error.code().name, error.details())
+        self.fail(lost)
+
+    def _loss(self, code: str, details: str) -> Exception:
+        if not self._ready.done():
+            if fault := explain(details):
+                return CredentialsError(f"{self.name} cannot be trusted: {fault}.")
+            if is_cut(details):
+                return WorkerLostError(
+                    f"{self.name} closed the connection before it answered: it is gone, or its machine joined a rack "
+                    f"(POMARIUM_TLS) and this one did not join the same ({code}: {details})"
+                )
+        return WorkerLostError(f"{self.name} was lost: {code}: {details}")
 
     def _on_report(self, report: pb.Report) -> None:
         kind = report.WhichOneof("kind")

@@ -5,12 +5,13 @@
 
 Ray places, starts and ends the workers and is in no step's path. `execute_model` goes to every stage and is answered by
 none; the last stage answers `sample_tokens`. Any failure fails every pending Future first and then calls the engine's
-callback, so no thread is left waiting. Stages find each other through `workers` (addresses in rank order).
+callback, so no thread is left waiting. Stages are told their layers and rank before they load (`member.surroundings`),
+then each other's addresses; what they hand on never passes through here.
 """
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -20,15 +21,19 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor, FailureCallback
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from pomarium.cluster.executor.bundles import Reservation, release, reserve
+from pomarium.cluster.executor.ask import ask_of
+from pomarium.cluster.executor.bundles import Reservation, release
 from pomarium.cluster.executor.codec import WorkerError, WorkerLostError, encode_call, method_name
 from pomarium.cluster.executor.handover import offered
-from pomarium.cluster.executor.host import INIT_WORKER
-from pomarium.cluster.executor.launch import Contact, RemoteWorker, WorkerProcess, connect, contacts, kill, start
+from pomarium.cluster.executor.host import INIT_WORKER, LISTEN
+from pomarium.cluster.executor.launch import RemoteWorker, WorkerProcess, connect, kill
 from pomarium.cluster.executor.link import gather
+from pomarium.cluster.executor.member import Member, surroundings
 from pomarium.cluster.executor.session import ensure_connected
+from pomarium.cluster.executor.team import assemble
 from pomarium.cluster.faults import record_engine_core_faults
 from pomarium.worker.errors import PomariumError
+from pomarium.worker.pipeline.place import Surroundings
 
 logger = init_logger("vllm.pomarium.executor")
 
@@ -44,7 +49,7 @@ class RackExecutor(Executor):
     """See the module. Set by `platform.PomariumPlatform`, or by its qualified name as distributed_executor_backend.
 
     Attributes:
-        workers: the started workers in rank order: node, address, device.
+        workers: the started workers in rank order: Mac, layers, address, device.
     """
 
     uses_ray = True
@@ -68,22 +73,25 @@ class RackExecutor(Executor):
         self._closed = False
         self._step_timeout_s = float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
         try:
-            ahead = offered(os.environ, self.parallel_config.world_size)
-            self.workers = connect(ahead or self._start_processes(), self._on_worker_failure)
-            self._init_workers()
+            members = offered(os.environ, self.parallel_config.world_size) or self._assemble()
+            self.workers = connect(members, self._on_worker_failure)
+            self._init_workers(surroundings(members))
             self.collective_rpc("init_device", timeout=START_TIMEOUT_S)
             self.collective_rpc("load_model")
+            if len(self.workers) > 1:
+                addresses = self.collective_rpc(LISTEN, timeout=START_TIMEOUT_S)
+                self.collective_rpc("connect", timeout=START_TIMEOUT_S, args=(addresses,))
         except BaseException:
             self.shutdown()
             raise
 
-    def _start_processes(self) -> tuple[Contact, ...]:
-        ensure_connected()
-        self._reservation = reserve(self.parallel_config.placement_group, self.parallel_config.world_size)
-        self._processes = start(self._reservation)
-        return contacts(self._processes)
+    def _assemble(self) -> tuple[Member, ...]:
+        ensure_connected(self.parallel_config.world_size)
+        team = assemble(ask_of(self.vllm_config), self.parallel_config.placement_group)
+        self._reservation, self._processes = team.reservation, team.processes
+        return team.members
 
-    def _init_workers(self) -> None:
+    def _init_workers(self, surroundings: Sequence[Surroundings]) -> None:
         replies = []
         for worker in self.workers:
             kwargs = {
@@ -92,13 +100,16 @@ class RackExecutor(Executor):
                 "rank": worker.rank,
                 "distributed_init_method": "",
                 "is_driver_worker": worker.rank == 0,
+                "surroundings": surroundings[worker.rank],
             }
             payload = encode_call(INIT_WORKER, (), kwargs)
             replies.append(worker.link.call(INIT_WORKER, payload, START_TIMEOUT_S))
         for reply in replies:
             reply.result()
-        places = ", ".join(f"{w.rank}: {w.endpoint.address} pid {w.endpoint.pid}" for w in self.workers)
-        logger.info("Workers by rank: %s", places)
+        for worker in self.workers:
+            member, endpoint = worker.member, worker.member.contact.endpoint
+            part = "the whole model" if member.layers is None else f"layers {member.layers[0]}-{member.layers[1] - 1}"
+            logger.info("Worker %d: %s, %s pid %d: %s", worker.rank, member.mac, endpoint.address, endpoint.pid, part)
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False

@@ -3,7 +3,8 @@
     engine --Call--> calls (queue) --> `host` executes
     engine <-Report- reports (queue) <-- `host`
 
-One engine for the life of the process: when its stream ends, `on_end` is called and ends the process.
+One engine for the life of the process: when its stream ends, `on_end` is called and ends the process. Who may connect
+is decided twice: by mutual TLS with the rack's certificates before a byte is read, then by this worker's token.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import grpc
 from pomarium.cluster.executor.channel import SERVER_OPTIONS, authority
 from pomarium.proto import control_pb2 as pb
 from pomarium.proto import control_pb2_grpc as pb_grpc
+from pomarium.worker.handoff.credentials import Tls, bind, check_private
 
 AUTHORIZATION = "authorization"
 
@@ -47,7 +49,7 @@ class ControlService(pb_grpc.WorkerServicer):
     """
 
     def __init__(self, token: str, on_end: Callable[[], None]) -> None:
-        self.calls: queue.SimpleQueue[pb.Call] = queue.SimpleQueue()
+        self.calls: queue.SimpleQueue[pb.Call | None] = queue.SimpleQueue()
         self._reports: queue.SimpleQueue[pb.Report | None] = queue.SimpleQueue()
         self._expected = bearer(token).encode()
         self._on_end = on_end
@@ -78,10 +80,21 @@ class ControlService(pb_grpc.WorkerServicer):
         self._on_end()
 
 
-def serve(service: ControlService, host: str) -> tuple[grpc.Server, str]:
-    """Start the service on a free port of `host` and nowhere else; returns the server and its address."""
+def serve(
+    service: ControlService, host: str, tls: Tls | None = None, allow_plaintext: bool = False
+) -> tuple[grpc.Server, str]:
+    """Start the service on a free port of `host` and nowhere else; returns the server and its address.
+
+    Args:
+        tls: asks the engine for a certificate of the same rack. Without it, `host` must be a loopback address.
+        allow_plaintext: unless nobody else can reach the network, as the user says.
+
+    Raises PlaintextRefusedError, CredentialsError or OSError.
+    """
+    address = authority(host, 0)
+    check_private(address, tls, allow_plaintext)
     server = grpc.server(ThreadPoolExecutor(4, thread_name_prefix="control"), options=SERVER_OPTIONS)
     pb_grpc.add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
-    port = server.add_insecure_port(authority(host, 0))
+    port = bind(server, address, tls)
     server.start()
     return server, authority(host, port)

@@ -21,8 +21,8 @@ _OBJECT_STORE_BYTES = 256 << 20
 """Calls go over gRPC, not through Ray's object store; Ray's default would reserve 30% of the memory."""
 
 
-def ensure_connected() -> None:
-    """Connect this process to a Ray unless it is connected.
+def ensure_connected(num_workers: int = 1) -> None:
+    """Connect this process to a Ray unless it is connected; one of its own gets room for `num_workers`.
 
     Raises:
         SettingsError, ConnectionError: RAY_ADDRESS does not answer.
@@ -33,7 +33,7 @@ def ensure_connected() -> None:
         ray_address.require(address)
         ray.init(address=address, logging_level="WARNING")
         return
-    start_embedded()
+    start_embedded(num_workers)
 
 
 def start_embedded(num_workers: int = 1) -> None:

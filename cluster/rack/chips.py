@@ -58,6 +58,11 @@ CHIPS: dict[tuple[str, int], Chip] = {
 _BRAND = re.compile(r"(?:apple\s+)?(m\d+)(?:\s+(pro|max|ultra))?", re.IGNORECASE)
 
 
+def is_apple(brand: str) -> bool:
+    """Whether `brand` names a chip of Apple's, in the table or newer."""
+    return _BRAND.fullmatch(" ".join(brand.split())) is not None
+
+
 def identify(brand: str, gpu_cores: int | None = None) -> Chip:
     """The chip that `sysctl -n machdep.cpu.brand_string` or a person calls `brand`.
 

@@ -7,7 +7,7 @@ ESTIMATES, both replaced by measured values in rack.yaml: a GPU's working set is
 default share is taken; and a model sees a part of a chip's published bandwidth and computed FLOP/s only.
 """
 
-from pomarium.cluster.placement_model import Link, Mac, Rack
+from pomarium.cluster.placement_model import Link, Mac, Network, Rack
 from pomarium.cluster.rack.chips import identify
 from pomarium.cluster.rack.inventory import Inventory, LinkEntry, MacEntry
 from pomarium.worker.settings import AUTO_FRACTION
@@ -22,8 +22,14 @@ _SMALL = 36 << 30
 
 def rack_of(inventory: Inventory) -> Rack:
     """Raises SettingsError for a chip that is not in the table, saying what to write instead."""
+    network = network_of(inventory)
+    return Rack(tuple(_mac(entry) for entry in inventory.macs), network.default, network.pairs)
+
+
+def network_of(inventory: Inventory) -> Network:
+    """The links between the Macs."""
     pairs = {frozenset(pair.between): _link(pair) for pair in inventory.links.pairs}
-    return Rack(tuple(_mac(entry) for entry in inventory.macs), _link(inventory.links.default), pairs)
+    return Network(_link(inventory.links.default), pairs)
 
 
 def working_set(memory: int) -> int:

@@ -51,7 +51,8 @@ def _hardware_address(text: str) -> str:
     return address
 
 
-def _stages(text: str) -> int | None:
+def stages_of(text: str) -> int | None:
+    """Number of stages; None for `auto`. Raises ValueError."""
     if text == "auto":
         return None
     if not text.isascii() or not text.isdigit() or int(text[:9]) < 1:
@@ -156,7 +157,7 @@ class ModelEntry(_Strict):
 
     name: Annotated[str, Field(min_length=1)]
     source: Annotated[str, Field(min_length=1)]
-    stages: Annotated[int | None, _from_text(_stages)] = None
+    stages: Annotated[int | None, _from_text(stages_of)] = None
     replicas: ReplicasEntry = ReplicasEntry()
     context: Annotated[int, Field(gt=0)] | None = None
     streams: Annotated[int, Field(gt=0)] = 1

@@ -1,12 +1,14 @@
 """The Ray Serve application: one deployment per model behind the ingress."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application
 
+from pomarium.cluster.executor.environment import NODE_OWN
+from pomarium.cluster.serving.check import Found
 from pomarium.cluster.serving.engine import EngineReplica
 from pomarium.cluster.serving.ingress import IngressDeployment
 from pomarium.cluster.serving.plan import INGRESS_CPUS, REPLICA_CPUS, ModelPlan, ServePlan
@@ -15,23 +17,26 @@ APP_NAME = "pomarium"
 MAX_REQUESTS = 10_000
 """Requests that Serve hands to one replica at once: vLLM's scheduler queues them, Serve must not."""
 
+ROUTER = "pomarium.cluster.serving.prefix_router.PrefixRouter"
+"""How Serve chooses among a model's engines."""
+
 PASSED_PREFIXES = ("VLLM_", "POMARIUM_", "HF_", "MLX_", "MODELSCOPE_", "TRANSFORMERS_")
 """Environment variables that reach replicas on every machine of a rack."""
 
 
 def passed_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """What of the command line's environment the replicas get."""
-    return {k: v for k, v in environ.items() if k.startswith(PASSED_PREFIXES)}
+    return {k: v for k, v in environ.items() if k.startswith(PASSED_PREFIXES) and k not in NODE_OWN}
 
 
-def build(plan: ServePlan, folders: Sequence[Path], environment: Mapping[str, str]) -> Application:
+def build(plan: ServePlan, found: Sequence[Found], environment: Mapping[str, str]) -> Application:
     """`plan` as an application for `serve.run`.
 
     Args:
-        folders: the checkpoint of each model.
+        found: the checkpoint of each model.
         environment: what replicas get beyond what their Ray has.
     """
-    engines = {m.name: _engine(m, f, environment) for m, f in zip(plan.models, folders, strict=True)}
+    engines = {m.name: _engine(m, f, environment) for m, f in zip(plan.models, found, strict=True)}
     ingress = serve.deployment(
         IngressDeployment,
         name="ingress",
@@ -44,24 +49,24 @@ def build(plan: ServePlan, folders: Sequence[Path], environment: Mapping[str, st
     return ingress.bind(engines, plan.api_keys)
 
 
-def _engine(model: ModelPlan, folder: Path, environment: Mapping[str, str]) -> Application:
+def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str]) -> Application:
     # Only if need be: an actor with an environment of its own cannot use a process that Ray holds ready.
     runtime_env = {"runtime_env": {"env_vars": dict(environment)}} if environment else {}
     options: dict[str, Any] = {
         "name": deployment_name(model.name),
         "num_replicas": model.replicas,
-        "placement_group_bundles": model.bundles(),
-        "placement_group_strategy": "PACK",
         "ray_actor_options": {"num_cpus": REPLICA_CPUS} | runtime_env,
         "max_ongoing_requests": MAX_REQUESTS,
+        "request_router_config": RequestRouterConfig(request_router_class=ROUTER),
         # The first failed start is reported; after one success Serve goes on replacing replicas whatever this says.
         "max_constructor_retry_count": 1,
         "health_check_period_s": 2,
-        "health_check_timeout_s": 10,
+        # Three in a row make a replica dead. An interpreter lock held for so long (imports) is before its start.
+        "health_check_timeout_s": 3,
         "graceful_shutdown_wait_loop_s": 0.2,
         "graceful_shutdown_timeout_s": 2,
     }
-    return serve.deployment(EngineReplica, **options).bind(model, folder)
+    return serve.deployment(EngineReplica, **options).bind(model, found)
 
 
 def deployment_name(model: str) -> str:

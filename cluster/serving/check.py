@@ -1,16 +1,18 @@
-"""Finds and checks the models in a process of its own while Ray starts: that imports mlx-lm and with it torch, which
-takes seconds and hundreds of megabytes that the command line has no other use for.
+"""Finds, checks and profiles models in a process of its own while Ray starts: that imports mlx-lm and with it torch,
+which takes seconds and hundreds of megabytes that the command line has no other use for.
 
-    Check(models) --> python -m pomarium.cluster.serving.check MODEL ... --JSON: folders or one sentence--> folders()
+    Check(models) --> python -m pomarium.cluster.serving.check MODEL ... --pickle: Found ... or one sentence--> found()
 """
 
-import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from pomarium.cluster.model_profile import Profiles, read_profiles
 from pomarium.worker.errors import CheckpointError, PomariumError, UnsupportedError
 
 FAULTY = 3
@@ -18,15 +20,23 @@ EMBEDDED = ""
 """Stands for the embedded model on the command line of this process."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """A model on this machine's disk, and what it costs."""
+
+    folder: Path
+    profiles: Profiles
+
+
 class Check:
     """A running check of models, each a folder, a file, an id, or None for the embedded one."""
 
     def __init__(self, models: Sequence[str | None]) -> None:
         command = [sys.executable, "-m", "pomarium.cluster.serving.check", *(model or EMBEDDED for model in models)]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
 
-    def folders(self) -> list[Path]:
-        """Wait for the end of the check: the models' folders, in order.
+    def found(self) -> list[Found]:
+        """Wait for the end of the check: the models, in order.
 
         Raises:
             CheckpointError: with the first fault's sentence.
@@ -34,10 +44,11 @@ class Check:
         """
         answer, _ = self._process.communicate()
         if self._process.returncode == FAULTY:
-            raise CheckpointError(str(json.loads(answer)))
+            raise CheckpointError(answer.decode())
         if self._process.returncode:
             raise RuntimeError(f"the check of the models ended with code {self._process.returncode}")
-        return [Path(folder) for folder in json.loads(answer)]
+        found: list[Found] = pickle.loads(answer)
+        return found
 
     def abandon(self) -> None:
         """End the check, whatever it would have said."""
@@ -46,13 +57,13 @@ class Check:
 
 
 def main(models: Sequence[str]) -> int:
-    """Print the models' folders as JSON: 0, or the first fault's sentence: FAULTY."""
+    """Write the pickled list of what was found: 0, or the first fault's sentence: FAULTY."""
     from pomarium.worker import settings
     from pomarium.worker.models.checkpoint import inspect
     from pomarium.worker.models.resolve import resolve
 
-    folders = []
-    answer = os.fdopen(os.dup(1), "w")
+    found = []
+    answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries print; stdout is for the answer
     try:
         values = settings.load(os.environ)
@@ -67,13 +78,17 @@ def main(models: Sequence[str]) -> int:
                     f"VLLM_METAL_USE_MLX=0 serves with vLLM's CPU backend, which does not read MLX's quantised weights "
                     f"({model or 'the embedded model'}): name a dense checkpoint, or set VLLM_METAL_USE_MLX=1."
                 )
-            folders.append(str(folder))
+            found.append(Found(folder, read_profiles(str(folder))))
     except PomariumError as e:
-        print(json.dumps(str(e)), file=answer, flush=True)
+        answer.write(str(e).encode())
+        answer.flush()
         return FAULTY
-    print(json.dumps(folders), file=answer, flush=True)
+    pickle.dump(found, answer)
+    answer.flush()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from pomarium.cluster.serving import check  # what is pickled must not be of `__main__`
+
+    sys.exit(check.main(sys.argv[1:]))

@@ -13,16 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray import serve
+
 from pomarium.cluster import faults
 from pomarium.cluster.lean_import import import_vllm, without_collections
-from pomarium.cluster.serving import asgi_bridge
+from pomarium.cluster.rack import reports
+from pomarium.cluster.serving import asgi_bridge, heartbeat
 from pomarium.cluster.serving.asgi_bridge import Head
+from pomarium.cluster.serving.check import Found
+from pomarium.cluster.serving.heartbeat import Alive
 from pomarium.cluster.serving.plan import ModelPlan
 from pomarium.worker import settings
 from pomarium.worker.errors import PomariumError
+from pomarium.worker.models import embedded
 
 if TYPE_CHECKING:
-    from pomarium.cluster.executor.launch import WorkerProcess
+    from pomarium.cluster.executor.staging import Ask
+    from pomarium.cluster.executor.team import Team
     from pomarium.cluster.serving.llm_server import Server
 
 logger = logging.getLogger(__name__)
@@ -56,23 +63,32 @@ def _as_text() -> Iterator[None]:
 class EngineReplica:
     """Serve deployment class. Deployed once per model, with `plan.replicas` replicas."""
 
-    async def __init__(self, plan: ModelPlan, folder: Path) -> None:  # type: ignore[misc] # Serve awaits it
-        """Start the engine. `folder`: the checkpoint, readable on every machine that runs a worker.
+    async def __init__(self, plan: ModelPlan, found: Found) -> None:  # type: ignore[misc] # Serve awaits it
+        """Start the engine. `found`: the checkpoint on the machine that deployed it.
 
         Raises:
             faults.StartError: with the sentence to show, whichever process failed.
         """
         # Kept, for a process of Ray's ends with the last handle to it.
-        self._workers, self._server = await _start(plan, folder)
-        self._watch = asyncio.get_running_loop().create_task(self._leave_when_dead(plan.name))
+        self._team, self._server = await _start(plan, found)
+        loop = asyncio.get_running_loop()
+        self._watch = loop.create_task(self._leave_when_dead(plan.name))
+        if self._team is not None:
+            self._reports = loop.create_task(self._report(plan.name, self._team))
+
+    async def _report(self, name: str, team: "Team") -> None:
+        from pomarium.cluster.serving.reporting import report
+
+        stages = await self._server.stages(team.members)
+        await report(name, _replica_id(), stages[-1].end, stages, self._server.load())
 
     async def request(
         self, method: str, path: str, body: bytes, headers: Sequence[tuple[str, str]]
-    ) -> AsyncGenerator[Accepted | Head | bytes, None]:
+    ) -> AsyncGenerator[Accepted | Alive | Head | bytes, None]:
         """One HTTP request to vLLM's OpenAI application: `Accepted`, then `Head`, then the body in pieces."""
         yield Accepted()
         scope = asgi_bridge.scope(method, path, headers)
-        answer = asgi_bridge.call(self._server.app, scope, body)
+        answer = heartbeat.beating(asgi_bridge.call(self._server.app, scope, body))
         try:
             with _as_text():
                 async for item in answer:
@@ -105,40 +121,78 @@ class EngineReplica:
                 await self.check_health()
             except EngineFaultError:
                 logger.exception("The engine of %s is dead; this replica leaves, so that Serve starts another.", name)
+                withdrawal = asyncio.create_task(asyncio.to_thread(reports.withdraw, _replica_id()))
+                await asyncio.wait({withdrawal}, timeout=FLUSH_S)
                 await asyncio.sleep(FLUSH_S)
                 os._exit(1)
 
 
-def _start_workers(plan: ModelPlan) -> "tuple[WorkerProcess, ...]":
-    """Worker processes for the engine to come, on this replica's placement group: they import vLLM while the replica
-    does. None where vLLM's own CPU backend serves."""
+def _replica_id() -> str:
+    return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def ask_of(plan: ModelPlan, found: Found) -> "Ask":
+    """What a replica of `plan` wants of the rack. Limits that the user leaves to vLLM are its defaults."""
+    from pomarium.cluster.executor.staging import Ask
+
+    defaults = Ask(plan.source or embedded.NAME)
+    return Ask(
+        defaults.source,
+        found.profiles,
+        plan.stages,
+        plan.engine_args.get("max_model_len"),
+        plan.engine_args.get("max_num_batched_tokens") or defaults.rows,
+        plan.engine_args.get("max_num_seqs") or defaults.sampled,
+        plan.share_macs,
+        plan.streams,
+        plan.network or defaults.network,
+    )
+
+
+def _assemble(plan: ModelPlan, found: Found) -> "Team | None":
+    """Workers for the engine to come: they import vLLM while the replica does. None where vLLM's own CPU backend
+    serves."""
     if not settings.load(os.environ).use_mlx:
-        return ()
-    from pomarium.cluster.executor import bundles, launch
+        return None
+    from pomarium.cluster.executor.team import assemble
 
-    return launch.start(bundles.reserve(None, plan.stages))
+    return assemble(ask_of(plan, found))
 
 
-async def _start(plan: ModelPlan, folder: Path) -> "tuple[tuple[WorkerProcess, ...], Server]":
-    from pomarium.cluster.executor import handover, launch
+async def _start(plan: ModelPlan, found: Found) -> "tuple[Team | None, Server]":
+    from pomarium.cluster.executor import handover
 
-    workers: tuple[WorkerProcess, ...] = ()
+    team: Team | None = None
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="pomarium-"))
         fault_file = Path(scratch) / "fault.json"
         os.environ[faults.FILE_VARIABLE] = str(fault_file)
         stack.callback(os.environ.pop, faults.FILE_VARIABLE)
         try:
-            workers = _start_workers(plan)
+            assembly = asyncio.get_running_loop().run_in_executor(None, _assemble, plan, found)
             with without_collections():
-                if workers:
+                if settings.load(os.environ).use_mlx:
                     import_vllm()
                 from pomarium.cluster.serving.llm_server import Server
 
-            if workers:
-                stack.enter_context(handover.offer(await asyncio.to_thread(launch.contacts, workers), os.environ))
-            return workers, await Server.start(plan, folder)
+            team = await assembly
+            folder = _here(plan, found)
+            if team is None:
+                return None, await Server.start(plan, folder, 1, None)
+            stack.enter_context(handover.offer(team.members, os.environ))
+            return team, await Server.start(plan, folder, len(team.members), team.reservation.group)
         except Exception as error:
             logger.exception("The engine of %s did not start.", plan.name)
-            launch.kill(workers)
+            if team is not None:
+                team.dissolve()
             raise faults.StartError(faults.recorded_sentence(fault_file) or faults.sentence(error)) from None
+
+
+def _here(plan: ModelPlan, found: Found) -> Path:
+    """The checkpoint on this machine, which may be another than the one that deployed it. Raises CheckpointError."""
+    if found.folder.is_dir():
+        return found.folder
+    from pomarium.worker.models.resolve import resolve
+
+    values = settings.load(os.environ)
+    return resolve(plan.source, use_modelscope=values.use_modelscope, modelscope_cache=values.modelscope_cache)

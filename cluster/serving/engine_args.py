@@ -10,6 +10,7 @@ OURS = {
     "served_model_name": "use --served-name",
     "distributed_executor_backend": "Pomarium places the workers itself",
     "worker_cls": "Pomarium brings the worker",
+    "pipeline_parallel_size": "use --stages",
 }
 """Fields of vLLM's arguments that Pomarium decides, and what to do instead."""
 

@@ -16,17 +16,21 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from pomarium.cluster.serving import metrics, openai_errors
+from pomarium.cluster.serving.reasons import SILENT, Reasons
 from pomarium.cluster.serving.relay import RefusalError, Relay
+from pomarium.cluster.serving.routing import NoReplicaError
 
 logger = logging.getLogger(__name__)
 
-HEALTH_S = 2.0
-"""An engine that does not answer a health check in this time would not serve a request either."""
+HEALTH_S = 1.5
+"""An engine that does not answer a health check in this time would not serve a request either. Together with
+reasons.READ_S it bounds the answer of /health at 2 s."""
 
 PASSED_HEADERS = frozenset({"content-type", "x-request-id", "traceparent", "tracestate"})
 
@@ -62,11 +66,12 @@ class Ingress:
         self._engines = dict(engines)
         self._keys = tuple(key.encode() for key in api_keys)
         self._created = int(time.time())
+        self._reasons = Reasons()
 
     @api.get("/health")
     async def health(self) -> Response:
         """200 if each model would serve a request, else 503 with the reason per model."""
-        reasons = await asyncio.gather(*(_unhealthy(handle) for handle in self._engines.values()))
+        reasons = await asyncio.gather(*(_unhealthy(handle, self._reasons) for handle in self._engines.values()))
         models = {name: reason or "ok" for name, reason in zip(self._engines, reasons, strict=True)}
         if any(reasons):
             return JSONResponse({"status": "unavailable", "models": models}, 503)
@@ -100,9 +105,10 @@ class Ingress:
         body = await request.body()
         name = self._model_of(body)
         headers = [(k, v) for k, v in request.headers.items() if k.lower() in PASSED_HEADERS]
-        call = self._engines[name].options(stream=True).request
+        engine = self._engines[name]
+        call = engine.options(stream=True).request
         items = call.remote(request.method, request.url.path, body, headers)
-        relay = Relay(name, items)
+        relay = Relay(name, items, lambda: self._reasons.why(engine.deployment_name))
         try:
             head = await relay.head()
             if head.media_type.startswith("text/event-stream"):
@@ -144,19 +150,22 @@ class Ingress:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "pomarium"}
 
 
-async def _unhealthy(engine: DeploymentHandle) -> str | None:
-    """Why a request would not be served, or None."""
+async def _unhealthy(engine: DeploymentHandle, reasons: Reasons) -> str | None:
+    """Why a request would not be served, or None. Takes at most 2 s."""
     answer = engine.healthy.remote()
     asked = asyncio.ensure_future(_answer_of(answer))
     await asyncio.wait({asked}, timeout=HEALTH_S)  # not wait_for, which would wait for the cancellation as well
     if not asked.done():
         answer.cancel()
         asked.cancel()
-        return "no engine answers: it is starting or being replaced"
-    if error := asked.exception():
-        logger.warning("health check failed: %s", error)
-        return "its engine has failed and is being replaced"
-    return None
+        return await reasons.why(engine.deployment_name, SILENT)
+    error = asked.exception()
+    if error is None:
+        return None
+    if isinstance(error, NoReplicaError | RayActorError):
+        return await reasons.why(engine.deployment_name)
+    logger.warning("health check failed: %s", error)
+    return "its engine has failed and is being replaced"
 
 
 async def _answer_of(answer: Any) -> bool:

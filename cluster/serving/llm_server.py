@@ -3,16 +3,29 @@
 Only replicas import this module: it takes seconds, since it imports vLLM.
 """
 
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.llm._internal.serve.core.configs.accelerators import CPUAccelerator
 from ray.llm._internal.serve.core.server.llm_server import LLMServer
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
+from ray.util.placement_group import PlacementGroup
 
+from pomarium.cluster.executor.member import Member
+from pomarium.cluster.rack.reports import StageReport
 from pomarium.cluster.serving.asgi_bridge import App
 from pomarium.cluster.serving.plan import ModelPlan
+from pomarium.cluster.serving.reporting import Load, stages_of
+from pomarium.worker import settings
+from pomarium.worker.memory import CPU_AUTO_KV_BYTES
+
+CPU_BACKEND_SIZES = frozenset({"kv_cache_memory_bytes", "gpu_memory_utilization"})
+CPU_BACKEND_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+"""Arguments and variable that size the KV cache of vLLM's own CPU backend."""
 
 
 class ModelIsHere(CallbackBase):
@@ -23,23 +36,48 @@ class ModelIsHere(CallbackBase):
         self.ctx.run_init_node = False
 
 
-def llm_config(plan: ModelPlan, folder: Path) -> LLMConfig:
+def engine_kwargs(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """vLLM's engine arguments: the `given` ones, and a KV cache of our CPU workers' size for vLLM's own CPU backend.
+
+    Left alone, that backend wants 0.92 of the machine's memory to be free when its worker starts, which Ray, the
+    replica and EngineCore do not leave on a machine of 24 GiB (vllm/v1/worker/cpu_worker.py).
+    """
+    sized = not CPU_BACKEND_SIZES.isdisjoint(given) or environ.get(CPU_BACKEND_SPACE)
+    if settings.load(environ).use_mlx or sized:
+        return dict(given)
+    return {**given, "kv_cache_memory_bytes": CPU_AUTO_KV_BYTES}
+
+
+def llm_config(plan: ModelPlan, folder: Path, stages: int) -> LLMConfig:
     """`plan` for Ray Serve LLM. Kind `cpu` spares its GPU task; the platform replaces the executor that it forces."""
     return LLMConfig(
         model_loading_config={"model_id": plan.name, "model_source": str(folder)},
         accelerator_config={"kind": "cpu"},
-        placement_group_config={"bundles": plan.bundles(), "strategy": "PACK"},
+        placement_group_config={"bundles": [{"CPU": 1}]},  # of vLLM's own backend; our workers have a group already
         callback_config={"callback_class": ModelIsHere},
-        engine_kwargs=dict(plan.engine_args),
+        engine_kwargs=engine_kwargs(plan.engine_args, os.environ) | {"pipeline_parallel_size": stages},
         log_engine_metrics=True,
     )
+
+
+class Reserved(CPUAccelerator):
+    """Ray's hook for hardware whose placement group exists before the engine's configuration does."""
+
+    def __init__(self, group: PlacementGroup) -> None:
+        self._group = group
+
+    def create_placement_group(self, *args: Any, **kwargs: Any) -> PlacementGroup:
+        """The group that our workers are on."""
+        return self._group
 
 
 class UnreportedServer(LLMServer):
     """LLMServer without the usage report after the start, which keeps a start waiting for one more process."""
 
-    async def start(self) -> None:
-        """Start the engine."""
+    async def start(self, group: PlacementGroup | None = None) -> None:
+        """Start the engine, with its workers on `group` if there is one."""
+        if group is not None:
+            self._llm_config.get_engine_config()._accelerator = Reserved(group)
         self.engine = VLLMEngine(self._llm_config)
         await self.engine.start()
 
@@ -52,15 +90,34 @@ class Server:
         self.app = app
 
     @classmethod
-    async def start(cls, plan: ModelPlan, folder: Path) -> "Server":
-        """Start engine and workers inside the calling replica's placement group.
+    async def start(cls, plan: ModelPlan, folder: Path, stages: int, group: PlacementGroup | None) -> "Server":
+        """Start the engine of `stages` workers on `group`, which were offered to it (executor.handover).
+
+        Args:
+            group: None where vLLM's own backend serves.
 
         Raises:
             Exception: whatever Ray or vLLM raise; `faults.sentence` makes it readable.
         """
-        server = UnreportedServer.sync_init(llm_config(plan, folder))
-        await server.start()
+        server = UnreportedServer.sync_init(llm_config(plan, folder, stages))
+        await server.start(group)
         return cls(server, await server.engine.build_asgi_app())
+
+    def load(self) -> Load:
+        """The engine's load from now on."""
+        load = Load()
+        self._client.logger_manager.stat_loggers.append(load)
+        return load
+
+    async def stages(self, members: Sequence[Member]) -> tuple[StageReport, ...]:
+        """What each of the engine's workers runs and holds."""
+        layers = self._client.model_config.hf_text_config.num_hidden_layers
+        return stages_of(members, layers, await self._client.collective_rpc("memory_held"))
+
+    @property
+    def _client(self) -> Any:
+        """vLLM's AsyncLLM."""
+        return self._server.engine._engine_client
 
     async def check_health(self) -> None:
         """Raises vLLM's EngineDeadError once the engine is gone."""

@@ -120,7 +120,7 @@ def join(address: str, plan: ServePlan) -> None:
     if there < plan.workers():
         raise SettingsError(
             f"The Ray at {address} has {there:g} of the {plan.workers()} `{RESOURCE}` resources that this takes: "
-            f"start its nodes with --resources='{{\"{RESOURCE}\": 1}}'."
+            "let more Macs join with `pomarium rack join`, or ask for fewer stages or replicas."
         )
 
 

@@ -34,7 +34,7 @@ def unauthorized() -> tuple[int, dict[str, Any]]:
 
 def engine_unavailable(model: str, reason: str) -> tuple[int, dict[str, Any]]:
     """503 while no engine of the model answers, or when it was lost under way."""
-    message = f"The engine of `{model}` is not available: {reason}. Try again shortly."
+    message = f"The engine of `{model}` is not available: {reason.removesuffix('.')}. Try again shortly."
     return _error(HTTPStatus.SERVICE_UNAVAILABLE, message, "ServiceUnavailableError")
 
 

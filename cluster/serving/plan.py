@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pomarium.cluster.placement_model import Network
 from pomarium.worker.errors import SettingsError
 
 RESOURCE = "mlx"
 """Ray resource that a machine offers once per worker it can run."""
 
 REPLICA_CPUS = 1.0
-WORKER_CPUS = 1.0
 INGRESS_CPUS = 0.5
 SERVE_CPUS = 2.0
 """Logical CPUs, for Ray's book-keeping alone: they limit nothing."""
@@ -30,23 +30,20 @@ class ModelPlan:
         source: what the user named: a folder, a GGUF file or an id; None is the embedded model.
         engine_args: vLLM AsyncEngineArgs and FrontendArgs fields that the user set; the others keep vLLM's defaults.
         replicas: how many engines serve it.
+        stages: Macs of one replica; None takes what placement finds best when the replica starts.
+        share_macs: stages of one replica may share a Mac.
+        streams: requests at once that a replica is planned for; None: as many as fit.
+        network: between the Macs; None where nothing is known of it.
     """
 
     name: str
     source: str | None = None
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     replicas: int = 1
-
-    @property
-    def stages(self) -> int:
-        """Workers of one replica."""
-        return int(self.engine_args.get("pipeline_parallel_size", 1))
-
-    def bundles(self) -> list[dict[str, float]]:
-        """Placement-group bundles of one replica: one per worker; the replica itself sits in the first."""
-        worker = {"CPU": WORKER_CPUS, RESOURCE: 1.0}
-        first = {"CPU": WORKER_CPUS + REPLICA_CPUS, RESOURCE: 1.0}
-        return [first] + [dict(worker) for _ in range(self.stages - 1)]
+    stages: int | None = 1
+    share_macs: bool = False
+    streams: int | None = None
+    network: Network | None = None
 
 
 @dataclass(frozen=True)
@@ -72,13 +69,12 @@ class ServePlan:
         return f"http://{host}:{self.port}"
 
     def workers(self) -> int:
-        """How many `mlx` resources the plan takes."""
-        return sum(m.replicas * m.stages for m in self.models)
+        """How many `mlx` resources the plan takes at least."""
+        return sum(m.replicas * (m.stages or 1) for m in self.models)
 
     def cpus(self) -> float:
         """Logical CPUs that a Ray of our own must offer for all actors to be placed."""
-        replicas = sum(m.replicas * sum(b["CPU"] for b in m.bundles()) for m in self.models)
-        return replicas + INGRESS_CPUS + SERVE_CPUS
+        return sum(m.replicas for m in self.models) * REPLICA_CPUS + INGRESS_CPUS + SERVE_CPUS
 
 
 def served_names(models: Sequence[str], given: Sequence[str]) -> tuple[str, ...]:

@@ -1,18 +1,23 @@
-"""An engine's answer on its way to the client: the items of `EngineReplica.request` as a response, losses included."""
+"""An engine's answer on its way to the client: the items of `EngineReplica.request` as a response, losses included.
 
-import asyncio
+Nothing here waits for ever: a request that no replica is there for is refused at once, and one whose replica falls
+silent (frozen, or its machine without power or cable) is given up after heartbeat.SILENCE_S.
+"""
+
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from ray.exceptions import RayActorError
 
-from pomarium.cluster.serving import openai_errors
+from pomarium.cluster.serving import heartbeat, openai_errors
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.engine import Accepted
+from pomarium.cluster.serving.heartbeat import SilentError
+from pomarium.cluster.serving.routing import NoReplicaError
 
-ACCEPT_S = 120.0
-"""How long a request waits for an engine while none runs (Serve is replacing it): about two starts."""
+LOST = "it was lost under way"
+SILENT = f"it has not answered for {heartbeat.SILENCE_S:g} s"
 
 
 class RefusalError(Exception):
@@ -25,38 +30,52 @@ class RefusalError(Exception):
 
 
 class Relay:
-    """An engine's answer on its way to the client. A loss becomes a 503, or an error event if the answer had begun."""
+    """An engine's answer on its way to the client. A loss becomes a 503, or an error event if the answer had begun.
 
-    def __init__(self, model: str, items: Any) -> None:
+    `why` tells why no replica runs.
+    """
+
+    def __init__(self, model: str, items: Any, why: Callable[[], Awaitable[str]]) -> None:
         self._model = model
         self._items = items
         self._iterator = aiter(items)
+        self._why = why
+        self._refused = False
 
     async def head(self) -> Head:
         """Wait for a replica to take the request and to begin its answer.
 
         Raises:
-            RefusalError: 503 if no engine takes it in time, or if the engine is lost before it begins.
+            RefusalError: 503 if there is no replica, or if it is lost or falls silent before it begins.
         """
         try:
-            async with asyncio.timeout(ACCEPT_S):
-                accepted = await anext(self._iterator)
-            head = await anext(self._iterator)
-        except TimeoutError:
-            raise RefusalError(*openai_errors.engine_unavailable(self._model, "none is running")) from None
+            accepted = await heartbeat.next_item(self._iterator)
+            head = await heartbeat.next_item(self._iterator)
+        except NoReplicaError:
+            self._refused = True
+            raise self._unavailable(await self._why()) from None
         except (RayActorError, StopAsyncIteration):
-            raise RefusalError(*openai_errors.engine_unavailable(self._model, "it was lost under way")) from None
+            raise self._unavailable(LOST) from None
+        except SilentError:
+            raise self._unavailable(SILENT) from None
         if not isinstance(accepted, Accepted) or not isinstance(head, Head):
             raise TypeError(f"an engine began its answer with {accepted!r}, {head!r}")
         return head
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The body. Raises RefusalError (503) if the engine is lost."""
+        """The body. Raises RefusalError (503) if the engine is lost or falls silent."""
         try:
-            async for piece in self._iterator:
-                yield piece
+            while True:
+                yield await heartbeat.next_item(self._iterator)
+        except StopAsyncIteration:
+            return
         except RayActorError:
-            raise RefusalError(*openai_errors.engine_unavailable(self._model, "it was lost under way")) from None
+            raise self._unavailable(LOST) from None
+        except SilentError:
+            raise self._unavailable(SILENT) from None
+
+    def _unavailable(self, reason: str) -> RefusalError:
+        return RefusalError(*openai_errors.engine_unavailable(self._model, reason))
 
     async def events(self) -> AsyncIterator[bytes]:
         """The body as server-sent events: a loss becomes a last event, since the status has left already."""
@@ -70,4 +89,5 @@ class Relay:
 
     def cancel(self) -> None:
         """Tell the engine that nobody waits any more. Harmless once the answer is complete."""
-        self._items.cancel()
+        if not self._refused:  # else Serve raises once more what kept it from sending the request
+            self._items.cancel()

@@ -7,11 +7,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from pomarium.cluster import faults
 from pomarium.cluster.serving import local_ray
-from pomarium.cluster.serving.check import Check
+from pomarium.cluster.serving.check import Check, Found
 from pomarium.cluster.serving.plan import ServePlan
 from pomarium.worker.errors import PomariumError
 
@@ -49,9 +48,9 @@ def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.envir
             with phase("serve"):
                 _start_serve(plan)
         with phase("model"):
-            folders = check.folders()
+            found = check.found()
         with phase("engine"):
-            _deploy(plan, folders, environ if joined else {})
+            _deploy(plan, found, environ if joined else {})
         try:
             yield
         finally:
@@ -80,7 +79,7 @@ def _start_serve(plan: ServePlan) -> None:
     serve.start(proxy_location="HeadOnly", http_options={"host": plan.host, "port": plan.port})
 
 
-def _deploy(plan: ServePlan, folders: Sequence[Path], environ: Mapping[str, str]) -> None:
+def _deploy(plan: ServePlan, found: Sequence[Found], environ: Mapping[str, str]) -> None:
     from ray import serve
 
     from pomarium.cluster.serving import app
@@ -88,7 +87,7 @@ def _deploy(plan: ServePlan, folders: Sequence[Path], environ: Mapping[str, str]
     _start_serve(plan)
     try:
         serve.run(
-            app.build(plan, folders, app.passed_environment(environ)),
+            app.build(plan, found, app.passed_environment(environ)),
             name=app.APP_NAME,
             route_prefix="/",
             blocking=False,
@@ -106,8 +105,9 @@ def _remove(joined: bool) -> None:
 
     if joined:
         serve.delete(app.APP_NAME)
-    else:
-        serve.shutdown()
+        if serve.status().applications:  # others use the proxy
+            return
+    serve.shutdown()
 
 
 def status() -> Status:

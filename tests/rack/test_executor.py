@@ -124,8 +124,8 @@ def test_in_process_engine(run: Run) -> None:
         print("TOKENS", generate(llm, 30))
         assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
         (worker,) = executor.workers
-        assert worker.endpoint.address.startswith("127.0.0.1:"), worker
-        assert worker.endpoint.pid != os.getpid()
+        assert worker.member.contact.endpoint.address.startswith("127.0.0.1:"), worker
+        assert worker.member.contact.endpoint.pid != os.getpid()
         print("DEVICES", executor.collective_rpc(lambda w: w.worker.devices))
         assert executor.collective_rpc("echo", args=(b"x" * (8 << 20),)) == [b"x" * (8 << 20)]
         assert executor.collective_rpc("echo", args=(1,), non_block=True).result(10) == [1]
@@ -140,7 +140,7 @@ def test_in_process_engine(run: Run) -> None:
         def kill():
             time.sleep(1)
             killed.append(time.monotonic())
-            os.kill(worker.endpoint.pid, signal.SIGKILL)
+            os.kill(worker.member.contact.endpoint.pid, signal.SIGKILL)
         threading.Thread(target=kill).start()
         try:
             generate(llm, 350)
@@ -212,13 +212,13 @@ def test_a_frozen_worker_is_seen_within_seconds(run: Run) -> None:
         def freeze():
             time.sleep(1)
             frozen.append(time.monotonic())
-            os.kill(worker.endpoint.pid, signal.SIGSTOP)
+            os.kill(worker.member.contact.endpoint.pid, signal.SIGSTOP)
         threading.Thread(target=freeze).start()
         try:
             generate(llm, 350)
         except WorkerLostError as error:
             print("LOST", f"{time.monotonic() - frozen[0]:.3f}", str(error))
-        os.kill(worker.endpoint.pid, signal.SIGKILL)
+        os.kill(worker.member.contact.endpoint.pid, signal.SIGKILL)
         executor_of(llm).shutdown()
         """,
         VLLM_ENABLE_V1_MULTIPROCESSING="0",

@@ -16,12 +16,12 @@ from tiny_models import write_checkpoint
 PRELUDE = """
 import os, sys, time
 import psutil
-from pomarium.cluster.executor import bundles, handover, launch, session
+from pomarium.cluster.executor import handover, launch, session
+from pomarium.cluster.executor.staging import Ask
+from pomarium.cluster.executor.team import assemble
 session.ensure_connected()
-reservation = bundles.reserve(None, 1)
-processes = launch.start(reservation)
-contacts = launch.contacts(processes)
-worker = psutil.Process(contacts[0].endpoint.pid)
+team = assemble(Ask(os.environ["MODEL"]))
+worker = psutil.Process(team.members[0].contact.endpoint.pid)
 
 def engine():
     from vllm import LLM
@@ -30,7 +30,7 @@ def engine():
 """
 
 ADOPTED = """
-with handover.offer(contacts, os.environ):
+with handover.offer(team.members, os.environ):
     llm = engine()
 from vllm import SamplingParams
 params = SamplingParams(max_tokens=8, ignore_eos=True, detokenize=False, temperature=0)
@@ -47,7 +47,7 @@ worker.kill()
 worker.wait(15)
 from pomarium.cluster.executor.codec import WorkerLostError
 try:
-    launch.connect(contacts, lambda rank, error: None)
+    launch.connect(team.members, lambda rank, error: None)
 except WorkerLostError as error:
     print("LOST", error)
 """

@@ -15,7 +15,11 @@ RACK_EXECUTOR = "pomarium.cluster.executor.rack.RackExecutor"
 
 REFUSED = {
     "tensor parallel": ({"tensor_parallel_size": 2}, "--tensor-parallel-size 1"),
-    "pipeline parallel": ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 1"),
+    "stages without paging": (
+        {"pipeline_parallel_size": 2, "paged_attention": False},
+        "VLLM_METAL_USE_PAGED_ATTENTION=0",
+    ),
+    "stages of an actor with a device": ({"pipeline_parallel_size": 2, "holds_device": True}, "give none"),
     "data parallel": ({"data_parallel_size": 2}, "pomarium serve --replicas"),
     "prefill context": ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
     "decode context": ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
@@ -131,9 +135,10 @@ def test_where_the_worker_goes(backend: str, in_ray_worker: bool, holds_device: 
 
 
 @given(sizes=st.tuples(*[st.integers(1, 4)] * 3))
-def test_any_parallelism_is_refused_and_none_is_admitted(sizes: tuple[int, int, int]) -> None:
+def test_stages_are_the_only_parallelism_within_an_engine(sizes: tuple[int, int, int]) -> None:
     tensor, pipeline, data = sizes
     facts = dataclasses.replace(
         PLAIN, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=data
     )
-    assert (admit(facts) is None) == (sizes == (1, 1, 1))
+    assert (admit(facts) is None) == (tensor == data == 1)
+    assert choose_backend(facts) is (Backend.RACK if pipeline > 1 else Backend.UNIPROC)

@@ -121,3 +121,50 @@ def test_module_names_are_free() -> None:
     elsewhere = [path for path in sys.path if Path(path).resolve() != BENCHMARKS]
     for file in BENCHMARKS.glob("*.py"):
         assert PathFinder.find_spec(file.stem, elsewhere) is None, file.stem
+
+
+def test_shares_of_a_window_count_only_what_lies_in_it() -> None:
+    from intervals import COMPUTE, WAITING, Interval, rate, share, window
+
+    found = [Interval(0, COMPUTE, 0.0, 2.0), Interval(1, WAITING, 2.0, 3.0), Interval(1, COMPUTE, 3.0, 6.0)]
+    assert share(found, COMPUTE, (1.0, 5.0)) == pytest.approx(0.75)
+    assert share(found, WAITING, (1.0, 5.0)) == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="empty"):
+        share(found, COMPUTE, (1.0, 1.0))
+    arrivals = [[1.0, 2.0, 5.0], [1.5, 2.5, 4.5]]
+    assert window(arrivals) == (1.5, 4.5)
+    assert rate(arrivals, window(arrivals)) == pytest.approx(1.0), "three tokens in three seconds"
+
+
+def test_the_steps_of_a_picture_are_in_the_middle_of_those_of_all_stages() -> None:
+    from intervals import COMPUTE, Interval, steps_between
+
+    def stage(steps: int) -> list[Interval]:
+        return [Interval(step, COMPUTE, step, step + 1) for step in range(steps)]
+
+    assert steps_between([stage(20), stage(21)], 10) == range(5, 15)
+    assert steps_between([stage(3), stage(21)], 10) == range(3)
+    assert steps_between([stage(3), []], 10) == range(0)
+
+
+def test_a_picture_shows_each_stage_from_the_first_to_the_last_of_the_steps() -> None:
+    from xml.etree import ElementTree
+
+    import timeline
+    from intervals import COMPUTE, HANDOFF, WAITING, Interval
+
+    first = [Interval(0, COMPUTE, 0, 0.9), Interval(1, COMPUTE, 1, 1.8), Interval(1, HANDOFF, 1.8, 2)]
+    second = [Interval(0, COMPUTE, 0.9, 1.5), Interval(1, WAITING, 1.5, 2.1), Interval(1, COMPUTE, 2.1, 3)]
+    picture = ElementTree.fromstring(timeline.svg([first, second], range(1, 2), "two <stages"))
+    bars = [
+        (shape.get("class"), float(shape.get("x", 0)), float(shape.get("width", 0)))
+        for shape in picture.findall(".//{*}rect")
+        if float(shape.get("height", 0)) == timeline.BAR
+    ]
+    assert [kind for kind, _, _ in bars] == ["compute odd", "handoff", "compute", "waiting"]
+    width = timeline.WIDTH - timeline.LEFT - timeline.RIGHT
+    assert bars[0][1:] == pytest.approx((timeline.LEFT, 0.8 * width), abs=0.2)
+    assert bars[3][1] + bars[3][2] == pytest.approx(timeline.LEFT + width, abs=0.2), "cut where the picture ends"
+    assert picture.findtext("{*}title") == "two <stages"
+    with pytest.raises(ValueError, match="none of the steps"):
+        timeline.svg([first, second], range(7, 9), "")

@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused_with_what_is_missing(
     ("arguments", "sentence"),
     [
         (["--stages", "3"], "3 stages need 3 Macs and there are 2."),
-        (["--stages", "0"], "--stages 0 is neither `auto` nor a number of Macs."),
+        (["--stages", "0"], "--stages: '0' is neither `auto` nor a number of stages."),
         (["--stages", "9" * 5000], "has 4 layers"),
         (["--context", "0"], "--context 0 is too few: give at least 1."),
         (["--concurrency", "-1"], "--concurrency -1 is too few: give at least 1."),

@@ -99,27 +99,28 @@ def test_truncated_weights_are_refused(model_folder: Path) -> None:
     )
     (model_folder / "model.safetensors").write_bytes((10_000).to_bytes(8, "little") + b'{"a":')
     with pytest.raises(PomariumError, match=r"model\.safetensors"):
-        Check([str(model_folder)]).folders()
+        Check([str(model_folder)]).found()
 
 
 @pytest.mark.e2e
 def test_the_embedded_model_is_found_and_sound() -> None:
-    (folder,) = Check([None]).folders()
-    assert (folder / "config.json").is_file()
+    (found,) = Check([None]).found()
+    assert (found.folder / "config.json").is_file()
+    assert found.profiles.dense.model.weight_bytes > found.profiles.stored.model.weight_bytes
 
 
 @pytest.mark.e2e
 def test_quantised_weights_are_refused_for_vllm_s_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_METAL_USE_MLX", "0")
     with pytest.raises(PomariumError, match=r"VLLM_METAL_USE_MLX=0.*the embedded model.*dense checkpoint"):
-        Check([None]).folders()
+        Check([None]).found()
 
 
 def test_an_abandoned_check_is_gone() -> None:
     check = Check([None])
     check.abandon()
     with pytest.raises(RuntimeError, match="code -9"):
-        check.folders()
+        check.found()
 
 
 def test_a_mistake_is_one_line_and_exit_code_1(

@@ -7,19 +7,19 @@ from hypothesis import strategies as st
 from pomarium.cluster.executor.actor import Endpoint
 from pomarium.cluster.executor.environment import HANDED_OVER, worker_environment
 from pomarium.cluster.executor.handover import offer, offered
-from pomarium.cluster.executor.launch import Contact
+from pomarium.cluster.executor.member import Contact, Member
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
-CONTACTS = st.lists(
-    st.builds(Contact, st.builds(Endpoint, TEXT, st.integers(1, 2**22), TEXT), TEXT), min_size=1, max_size=4
-)
+CONTACTS = st.builds(Contact, st.builds(Endpoint, TEXT, st.integers(1, 2**22), TEXT), TEXT)
+LAYERS = st.none() | st.tuples(st.integers(0, 200), st.integers(0, 200))
+MEMBERS = st.lists(st.builds(Member, CONTACTS, TEXT, TEXT, LAYERS, st.integers(1, 8)), min_size=1, max_size=4)
 
 
-@given(CONTACTS)
-def test_what_is_offered_is_taken_in_order_and_only_meanwhile(contacts: list[Contact]) -> None:
+@given(MEMBERS)
+def test_what_is_offered_is_taken_in_order_and_only_meanwhile(members: list[Member]) -> None:
     environ = {"HOME": "/home/a"}
-    with offer(contacts, environ):
-        assert offered(environ, len(contacts)) == tuple(contacts)
+    with offer(members, environ):
+        assert offered(environ, len(members)) == tuple(members)
     assert environ == {"HOME": "/home/a"}
 
 
@@ -30,7 +30,7 @@ def test_an_engine_that_nobody_started_workers_for_starts_its_own() -> None:
 def test_another_number_of_workers_is_an_error() -> None:
     environ: dict[str, str] = {}
     with (
-        offer([Contact(Endpoint("127.0.0.1:1", 1, "node"), "token")], environ),
+        offer([Member(Contact(Endpoint("127.0.0.1:1", 1, "node"), "token"), "studio", "smollm2")], environ),
         pytest.raises(ValueError, match="of 2"),
     ):
         offered(environ, 2)

@@ -91,3 +91,26 @@ def test_nothing_is_recorded_unless_a_replica_asks(monkeypatch: pytest.MonkeyPat
     faults.record_engine_core_faults()
     assert logging.getLogger(faults.ENGINE_CORE_LOGGER).handlers == before
     assert faults.recorded_sentence(tmp_path / "none") is None
+
+
+def test_a_worker_process_of_vllms_own_speaks_before_its_engine_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "fault.json"
+    monkeypatch.setenv(faults.FILE_VARIABLE, str(file))
+    names = (faults.WORKER_PROCESS_LOGGER, faults.ENGINE_CORE_LOGGER)
+    loggers = [logging.getLogger(name) for name in names]
+    before = [list(logger.handlers) for logger in loggers]
+    faults.record_backend_faults()
+    faults.record_backend_faults()
+    try:
+        assert [len(logger.handlers) - len(b) for logger, b in zip(loggers, before, strict=True)] == [1, 1]
+        for logger, reason in zip(loggers, ("Too little memory.", "WorkerProc initialization failed"), strict=True):
+            try:
+                raise ValueError(reason)
+            except ValueError:
+                logger.exception("failed to start.")
+    finally:
+        for logger, handlers in zip(loggers, before, strict=True):
+            logger.handlers = handlers
+    assert faults.recorded_sentence(file) == "ValueError: Too little memory."

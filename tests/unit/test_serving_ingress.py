@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -10,11 +11,16 @@ from ray.exceptions import ActorDiedError
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from pomarium.cluster.serving import asgi_bridge, relay
+from pomarium.cluster import faults
+from pomarium.cluster.serving import asgi_bridge, heartbeat, reasons
+from pomarium.cluster.serving import ingress as ingress_module
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.engine import Accepted
+from pomarium.cluster.serving.heartbeat import Alive, beating
 from pomarium.cluster.serving.ingress import Ingress
+from pomarium.cluster.serving.reasons import Reasons
 from pomarium.cluster.serving.relay import RefusalError, Relay
+from pomarium.cluster.serving.routing import NoReplicaError
 
 SSE = "text/event-stream"
 
@@ -24,6 +30,7 @@ class Items:
 
     def __init__(self, *items: Any) -> None:
         self._items = self._iterate(items)
+        self._unsent = next((item for item in items if isinstance(item, NoReplicaError)), None)
         self.cancelled = False
 
     async def _iterate(self, items: tuple[Any, ...]) -> AsyncIterator[Any]:
@@ -39,6 +46,8 @@ class Items:
         return self._items
 
     def cancel(self) -> None:
+        if self._unsent is not None:
+            raise self._unsent
         self.cancelled = True
 
 
@@ -47,7 +56,8 @@ class Handle:
 
     def __init__(self, items: Items) -> None:
         self._items = items
-        self.request = self
+        self.request = self.healthy = self
+        self.deployment_name = "engine:m"
         self.calls: list[tuple[Any, ...]] = []
 
     def options(self, *, stream: bool) -> "Handle":
@@ -137,7 +147,187 @@ def test_an_engine_lost_in_a_stream_is_a_last_event() -> None:
     assert items.cancelled
 
 
-def test_a_request_that_no_engine_takes_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay, "ACCEPT_S", 0.05)
-    error = refusal(lambda: Relay("m", Items(lambda: asyncio.sleep(10))).head())
-    assert (error.status, "none is running" in error.body["error"]["message"]) == (503, True)
+MISSING = "model needs 12.3 GiB more memory: add a Mac"
+
+
+def reasons_of(message: str) -> Reasons:
+    return Reasons(lambda: {"engine:m": message})
+
+
+def relayed(*items: Any) -> Relay:
+    return Relay("m", Items(*items), lambda: reasons_of("").why("engine:m"))
+
+
+def silent() -> Any:
+    return lambda: asyncio.sleep(10)
+
+
+def test_a_request_without_a_replica_is_refused_with_the_reason() -> None:
+    message = f"A replica failed to start with exception. Retrying. Error:\n{faults.StartError(MISSING)}"
+    ingress = Ingress({"m": Handle(Items(NoReplicaError()))})
+    ingress._reasons = reasons_of(message)
+    error = refusal(lambda: ingress.generate(request(b"{}")))
+    assert (error.status, MISSING in error.body["error"]["message"]) == (503, True)
+
+
+@pytest.mark.parametrize("before", [(), (Accepted(),), (Accepted(), Alive())])
+def test_a_silent_engine_is_given_up(monkeypatch: pytest.MonkeyPatch, before: tuple[Any, ...]) -> None:
+    monkeypatch.setattr(heartbeat, "SILENCE_S", 0.05)
+    error = refusal(lambda: relayed(*before, silent()).head())
+    assert (error.status, "has not answered" in error.body["error"]["message"]) == (503, True)
+
+
+def test_an_engine_that_falls_silent_in_a_stream_is_a_last_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "SILENCE_S", 0.05)
+    items = Items(Accepted(), Head(200, SSE), b"data: 1\n\n", Alive(), silent())
+
+    async def ask() -> str:
+        return await text(await Ingress({"m": Handle(items)}).generate(request(b"{}")))
+
+    first, error, end, _ = asyncio.run(ask()).split("\n\n")
+    assert (first, end) == ("data: 1", "data: [DONE]")
+    assert "has not answered" in json.loads(error.removeprefix("data: "))["error"]["message"]
+    assert items.cancelled
+
+
+def test_signs_of_life_keep_a_slow_answer_and_do_not_reach_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "SILENCE_S", 0.1)
+    closed = []
+
+    async def slow() -> Any:
+        try:
+            yield Head(200, "text/plain")
+            await asyncio.sleep(0.3)
+            yield b"late"
+        finally:
+            closed.append(True)
+
+    async def replica() -> Any:
+        yield Accepted()
+        async for item in beating(slow(), 0.02):
+            yield item
+
+    class Stream:
+        def __aiter__(self) -> Any:
+            return replica()
+
+    async def ask() -> bytes:
+        relay = Relay("m", Stream(), lambda: reasons_of("").why("engine:m"))
+        await relay.head()
+        return b"".join([piece async for piece in relay.pieces()])
+
+    assert asyncio.run(ask()) == b"late"
+    assert closed == [True]
+
+
+def test_closing_a_beating_answer_closes_what_is_behind_it() -> None:
+    closed = []
+
+    async def endless() -> Any:
+        try:
+            yield 1
+            await asyncio.sleep(60)
+        finally:
+            closed.append(True)
+
+    async def leave() -> list[Any]:
+        answer = beating(endless(), 0.01)
+        items = [await anext(answer), await anext(answer)]
+        await answer.aclose()
+        return items
+
+    assert asyncio.run(leave()) == [1, Alive()]
+    assert closed == [True]
+
+
+def test_what_the_answer_raises_passes_the_heartbeat() -> None:
+    async def broken() -> Any:
+        yield 1
+        raise KeyError("x")
+
+    async def drain() -> None:
+        async for _ in beating(broken()):
+            pass
+
+    with pytest.raises(KeyError):
+        asyncio.run(drain())
+
+
+class Health:
+    """A handle whose `healthy` raises `fault`, or never answers."""
+
+    deployment_name = "engine:m"
+
+    def __init__(self, fault: Exception | None) -> None:
+        self._fault = fault
+        self.healthy = self
+
+    def remote(self) -> "Health":
+        return self
+
+    def __await__(self) -> Any:
+        if self._fault is None:
+            yield from asyncio.sleep(60).__await__()
+        raise self._fault or AssertionError
+
+    def cancel(self) -> None:
+        """Serve's call is given up."""
+
+
+def health(fault: Exception | None, read: Callable[[], dict[str, str]]) -> tuple[int, dict[str, Any], float]:
+    async def ask() -> tuple[int, dict[str, Any], float]:
+        ingress = Ingress({"m": Health(fault)})
+        ingress._reasons = Reasons(read)
+        began = time.monotonic()
+        answer = await ingress.health()
+        return answer.status_code, json.loads(bytes(answer.body)), time.monotonic() - began
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (f"Retrying. Error:\n{faults.StartError(MISSING)}\n", MISSING),
+        ("A replica's health check failed. This deployment will be UNHEALTHY.", reasons.LOST),
+        ("Deploying,\n since 3 s.", "no engine answers; Serve says: Deploying, since 3 s."),
+        ("", reasons.UNKNOWN),
+    ],
+)
+@pytest.mark.parametrize("fault", [NoReplicaError(), ActorDiedError()])
+def test_health_tells_the_reason(fault: Exception, message: str, reason: str) -> None:
+    status, body, _ = health(fault, lambda: {"engine:m": message})
+    assert (status, body) == (503, {"status": "unavailable", "models": {"m": reason}})
+
+
+def test_health_is_bounded_whatever_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ingress_module.HEALTH_S + reasons.READ_S <= 2
+    monkeypatch.setattr(ingress_module, "HEALTH_S", 0.2)
+    monkeypatch.setattr(reasons, "READ_S", 0.1)
+
+    def hang() -> dict[str, str]:
+        time.sleep(1.5)
+        return {}
+
+    status, body, took = health(None, hang)
+    assert (status, body["models"]) == (503, {"m": reasons.SILENT})
+    assert took < 1
+
+
+def test_a_controller_that_hangs_holds_one_thread() -> None:
+    calls = []
+
+    def hang() -> dict[str, str]:
+        calls.append(1)
+        time.sleep(1.5)
+        return {"engine:m": "late"}
+
+    async def ask() -> list[str]:
+        known = Reasons(hang)
+        early = await asyncio.gather(*(known.why("engine:m") for _ in range(5)))
+        await asyncio.sleep(1.2)
+        return [*early, await known.why("engine:m")]
+
+    answers = asyncio.run(ask())
+    assert answers == [reasons.UNKNOWN] * 5 + ["no engine answers; Serve says: late"]
+    assert len(calls) == 1

@@ -5,20 +5,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pomarium.cluster.serving.app import deployment_name, passed_environment
-from pomarium.cluster.serving.plan import RESOURCE, ModelPlan, ServePlan, served_names
+from pomarium.cluster.serving.plan import REPLICA_CPUS, ModelPlan, ServePlan, served_names
 from pomarium.worker.errors import SettingsError
 
 
-def model(name: str = "m", replicas: int = 1, **engine_args: object) -> ModelPlan:
-    return ModelPlan(name, f"/models/{name}", engine_args, replicas)
+def model(name: str = "m", replicas: int = 1, stages: int | None = 1) -> ModelPlan:
+    return ModelPlan(name, f"/models/{name}", {}, replicas, stages)
 
 
-@given(replicas=st.integers(1, 5), stages=st.integers(1, 6))
-def test_an_own_ray_has_room_for_every_bundle(replicas: int, stages: int) -> None:
-    plan = ServePlan((model(replicas=replicas, pipeline_parallel_size=stages),))
-    bundles = plan.models[0].bundles() * replicas
-    assert plan.workers() == sum(b[RESOURCE] for b in bundles) == replicas * stages
-    assert plan.cpus() >= sum(b["CPU"] for b in bundles) + 1
+@given(replicas=st.integers(1, 5), stages=st.integers(1, 6) | st.none())
+def test_an_own_ray_has_room_for_every_worker(replicas: int, stages: int | None) -> None:
+    plan = ServePlan((model(replicas=replicas, stages=stages),))
+    assert plan.workers() == replicas * (stages or 1)
+    assert plan.cpus() >= replicas * REPLICA_CPUS + 1
 
 
 def test_two_models_of_one_name_are_refused() -> None:
@@ -51,7 +50,9 @@ def test_url_is_one_that_this_machine_can_open(host: str, url: str) -> None:
 
 
 def test_only_settings_travel_to_replicas() -> None:
-    assert passed_environment({"VLLM_METAL_DEBUG": "1", "HF_HOME": "/h", "PATH": "/bin", "AWS_SECRET": "s"}) == {
+    assert passed_environment(
+        {"VLLM_METAL_DEBUG": "1", "HF_HOME": "/h", "PATH": "/bin", "AWS_SECRET": "s", "POMARIUM_TLS": "/t"}
+    ) == {
         "VLLM_METAL_DEBUG": "1",
         "HF_HOME": "/h",
     }

@@ -1,24 +1,34 @@
 """Who may join a link and who may read it: the token, mutual TLS, and plain TCP on loopback only.
 
 token --> metadata of each stream, compared in constant time
-Tls (PEM of certificate, key, authority) --> gRPC credentials of both ends
-address, Tls or none, settings --check_plaintext--> may be used, or PlaintextRefusedError
+POMARIUM_TLS (a folder) --tls_of--> Tls (PEM of certificate, key, authority) --> gRPC credentials of both ends
+address, Tls or none, what is allowed --check_private--> may be used, or PlaintextRefusedError
+
+The control stream between engine and worker keeps the same rules with the same functions (cluster/executor/). Who
+writes the folder is cluster/rack/identity.py.
 """
 
 import hmac
 import ipaddress
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 
+from pomarium.worker.errors import SettingsError
 from pomarium.worker.handoff.errors import CredentialsError, PlaintextRefusedError
 from pomarium.worker.handoff.settings import GrpcOptions, HandoffSettings
 
 AUTHORIZATION = "authorization"
 RACK_NAME = "pomarium-rack"
 """The DNS name that a rack's certificates carry, whatever the address of their Mac."""
+
+TLS_VARIABLE = "POMARIUM_TLS"
+"""The folder with this Mac's identity: CERTIFICATE_FILE, KEY_FILE, AUTHORITY_FILE."""
+PLAINTEXT_VARIABLE = "POMARIUM_ALLOW_PLAINTEXT"
+CERTIFICATE_FILE, KEY_FILE, AUTHORITY_FILE = "certificate.pem", "key.pem", "authority.pem"
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,41 @@ class Tls:
                 )
 
 
+def read_tls(folder: Path) -> Tls:
+    """The identity in `folder`. Raises SettingsError for a file that cannot be read or holds something else."""
+    texts = []
+    for name in (CERTIFICATE_FILE, KEY_FILE, AUTHORITY_FILE):
+        try:
+            texts.append((folder / name).read_bytes())
+        except OSError as error:
+            raise SettingsError(
+                f"The rack's identity cannot be read: {folder / name}: {error.strerror}; set {TLS_VARIABLE} to the "
+                f"folder with {CERTIFICATE_FILE}, {KEY_FILE} and {AUTHORITY_FILE}, or let this Mac join the rack again."
+            ) from error
+    try:
+        return Tls(*texts)
+    except CredentialsError as error:
+        raise SettingsError(f"The rack's identity in {folder} is damaged: {error}") from error
+
+
+def tls_of(environ: Mapping[str, str]) -> Tls | None:
+    """The identity in the folder that POMARIUM_TLS names; None if it is not set. Raises SettingsError."""
+    folder = environ.get(TLS_VARIABLE)
+    if folder is None:
+        return None
+    if not Path(folder).is_absolute():
+        raise SettingsError(f"{TLS_VARIABLE}={folder!r} is not accepted: set it to the absolute path of a folder.")
+    return read_tls(Path(folder))
+
+
+def plaintext_allowed(environ: Mapping[str, str]) -> bool:
+    """Whether the user said that nobody else reaches the rack's network. Raises SettingsError."""
+    text = environ.get(PLAINTEXT_VARIABLE, "0")
+    if text not in ("0", "1"):
+        raise SettingsError(f"{PLAINTEXT_VARIABLE}={text!r} is not accepted: set it to 1 or 0.")
+    return text == "1"
+
+
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
     """Metadata of a stream."""
     return ((AUTHORIZATION, f"Bearer {token}"),)
@@ -56,11 +101,17 @@ def is_bearer(metadata: Sequence[tuple[str, str | bytes]], token: str) -> bool:
 
 
 def check_plaintext(address: str, tls: Tls | None, settings: HandoffSettings) -> None:
+    """As `check_private`, for a handoff."""
+    check_private(address, tls, settings.allow_plaintext)
+
+
+def check_private(address: str, tls: Tls | None, allow_plaintext: bool) -> None:
     """Raises PlaintextRefusedError if others could read or alter what passes through `address` (HOST:PORT)."""
-    if tls is None and not settings.allow_plaintext and not _is_loopback(address):
+    if tls is None and not allow_plaintext and not _is_loopback(address):
         raise PlaintextRefusedError(
-            f"Tensors would cross the network to {address} in plain text: give the rack's certificate, "
-            "or set allow_plaintext=True in HandoffSettings if nobody else can reach that network."
+            f"Requests and tensors would cross the network at {address} in plain text: give the rack's certificate "
+            f"({TLS_VARIABLE}), or set {PLAINTEXT_VARIABLE}=1 (allow_plaintext=True in HandoffSettings) if nobody else "
+            "can reach that network."
         )
 
 

@@ -66,6 +66,7 @@ class StageModel:
         layers: of the stage's own attention, numbered from 0; what its pool holds and its StepAttention is asked for.
         entries: for each entry of the model's cache list its window, and its index in `layers` or None if foreign.
         vocab_size, hidden_size: widths of logits and hidden states. dtype: of K and V.
+        received: dtype of the hidden states that enter the stage; None where token ids do.
     """
 
     module: nn.Module
@@ -75,8 +76,14 @@ class StageModel:
     vocab_size: int
     hidden_size: int
     dtype: mx.Dtype
+    received: mx.Dtype | None
     head: HeadRows
     hooks: LayerHooks
+
+    @property
+    def own_entries(self) -> tuple[int, ...]:
+        """The model's cache entries that are this stage's, in the order of `layers`."""
+        return tuple(entry for entry, (own, _) in enumerate(self.entries) if own is not None)
 
     def __call__(
         self, inputs: np.ndarray | mx.array, positions: np.ndarray, step: StepAttention, rows: np.ndarray
@@ -171,7 +178,10 @@ def prepare_stage(module: nn.Module, model_type: str, cut: StageCut) -> StageMod
     entries = tuple(
         (own.index(entry) if entry in own else None, layer.window) for entry, layer in enumerate(whole.layers)
     )
-    return StageModel(module, cut, layers, entries, whole.vocab_size, hidden_size, whole.dtype, whole.head, hooks)
+    received = None if cut.has_embedding else trace.dtypes[cut.first - 1]
+    return StageModel(
+        module, cut, layers, entries, whole.vocab_size, hidden_size, whole.dtype, received, whole.head, hooks
+    )
 
 
 def _prepare(module: nn.Module, model_type: str, dry: _DryRun) -> PagedModel:

@@ -171,10 +171,12 @@ class LayerTrace:
 
     Attributes:
         current: the layer that is being computed, None outside of all.
+        dtypes: of the hidden states that the layers handed on so far, by layer.
     """
 
     def __init__(self, num_layers: int, model_type: str) -> None:
         self.current: int | None = None
+        self.dtypes: list[mx.Dtype] = []
         self._num_layers = num_layers
         self._model_type = model_type
         self._done = 0
@@ -197,6 +199,7 @@ class LayerTrace:
         if not isinstance(output, mx.array) or output.shape != hidden.shape:
             raise self._refusal(f"layer {index} hands on more than the hidden state")
         self._done, self._width = index + 1, output.shape[-1]
+        self.dtypes.append(output.dtype)
         self._state = None if self.after else output  # else the graph behind it would keep all weights, as stored
         return mx.full(output.shape, _mark(index + 1), output.dtype)
 

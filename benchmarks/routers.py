@@ -1,0 +1,51 @@
+"""Serve's side of benchmarks/routing.py: one request router that asks whichever policy a request names in `user`.
+
+Apart from the script, which must not import Ray before it has set Ray's environment.
+"""
+
+import json
+from typing import Any
+
+from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import PrefixCacheAffinityRouter
+from ray.serve._private.common import ReplicaID
+from ray.serve._private.replica_result import ReplicaResult
+from ray.serve._private.request_router.common import PendingRequest
+from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
+from ray.serve._private.request_router.replica_wrapper import RunningReplica
+
+from pomarium.cluster.serving.prefix_router import PrefixRouter
+from pomarium.cluster.serving.routing import prompt_text
+
+ROUTERS: dict[str, Any] = {
+    "power of two": PowerOfTwoChoicesRequestRouter,
+    "Ray Serve LLM": PrefixCacheAffinityRouter,
+    "Pomarium": PrefixRouter,
+}
+
+
+class SideBySide(PrefixRouter, PrefixCacheAffinityRouter):
+    """Asks the policy that a request names."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The answer of the policy that `user` names; a health check names none."""
+        policy = ROUTERS.get(_fields(pending_request).get("user", ""), PowerOfTwoChoicesRequestRouter)
+        chosen: list[list[RunningReplica]] = await policy.choose_replicas(self, candidate_replicas, pending_request)
+        return chosen
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
+        """The policy that sent a request remembers it."""
+        policy = ROUTERS.get(_fields(pending_request).get("user", ""), PowerOfTwoChoicesRequestRouter)
+        policy.on_request_routed(self, pending_request, replica_id, result)
+
+    def _extract_text_from_request(self, pending_request: PendingRequest) -> str:
+        return prompt_text(_fields(pending_request))
+
+
+def _fields(request: PendingRequest | None) -> dict[str, Any]:
+    """The body of an engine's request."""
+    if request is None or request.metadata.call_method != "request":
+        return {}
+    fields: dict[str, Any] = json.loads(request.args[2])
+    return fields

@@ -1,0 +1,133 @@
+"""The rack that this machine is part of, as recorded by `pomarium rack up` and `join` until `down`.
+
+    up, join --save--> rack.json --current--> CurrentRack --environment--> os.environ of a driver, before it imports Ray
+
+The record holds the rack's token, so only its owner may read it. It outlives a reboot; what it names does not, and then
+`current` sees no rack.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pomarium.cluster.rack import node
+from pomarium.cluster.rack.membership import Membership
+from pomarium.cluster.rack.node import NodeSpec, Ports
+from pomarium.worker.errors import SettingsError
+
+RECORD = "rack.json"
+
+
+@dataclass(frozen=True)
+class Network:
+    """Linux network namespaces of simulated Macs: the bridge that joins them, and their names."""
+
+    bridge: str
+    namespaces: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CurrentRack:
+    """What this machine runs for a rack.
+
+    Attributes:
+        membership: address of Ray's head, token, TLS folder or None.
+        nodes: of this machine; the first is the one that drivers on this machine connect to.
+        folder: temporary files of all nodes.
+        simulated: the nodes are "Macs" of one machine.
+        network: what was set up for them.
+    """
+
+    membership: Membership
+    nodes: tuple[NodeSpec, ...]
+    folder: Path
+    simulated: bool = False
+    network: Network | None = None
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of Ray's head."""
+        return self.membership.address
+
+    @property
+    def token(self) -> str:
+        """Ray's."""
+        return self.membership.token
+
+    @property
+    def tls(self) -> Path | None:
+        """Folder of this machine's certificate."""
+        return self.membership.tls
+
+
+def state_folder(environ: Mapping[str, str]) -> Path:
+    """Where Pomarium keeps its state: XDG_STATE_HOME or ~/.local/state, and `pomarium` in it."""
+    return Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "pomarium"
+
+
+def current(environ: Mapping[str, str] = os.environ) -> CurrentRack | None:
+    """The rack that is up on this machine; None if there is none, or its first node is gone. Raises SettingsError."""
+    rack = recorded(environ)
+    if rack is None or not node.runs(rack.nodes[0], rack.membership.session):
+        return None
+    return rack
+
+
+def recorded(environ: Mapping[str, str]) -> CurrentRack | None:
+    """As `current`, whether its processes live or not: `down` and the next `up` clear up after them."""
+    path = state_folder(environ) / RECORD
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SettingsError(f"The record of this machine's rack, {path}, cannot be read: {error.strerror}.") from error
+    try:
+        return _rack(json.loads(text))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SettingsError(
+            f"The record of this machine's rack, {path}, is damaged ({error!r}): restart the machine and delete "
+            "the file."
+        ) from error
+
+
+def save(rack: CurrentRack, environ: Mapping[str, str]) -> None:
+    """Record `rack` as this machine's, whole or not at all. Raises OSError."""
+    folder = state_folder(environ)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{RECORD}-")  # mode 0600
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(asdict(rack), file, default=str, indent=1)
+    Path(temporary).replace(folder / RECORD)
+
+
+def forget(environ: Mapping[str, str]) -> None:
+    """This machine is part of no rack."""
+    (state_folder(environ) / RECORD).unlink(missing_ok=True)
+
+
+def environment(rack: CurrentRack) -> dict[str, str]:
+    """What a driver on this machine needs in os.environ before Ray is imported."""
+    return rack.membership.variables() | {"RAY_ADDRESS": rack.address}
+
+
+def _rack(data: dict[str, Any]) -> CurrentRack:
+    membership, network = data["membership"], data["network"]
+    tls = membership.pop("tls")
+    return CurrentRack(
+        Membership(**membership, tls=None if tls is None else Path(tls)),
+        tuple(_node(one) for one in data["nodes"]),
+        Path(data["folder"]),
+        bool(data["simulated"]),
+        None if network is None else Network(network["bridge"], tuple(network["namespaces"])),
+    )
+
+
+def _node(data: dict[str, Any]) -> NodeSpec:
+    ports = Ports(**data.pop("ports"))
+    folder, cores = Path(data.pop("folder")), tuple(data.pop("cores"))
+    return NodeSpec(**data, folder=folder, cores=cores, ports=ports)

@@ -1,0 +1,163 @@
+"""One Ray node of this machine: its facts, and its command line, environment and processes as functions of these.
+
+NodeSpec, Membership --command, environment--> `ray start` (starting.py)
+                     --kin_of--> Kin: all processes of the node, to be ended or signalled together (kin.py)
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pomarium.cluster.executor.environment import RESOURCE
+from pomarium.cluster.rack import kin
+from pomarium.cluster.rack.key_file import KEY_VARIABLE
+from pomarium.cluster.rack.kin import Kin
+from pomarium.cluster.rack.membership import Membership
+from pomarium.worker.handoff.credentials import PLAINTEXT_VARIABLE, TLS_VARIABLE
+
+MARKER = "_POMARIUM_NODE"
+"""SESSION/NAME. The underscore keeps it out of what engines hand on to workers on other nodes (POMARIUM_*)."""
+LIMIT_VARIABLE = "POMARIUM_MACHINE_MEMORY"
+"""As in worker.memory, whose import takes MLX's time."""
+START_HOOK = "pomarium.cluster.rack.start_hook.without_ray_client"
+
+OBJECT_STORE_BYTES = 128 << 20
+"""Tensors go over gRPC, so little lies in Ray's object store."""
+
+GCS_PORT = 6379
+"""Ray's head. The same default as in rack.yaml."""
+
+SYSTEM_CONFIG: Mapping[str, int] = {
+    # Ray would run workers at nice 15: behind the engine that waits for them.
+    "worker_niceness": 0,
+    # A node that does not answer is dead after 500 ms + 3 x 2 s and the pauses between: under 8 s instead of 67.
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 3,
+}
+"""Ray's own settings (src/ray/common/ray_config_def.h); the head hands them to all nodes."""
+
+_LEFT_OUT = frozenset({
+    LIMIT_VARIABLE, TLS_VARIABLE, PLAINTEXT_VARIABLE, KEY_VARIABLE, "POMARIUM_SESSION", "RAY_ADDRESS",
+    "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "PYTHONDONTWRITEBYTECODE",
+})  # fmt: skip
+"""Of whoever starts a node: what would contradict the node's own, and what makes every start compile all of Ray."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """What a node listens on, for a firewall. The handoff and control ports of workers are the system's choice."""
+
+    node_manager: int = 6380
+    object_manager: int = 6381
+    runtime_env: int = 6382
+    agent_grpc: int = 6383
+    agent_http: int = 6384
+    metrics: int = 6385
+    first_worker: int = 10002
+    last_worker: int = 10999
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """A node of this machine.
+
+    Attributes:
+        name: within the rack; what its marker ends with.
+        address: its own IP address.
+        folder: of its sockets and logs; its own.
+        head: Ray's head runs here, on the port that the membership's address names.
+        worker: it runs workers.
+        labels: of rack.labels; empty without a worker.
+        cpus: logical ones; None counts the machine's.
+        memory: bytes that its workers may take for the machine's memory; None for no limit.
+        cores: it is held to these; empty for no limit.
+        namespace: Linux network namespace that it lives in.
+        ports: several nodes of one machine need different ones, for Ray listens on all addresses with some.
+        logs: what workers print reaches drivers.
+    """
+
+    name: str
+    address: str
+    folder: Path
+    head: bool = False
+    worker: bool = True
+    labels: Mapping[str, str] = field(default_factory=dict)
+    cpus: int | None = None
+    memory: int | None = None
+    cores: tuple[int, ...] = ()
+    namespace: str | None = None
+    ports: Ports = Ports()
+    logs: bool = True
+
+
+def marker(session: str, name: str) -> str:
+    """Value of MARKER in all processes of a node."""
+    return f"{session}/{name}"
+
+
+def command(spec: NodeSpec, membership: Membership, python: str = sys.executable) -> list[str]:
+    """The command line that starts the node and ends when it is up."""
+    inside = ["ip", "netns", "exec", spec.namespace] if spec.namespace else []
+    held = ["taskset", "-c", ",".join(map(str, spec.cores))] if spec.cores else []
+    options = [
+        f"--node-ip-address={spec.address}",
+        f"--node-name={spec.name}",
+        f"--temp-dir={spec.folder}",
+        f"--resources={json.dumps({RESOURCE: 1} if spec.worker else {})}",
+        f"--labels={','.join(f'{key}={value}' for key, value in spec.labels.items())}",
+        "--num-gpus=0",  # Ray would offer an Apple GPU as GPU: 1
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
+        "--disable-usage-stats",
+    ]
+    if spec.cpus is not None:
+        options.append(f"--num-cpus={spec.cpus}")
+    if spec.head:
+        options += [
+            "--head",
+            f"--port={membership.address.rpartition(':')[2]}",
+            "--include-dashboard=false",
+            "--no-monitor",
+            f"--system-config={json.dumps(dict(SYSTEM_CONFIG))}",
+        ]
+    else:
+        options.append(f"--address={membership.address}")
+    if not spec.logs:
+        options.append("--include-log-monitor=false")
+    options += _port_options(spec.ports)
+    return [*inside, *held, python, "-m", "ray.scripts.scripts", "start", *options]
+
+
+def _port_options(ports: Ports) -> list[str]:
+    return [
+        f"--node-manager-port={ports.node_manager}",
+        f"--object-manager-port={ports.object_manager}",
+        f"--runtime-env-agent-port={ports.runtime_env}",
+        f"--dashboard-agent-grpc-port={ports.agent_grpc}",
+        f"--dashboard-agent-listen-port={ports.agent_http}",
+        f"--metrics-export-port={ports.metrics}",
+        f"--min-worker-port={ports.first_worker}",
+        f"--max-worker-port={ports.last_worker}",
+    ]
+
+
+def environment(spec: NodeSpec, membership: Membership, base: Mapping[str, str]) -> dict[str, str]:
+    """Variables of the node's processes, workers and engines among them."""
+    kept = {name: value for name, value in base.items() if name not in _LEFT_OUT}
+    own = {MARKER: marker(membership.session, spec.name), "RAY_START_HOOK": START_HOOK}
+    if spec.memory is not None:
+        own[LIMIT_VARIABLE] = str(spec.memory)
+    return kept | membership.variables() | own
+
+
+def kin_of(spec: NodeSpec, session: str) -> Kin:
+    """How the node's processes are found."""
+    return Kin(MARKER, marker(session, spec.name), spec.folder)
+
+
+def runs(spec: NodeSpec, session: str) -> bool:
+    """Whether the node's raylet lives."""
+    return any(name == "raylet" for name in kin.names(kin_of(spec, session)))

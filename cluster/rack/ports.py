@@ -1,0 +1,65 @@
+"""Addresses and ports of this machine that nodes may listen on."""
+
+import random
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, astuple
+
+from pomarium.cluster.rack.node import Ports
+from pomarium.worker.errors import SettingsError
+
+LOWEST, HIGHEST = 20000, 32000
+"""Below what systems hand out by themselves (Linux from 32768, macOS from 49152), above Ray's usual ports."""
+PER_NODE = len(astuple(Ports())) - 2
+"""All but the span of worker ports, which Ray chooses on a machine of several nodes."""
+
+
+def free(count: int) -> tuple[int, ...]:
+    """Ports that nothing listens on, on any address. Raises SettingsError if there are too few."""
+    candidates = random.sample(range(LOWEST, HIGHEST), HIGHEST - LOWEST)
+    found = []
+    for port in candidates:
+        if is_free("", port):
+            found.append(port)
+        if len(found) == count:
+            return tuple(found)
+    raise SettingsError(f"This machine has no {count} free ports from {LOWEST} to {HIGHEST}: end some programs.")
+
+
+def deal(ports: Sequence[int]) -> tuple[Ports, ...]:
+    """PER_NODE of the ports for each node; Ray chooses those of workers."""
+    dealt = [ports[at : at + PER_NODE] for at in range(0, len(ports), PER_NODE)]
+    return tuple(Ports(*(*one, 0, 0)) for one in dealt)
+
+
+def is_free(address: str, port: int) -> bool:
+    """Whether one could listen there; "" is all IPv4 addresses."""
+    with socket.socket() as probe:
+        # Else a connection that was closed within the last minute counts as a listener.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+            probe.listen()
+        except OSError:
+            return False
+    return True
+
+
+def require(wanted: Ports) -> None:
+    """Raises SettingsError unless a node can listen on all ports that are its own alone."""
+    for name, port in asdict(wanted).items():
+        if "worker" not in name and not is_free("", port):
+            raise SettingsError(
+                f"Port {port} ({name.replace('_', ' ')} of the rack's node) is in use: end what listens there."
+            )
+
+
+def check_local(address: str) -> None:
+    """Raises SettingsError unless `address` is one of this machine's."""
+    try:
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+    except OSError as error:
+        cure = f"run `sudo ifconfig lo0 alias {address}`" if sys.platform == "darwin" else "give one that it has"
+        raise SettingsError(f"{address} is not an address of this machine ({error.strerror}): {cure}.") from error

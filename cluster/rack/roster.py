@@ -1,0 +1,102 @@
+"""Who is in the rack, as Ray's head knows it: asked directly, without becoming a driver, which takes seconds.
+
+    Membership --connect--> GcsClient --read--> Members, one for each name
+
+Import this module after `Membership.variables()` is in os.environ: Ray reads its token when it is imported.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.exceptions import AuthenticationError, RayError, RpcError
+
+from pomarium.cluster import ray_address
+from pomarium.cluster.rack.labels import MacFacts, facts_of
+from pomarium.cluster.rack.membership import Membership
+from pomarium.worker.errors import SettingsError
+
+TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Member:
+    """A node.
+
+    Attributes:
+        name: a Mac's, else the node's. address: its IP address.
+        alive: it answers the head. head: Ray's head runs there.
+        facts: None for a node that is no Mac.
+    """
+
+    name: str
+    address: str
+    alive: bool
+    head: bool
+    facts: MacFacts | None
+
+
+def connect(membership: Membership) -> GcsClient:
+    """A client of the rack's head. Raises SettingsError: nothing answers there, or it has another key."""
+    if not ray_address.answers(membership.address):
+        raise SettingsError(
+            f"No rack answers at {membership.address}: look whether it is up there, under that address, and whether a "
+            "firewall lets this port pass."
+        )
+    try:
+        return GcsClient(address=membership.address)
+    except AuthenticationError as error:
+        raise SettingsError(
+            f"The rack at {membership.address} has another key: give the one that `pomarium rack up` has shown there."
+        ) from error
+    except (RayError, RpcError, OSError, RuntimeError) as error:
+        raise SettingsError(f"What answers at {membership.address} is not the rack's head ({_line(error)}).") from error
+
+
+def read(client: GcsClient) -> tuple[Member, ...]:
+    """All members, the head first. Raises SettingsError if the head does not answer, or for broken labels."""
+    try:
+        nodes = client.get_all_node_info(timeout=TIMEOUT_S)
+    except (RayError, RpcError, OSError, RuntimeError) as error:
+        raise SettingsError(f"The rack's head does not answer ({_line(error)}).") from error
+    return members((_member(node), _left(node)) for node in sorted(nodes.values(), key=_came))
+
+
+def members(found: Iterable[tuple[Member, bool]]) -> tuple[Member, ...]:
+    """One member for each name: the live node, else the last lost one.
+
+    Args:
+        found: nodes in the order of their coming, and whether they left by themselves; those are no members any more.
+    """
+    by_name: dict[str, Member] = {}
+    for member, left in found:
+        known = by_name.get(member.name)
+        if not left and (known is None or member.alive or not known.alive):
+            by_name[member.name] = member
+        elif left and known is not None and not known.alive:
+            del by_name[member.name]
+    return tuple(sorted(by_name.values(), key=lambda member: (not member.head, member.name)))
+
+
+def namesake(name: str, found: Iterable[Member]) -> Member | None:
+    """The live member that has the name."""
+    return next((member for member in found if member.alive and member.name == name), None)
+
+
+def _member(node: GcsNodeInfo) -> Member:
+    facts = facts_of(dict(node.labels))
+    name = facts.name if facts else node.node_name
+    return Member(name, node.node_manager_address, node.state == GcsNodeInfo.ALIVE, node.is_head_node, facts)
+
+
+def _came(node: GcsNodeInfo) -> int:
+    return int(node.start_time_ms)
+
+
+def _left(node: GcsNodeInfo) -> bool:
+    return bool(node.state == GcsNodeInfo.DEAD and node.death_info.reason == node.death_info.EXPECTED_TERMINATION)
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

@@ -1,0 +1,268 @@
+"""A rack on one machine: N "Macs", each a Ray node with its own address, memory limit and cores, and a head of its own.
+
+    Simulation --specs--> NodeSpecs of the head and the Macs --node.launch--> SimulatedRack
+        .kill(name), .freeze(name), .thaw(name), .rejoin(name): what befalls a Mac
+
+The head runs no workers and sits in the root network namespace, so that drivers and Serve's proxy on this machine reach
+it: a head without an accelerator. Macs have loopback addresses, or namespaces of their own (netns.py).
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from pomarium.cluster.rack import current as record
+from pomarium.cluster.rack import kin, netns, node, ports, starting, teardown
+from pomarium.cluster.rack.current import CurrentRack
+from pomarium.cluster.rack.identity import RackKey, ray_token, write_tls
+from pomarium.cluster.rack.kin import Kin
+from pomarium.cluster.rack.labels import MacFacts, labels_of
+from pomarium.cluster.rack.membership import Membership
+from pomarium.cluster.rack.node import NodeSpec, Ports
+from pomarium.cluster.rack.starting import Say
+from pomarium.cluster.serving.local_ray import session_folder
+from pomarium.worker.errors import SettingsError
+from pomarium.worker.settings import AUTO_FRACTION
+
+T = TypeVar("T")
+
+MOST = 64
+HEAD = "head"
+HEAD_ADDRESS = "127.0.0.254"
+FIRST_HOST = 2
+"""Macs are 127.0.0.2 and up; Ray rewrites 127.0.0.1."""
+LOGICAL_CPUS = 4
+"""Of each node, for Ray's book-keeping: they limit nothing."""
+CHIP = "simulated"
+BANDWIDTH, FLOPS = 10e9, 1e11
+"""What a core of a rented machine reaches about; for all simulated Macs the same, so that plans do not vary."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What to simulate.
+
+    Attributes:
+        macs: how many.
+        memory: bytes for each; one value is for all; empty shares this machine's, with one part kept for the head.
+        cores: that each is held to; empty for no limit.
+        link: None for loopback addresses, else namespaces with this link.
+    """
+
+    macs: int
+    memory: tuple[int, ...] = ()
+    cores: tuple[tuple[int, ...], ...] = ()
+    link: netns.Link | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.macs <= MOST:
+            raise SettingsError(f"--simulate {self.macs} is not accepted: give 1 to {MOST} Macs.")
+        for option, given in (("--memory", self.memory), ("--cpus", self.cores)):
+            if len(given) not in (0, 1, self.macs):
+                raise SettingsError(
+                    f"{option} has {len(given)} values for {self.macs} Macs: give one for all or one for each."
+                )
+
+
+def specs(
+    simulation: Simulation,
+    folder: Path,
+    total: int,
+    network: netns.Addresses | None,
+    node_ports: Sequence[Ports],
+) -> tuple[NodeSpec, ...]:
+    """The head and the Macs.
+
+    Args:
+        folder: of the rack. total: bytes of this machine's memory.
+        network: addresses and namespaces; None for loopback.
+        node_ports: of the head and each Mac.
+    """
+    count = simulation.macs
+    memory = _each(simulation.memory, count) or (total // (count + 1),) * count
+    cores = _each(simulation.cores, count) or ((),) * count
+    head = NodeSpec(
+        HEAD,
+        network.head if network else HEAD_ADDRESS,
+        folder / "0",
+        head=True,
+        worker=False,
+        cpus=LOGICAL_CPUS,
+        ports=node_ports[0],
+    )
+    macs = []
+    for index in range(count):
+        name = f"mac-{index + 1}"
+        facts = MacFacts(name, CHIP, memory[index], int(memory[index] * AUTO_FRACTION), BANDWIDTH, FLOPS)
+        macs.append(
+            NodeSpec(
+                name,
+                network.macs[index] if network else f"127.0.0.{FIRST_HOST + index}",
+                folder / str(index + 1),
+                labels=labels_of(facts),
+                cpus=LOGICAL_CPUS,
+                memory=memory[index],
+                cores=cores[index],
+                namespace=network.namespaces[index] if network else None,
+                ports=node_ports[index + 1],
+                logs=False,
+            )
+        )
+    return (head, *macs)
+
+
+def _each(given: Sequence[T], count: int) -> tuple[T, ...]:
+    return tuple(given) * count if len(given) == 1 else tuple(given)
+
+
+@dataclass(frozen=True)
+class SimulatedMac:
+    """One of the rack. `address`: its own. `kin`: how its processes are found."""
+
+    name: str
+    address: str
+    kin: Kin
+
+    def pids(self) -> tuple[int, ...]:
+        """Of all its processes now: raylet, agents, workers."""
+        return tuple(process.pid for process in kin.members(self.kin))
+
+
+class SimulatedRack:
+    """A simulated rack that is up.
+
+    Attributes:
+        current: its addresses, token and nodes, as `pomarium rack up` records them.
+    """
+
+    def __init__(self, current: CurrentRack, environ: Mapping[str, str]) -> None:
+        self.current = current
+        self._environ = environ
+
+    @property
+    def macs(self) -> tuple[SimulatedMac, ...]:
+        """In the order of their numbers, whether they run or not."""
+        session = self.current.membership.session
+        return tuple(
+            SimulatedMac(spec.name, spec.address, node.kin_of(spec, session))
+            for spec in self.current.nodes
+            if spec.worker
+        )
+
+    def environment(self) -> dict[str, str]:
+        """What a driver on this machine needs in os.environ before Ray is imported."""
+        return record.environment(self.current)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to the whole Mac, as if its power were lost. Returns when its processes are gone."""
+        kin.kill(self._kin(name))
+
+    def freeze(self, name: str) -> None:
+        """SIGSTOP to the whole Mac: nothing answers, nothing is closed, as if its cable were lost."""
+        kin.send(self._kin(name), signal.SIGSTOP)
+
+    def thaw(self, name: str) -> None:
+        """SIGCONT after `freeze`. Ray's node ends itself if the rack has given it up meanwhile."""
+        kin.send(self._kin(name), signal.SIGCONT)
+
+    def rejoin(self, name: str) -> None:
+        """Start a Mac that was killed, or that ended, again. Raises NodeStartError, SettingsError if it still runs."""
+        if kin.members(self._kin(name)):
+            raise SettingsError(f"{name} still runs: kill it before it joins again.")
+        (spec,) = (spec for spec in self.current.nodes if spec.name == name)
+        starting.bring_up([spec], self.current.membership, self._environ, lambda _: None)
+
+    def down(self) -> None:
+        """End every process and remove every file and network. Raises NodeStartError if a process does not end."""
+        teardown.remove(self.current)
+
+    def _kin(self, name: str) -> Kin:
+        for mac in self.macs:
+            if mac.name == name:
+                return mac.kin
+        raise SettingsError(f"There is no Mac {name!r} in the rack: it has {', '.join(m.name for m in self.macs)}.")
+
+
+def start(
+    simulation: Simulation,
+    key: RackKey,
+    environ: Mapping[str, str],
+    say: Say = lambda _: None,
+    begin: Callable[[CurrentRack], None] = lambda _: None,
+) -> SimulatedRack:
+    """Start a simulated rack; nothing is left if that fails. Raises NodeStartError, SettingsError.
+
+    Args:
+        say: is told of each node that is up.
+        begin: is told of the rack before its first process starts.
+    """
+    _check_cores(simulation.cores)
+    folder = session_folder(environ)
+    network = None
+    rack = None
+    try:
+        if simulation.link is not None:
+            network = netns.build(simulation.macs, simulation.link)
+        free = ports.free(ports.PER_NODE * (simulation.macs + 1) + 1)
+        nodes = specs(simulation, folder, int(psutil.virtual_memory().total), network, ports.deal(free[1:]))
+        if network is None:
+            for spec in nodes:
+                ports.check_local(spec.address)
+        tls = None
+        if network is not None:
+            tls = folder / "tls"
+            write_tls(key, tls)
+        membership = Membership(secrets.token_hex(4), f"{nodes[0].address}:{free[0]}", ray_token(key), tls)
+        made = None if network is None else record.Network(network.bridge, network.namespaces)
+        rack = CurrentRack(membership, nodes, folder, simulated=True, network=made)
+        begin(rack)
+        starting.bring_up(nodes[:1], membership, environ, say)
+        starting.bring_up(nodes[1:], membership, environ, say)
+    except BaseException:
+        if rack is not None:
+            teardown.remove(rack)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            if network is not None:
+                netns.remove(network.bridge, network.namespaces)
+        raise
+    return SimulatedRack(rack, environ)
+
+
+@contextmanager
+def simulated(
+    macs: int,
+    memory: Sequence[int] = (),
+    cores: Sequence[tuple[int, ...]] = (),
+    link: netns.Link | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Iterator[SimulatedRack]:
+    """A simulated rack while the context is open. It is not recorded as this machine's."""
+    rack = start(Simulation(macs, tuple(memory), tuple(cores), link), RackKey.generate(), environ)
+    try:
+        yield rack
+    finally:
+        rack.down()
+
+
+def _check_cores(cores: Sequence[tuple[int, ...]]) -> None:
+    if not any(cores):
+        return
+    if not sys.platform.startswith("linux"):
+        raise SettingsError("--cpus needs Linux: macOS holds no process to cores.")
+    if shutil.which("taskset") is None:
+        raise SettingsError("--cpus needs `taskset`: install util-linux.")
+    there = os.sched_getaffinity(0)
+    if absent := sorted({core for one in cores for core in one} - there):
+        raise SettingsError(
+            f"--cpus names core {absent[0]}, and this machine has {', '.join(map(str, sorted(there)))}."
+        )

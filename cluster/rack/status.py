@@ -1,0 +1,106 @@
+"""The state of a rack as text and as JSON. Pure.
+
+Members (roster.py), ReplicaReports (reports.py) --> RackStatus --text--> tables for people
+                                                               --json--> one document
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from pomarium.cluster.rack.reports import ReplicaReport, StageReport
+from pomarium.cluster.rack.roster import Member
+from pomarium.cluster.rack.units import format_size
+
+
+@dataclass(frozen=True)
+class RackStatus:
+    """Attributes:
+    address: of Ray's head. simulated: all on one machine.
+    members: of the rack. replicas: that serve from it.
+    """
+
+    address: str
+    simulated: bool
+    members: tuple[Member, ...]
+    replicas: tuple[ReplicaReport, ...]
+
+    @property
+    def macs(self) -> tuple[Member, ...]:
+        """Members that run workers."""
+        return tuple(member for member in self.members if member.facts is not None)
+
+
+def text(status: RackStatus) -> str:
+    """Tables for people."""
+    alive = sum(mac.alive for mac in status.macs)
+    kind = "simulated rack" if status.simulated else "rack"
+    lines = [f"{kind} at {status.address}: {alive} of {len(status.macs)} Macs alive", ""]
+    lines += _aligned(_mac_rows(status))
+    if status.replicas:
+        lines += ["", *_aligned(_replica_rows(status.replicas))]
+    else:
+        lines += ["", "no model is served"]
+    return "\n".join(lines)
+
+
+def document(status: RackStatus) -> dict[str, object]:
+    """What --json prints: sizes in bytes, layers as half-open ranges."""
+    macs = [
+        {
+            "name": mac.name,
+            "address": mac.address,
+            "alive": mac.alive,
+            "head": mac.head,
+            **({} if mac.facts is None else {k: v for k, v in asdict(mac.facts).items() if k != "name"}),
+            "stages": [asdict(stage) | {"model": replica.model, "replica": replica.replica}
+                       for replica, stage in _stages_on(mac.name, status.replicas)],
+        }
+        for mac in status.macs
+    ]  # fmt: skip
+    return {
+        "address": status.address,
+        "simulated": status.simulated,
+        "macs": macs,
+        "replicas": [asdict(replica) for replica in status.replicas],
+    }
+
+
+def _mac_rows(status: RackStatus) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("Mac", "address", "chip", "memory", "for models", "state", "stages")]
+    for member in status.members:
+        state = ("alive" if member.alive else "lost") + (", head" if member.head else "")
+        if member.facts is None:
+            rows.append((member.name, member.address, "-", "-", "-", state, "runs no stages"))
+            continue
+        stages = [_stage(replica, stage) for replica, stage in _stages_on(member.name, status.replicas)]
+        sizes = (format_size(member.facts.memory), format_size(member.facts.model_memory))
+        rows.append((member.name, member.address, member.facts.chip, *sizes, state, "; ".join(stages) or "-"))
+    return rows
+
+
+def _replica_rows(replicas: Sequence[ReplicaReport]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("model", "replica", "layers", "memory", "running", "waiting", "tokens/s")]
+    for replica in replicas:
+        layers = ", ".join(f"{_span(stage)} on {stage.mac}" for stage in replica.stages)
+        memory = format_size(sum(stage.memory for stage in replica.stages))
+        rates = (str(replica.running), str(replica.waiting), f"{replica.tokens_per_s:.1f}")
+        rows.append((replica.model, replica.replica, layers, memory, *rates))
+    return rows
+
+
+def _stages_on(mac: str, replicas: Sequence[ReplicaReport]) -> list[tuple[ReplicaReport, StageReport]]:
+    return [(replica, stage) for replica in replicas for stage in replica.stages if stage.mac == mac]
+
+
+def _stage(replica: ReplicaReport, stage: StageReport) -> str:
+    return f"{replica.model} {_span(stage)} of {replica.layers}, {format_size(stage.memory)}"
+
+
+def _span(stage: StageReport) -> str:
+    """Layers as people count them here: from 0, both ends named."""
+    return f"{stage.first}-{stage.end - 1}"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,164 @@
+"""This machine as the head of a rack, or as one more Mac of one.
+
+    up:   key, address, facts --> NodeSpec with the head --> started, recorded
+    join: key, head, own address, facts --roster: right key, free name--> NodeSpec --> started, recorded
+
+Nothing is started before everything that can be wrong was looked at, and nothing is left of what fails.
+"""
+
+import importlib
+import ipaddress
+import secrets
+import socket
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pomarium.cluster import ray_address
+from pomarium.cluster.rack import current, machine_facts, ports, starting, teardown
+from pomarium.cluster.rack.current import CurrentRack
+from pomarium.cluster.rack.identity import RackKey, ray_token, write_tls
+from pomarium.cluster.rack.inventory import Inventory
+from pomarium.cluster.rack.labels import check_name, labels_of
+from pomarium.cluster.rack.machine_facts import Known
+from pomarium.cluster.rack.membership import Membership
+from pomarium.cluster.rack.node import GCS_PORT, NodeSpec, Ports
+from pomarium.cluster.rack.starting import Say
+from pomarium.cluster.serving.local_ray import session_folder
+from pomarium.worker.errors import SettingsError
+
+TEST_ADDRESS = "192.0.2.1"
+"""Of no machine (RFC 5737): the way to it is the way to the world. Nothing is sent."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the user says of this machine.
+
+    Attributes:
+        known: facts. inventory: rack.yaml, which may know more.
+        address: to listen on; None takes that of the route to the head, or to the world.
+        worker: it runs stages. tls: None: exactly if the address is not loopback.
+        ports: of its node.
+    """
+
+    known: Known = field(default_factory=Known)
+    inventory: Inventory | None = None
+    address: str | None = None
+    worker: bool = True
+    tls: bool | None = None
+    ports: Ports = field(default_factory=Ports)
+
+
+def up(machine: Machine, port: int, key: RackKey, environ: MutableMapping[str, str], say: Say) -> CurrentRack:
+    """Start a rack whose head is this machine. Raises PomariumError."""
+    address = own_address(machine.address, TEST_ADDRESS)
+    if not ports.is_free(address, port):
+        raise SettingsError(f"Port {port} of {address} is in use: end what listens there, or choose another --port.")
+    ports.require(machine.ports)
+    spec = _spec(machine, address, environ, say)
+    return _start(replace(spec, head=True), f"{address}:{port}", machine, key, environ, say)
+
+
+def join(machine: Machine, head: str, key: RackKey, environ: MutableMapping[str, str], say: Say) -> CurrentRack:
+    """Let this machine join the rack of `head`, HOST or HOST:PORT. Raises PomariumError."""
+    rack = resolve(head)
+    address = own_address(machine.address, rack.rpartition(":")[0])
+    ports.require(machine.ports)
+    if not ray_address.answers(rack):
+        raise SettingsError(
+            f"No rack answers at {rack}: look whether `pomarium rack up` runs there under that address, and whether a "
+            "firewall lets this port pass."
+        )
+    spec = _spec(machine, address, environ, say)
+    _check_name_is_free(spec.name, Membership("", rack, ray_token(key)), environ)
+    return _start(spec, rack, machine, key, environ, say)
+
+
+def resolve(head: str) -> str:
+    """HOST or HOST:PORT as IP address and port. Raises SettingsError."""
+    host, colon, port = head.rpartition(":")
+    host, port = (host, port) if colon else (head, str(GCS_PORT))
+    if not host or not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
+        raise SettingsError(f"{head!r} is not the address of a rack's head: write HOST or HOST:PORT.")
+    try:
+        found = socket.getaddrinfo(host, int(port), socket.AF_INET, socket.SOCK_STREAM)
+    except OSError as error:
+        raise SettingsError(f"No address is known of {host!r} ({error}): give the head's IP address.") from error
+    return f"{found[0][4][0]}:{port}"
+
+
+def own_address(given: str | None, towards: str) -> str:
+    """The address to listen on: the given one, else that of the route towards another machine. Raises SettingsError."""
+    address = given if given is not None else _route(towards)
+    try:
+        ip = ipaddress.IPv4Address(address)
+    except ValueError as error:
+        raise SettingsError(f"--address {address!r} is not an IPv4 address of this machine.") from error
+    if ip.is_unspecified or address == "127.0.0.1":
+        raise SettingsError(
+            f"{address} cannot be a rack's address: give one with --address that the other Macs reach (for a rack on "
+            "this machine alone 127.0.0.2)."
+        )
+    ports.check_local(address)
+    return address
+
+
+def _route(towards: str) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((towards, 9))  # a datagram socket only looks the route up
+        except OSError as error:
+            raise SettingsError(
+                f"This machine has no network ({error.strerror}): give its address in the rack with --address."
+            ) from error
+        return str(probe.getsockname()[0])
+
+
+def _spec(machine: Machine, address: str, environ: MutableMapping[str, str], say: Say) -> NodeSpec:
+    known = machine.known
+    name = check_name(known.name) if known.name else machine_facts.own_name(socket.gethostname())
+    if machine.inventory is not None and machine.worker:
+        entry = machine_facts.known_of(machine.inventory, name, address)
+        name, known = entry.name, machine_facts.merged(known, entry)
+    labels: dict[str, str] = {}
+    if machine.worker:
+        facts = machine_facts.gather(known, name, environ)
+        labels = labels_of(facts)
+        say(machine_facts.sentence(facts))
+    return NodeSpec(
+        name, address, Path(), worker=machine.worker, labels=labels, memory=known.memory_limit, ports=machine.ports
+    )
+
+
+def _check_name_is_free(name: str, membership: Membership, environ: MutableMapping[str, str]) -> None:
+    environ.update(membership.variables())  # before Ray is imported
+    roster = importlib.import_module("pomarium.cluster.rack.roster")
+    if taken := roster.namesake(name, roster.read(roster.connect(membership))):
+        raise SettingsError(
+            f"The rack has a Mac called {name} already, at {taken.address}: choose another --name, or end that one "
+            "with `pomarium rack down` there (a Mac that was lost counts as gone after 8 s)."
+        )
+
+
+def _start(
+    spec: NodeSpec, rack: str, machine: Machine, key: RackKey, environ: MutableMapping[str, str], say: Say
+) -> CurrentRack:
+    session = secrets.token_hex(4)
+    loopback = ipaddress.IPv4Address(spec.address).is_loopback
+    tls = None
+    if machine.tls is True or (machine.tls is None and not loopback):
+        tls = current.state_folder(environ) / f"tls-{session}"
+    membership = Membership(session, rack, ray_token(key), tls, plaintext=machine.tls is False and not loopback)
+    folder = session_folder(environ)
+    found = CurrentRack(membership, (replace(spec, folder=folder / "0"),), folder)
+    try:
+        if tls is not None:
+            write_tls(key, tls)
+        current.save(found, environ)  # first, so that `rack down` ends also what was interrupted half-way
+        starting.bring_up(found.nodes, membership, environ, say)
+    except BaseException:
+        teardown.remove(found)
+        current.forget(environ)
+        raise
+    return found

@@ -1,0 +1,71 @@
+"""Why a model is not served, as Serve's controller knows it: the last message about the model's deployment.
+
+    controller --serve.status() in a thread, one at a time--> {deployment: message} --explain--> one sentence
+
+The message about a replica that could not start quotes its StartError, hence the sentence that says what is missing.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+from pomarium.cluster import faults
+
+READ_S = 0.5
+"""How long a caller waits for the controller."""
+
+FRESH_S = 1.0
+"""How long an answer of the controller is used again."""
+
+LONGEST = 300
+"""Characters of a message of Serve's that are shown."""
+
+UNKNOWN = "no engine answers; it is starting or being replaced"
+SILENT = "its engine does not answer"
+LOST = "its engine was lost; another is being started"
+
+SERVE_SAYS_LOST = "A replica's health check failed."
+"""Serve's message about any lost replica; it goes on to tell to deploy again, for which there is no need."""
+
+
+def explain(message: str, otherwise: str) -> str:
+    """What a deployment's status `message` comes down to: our own sentence in it, else Serve's words; `otherwise` if it
+    is empty."""
+    if sentence := faults.marked_sentence(message):
+        return sentence
+    if message.startswith(SERVE_SAYS_LOST):
+        return LOST
+    line = faults.one_line(message)
+    if not line:
+        return otherwise
+    return f"no engine answers; Serve says: {line[:LONGEST]}{'...' if len(line) > LONGEST else ''}"
+
+
+def messages() -> Mapping[str, str]:
+    """Serve's message about each deployment of all applications. Blocks until the controller answers."""
+    from ray import serve
+
+    applications = serve.status().applications.values()
+    return {name: status.message for app in applications for name, status in app.deployments.items()}
+
+
+class Reasons:
+    """Answers `why` within READ_S, whatever becomes of the controller: at most one thread waits for it."""
+
+    def __init__(self, read: Callable[[], Mapping[str, str]] = messages) -> None:
+        self._read = read
+        self._known: Mapping[str, str] = {}
+        self._known_at = float("-inf")
+        self._reading: asyncio.Task[None] | None = None
+
+    async def why(self, deployment: str, otherwise: str = UNKNOWN) -> str:
+        """One sentence on why no replica of `deployment` serves; `otherwise` if the controller has nothing to say."""
+        if time.monotonic() - self._known_at > FRESH_S:
+            if self._reading is None or self._reading.done():
+                self._reading = asyncio.create_task(self._refresh())
+            await asyncio.wait({self._reading}, timeout=READ_S)
+        return explain(self._known.get(deployment, ""), otherwise)
+
+    async def _refresh(self) -> None:
+        self._known = await asyncio.to_thread(self._read)
+        self._known_at = time.monotonic()

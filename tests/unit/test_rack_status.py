@@ -1,0 +1,78 @@
+"""What `pomarium rack status` makes of Ray's nodes and the replicas' reports."""
+
+import json
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pomarium.cluster.rack import reports, status
+from pomarium.cluster.rack.labels import MacFacts
+from pomarium.cluster.rack.reports import ReplicaReport, StageReport
+from pomarium.cluster.rack.roster import Member, members, namesake
+from pomarium.cluster.rack.status import RackStatus
+
+GIB = 1 << 30
+FACTS = MacFacts("mac-1", "M2 Ultra", 192 * GIB, 128 * GIB, 6e11, 1e13)
+ONE = Member("mac-1", "10.0.0.1", True, True, FACTS)
+TWO = Member("mac-2", "10.0.0.2", True, False, replace(FACTS, name="mac-2"))
+LOST = replace(TWO, alive=False)
+HEAD = Member("box", "10.0.0.9", True, True, None)
+STAGES = (StageReport("mac-1", 0, 20, 7, 2 * GIB), StageReport("mac-2", 20, 30, 8, GIB))
+REPORT = ReplicaReport("smollm2", "r1", 30, STAGES, 12.5, 3, 1, 1000.0)
+
+
+def test_a_node_that_rejoined_counts_once() -> None:
+    assert members([(ONE, False), (LOST, False), (TWO, False)]) == (ONE, TWO)
+    assert members([(TWO, False), (LOST, False)]) == (TWO,), "whatever the order"
+
+
+def test_a_lost_mac_stays_and_one_that_left_does_not() -> None:
+    assert members([(LOST, False), (ONE, False)]) == (ONE, LOST)
+    assert members([(LOST, True), (ONE, False)]) == (ONE,)
+    assert members([(LOST, False), (LOST, True)]) == ()
+    assert members([(LOST, True), (TWO, False)]) == (TWO,)
+
+
+def test_a_name_is_taken_by_a_live_node_only() -> None:
+    assert namesake("mac-2", [ONE, TWO]) is TWO
+    assert namesake("mac-2", [ONE, LOST]) is None
+
+
+@given(
+    st.builds(
+        ReplicaReport,
+        st.text(), st.text(), st.integers(0, 200),
+        st.lists(st.builds(StageReport, st.text(), *[st.integers(0, 1 << 50)] * 4), max_size=3).map(tuple),
+        st.floats(0, 1e6), st.integers(0, 999), st.integers(0, 999), st.floats(0, 4e9),
+    )
+)  # fmt: skip
+def test_reports_survive_json(report: ReplicaReport) -> None:
+    assert reports.decode(reports.encode(report)) == report
+
+
+def test_a_silent_replica_is_gone() -> None:
+    later = replace(REPORT, replica="r0", written=1010.0)
+    assert reports.fresh([REPORT, later], 1015.0) == (later, REPORT)
+    assert reports.fresh([REPORT, later], 1015.1) == (later,)
+
+
+def test_the_table_shows_macs_stages_and_replicas() -> None:
+    text = status.text(RackStatus("10.0.0.9:6379", False, (HEAD, ONE, LOST), (REPORT,)))
+    lines = text.splitlines()
+    assert lines[0] == "rack at 10.0.0.9:6379: 1 of 2 Macs alive"
+    assert "runs no stages" in lines[3]
+    assert "M2 Ultra" in lines[4]
+    assert "smollm2 0-19 of 30, 2 GiB" in lines[4]
+    assert "lost" in lines[5]
+    assert lines[-1].split() == ["smollm2", "r1", "0-19", "on", "mac-1,", "20-29", "on", "mac-2", "3", "GiB",
+                                 "3", "1", "12.5"]  # fmt: skip
+    assert "no model is served" in status.text(RackStatus("a:1", True, (ONE,), ()))
+
+
+def test_the_document_is_json_in_bytes() -> None:
+    found = status.document(RackStatus("10.0.0.9:6379", True, (HEAD, ONE, TWO), (REPORT,)))
+    assert json.loads(json.dumps(found)) == json.loads(json.dumps(found))
+    first, second = found["macs"]  # type: ignore[misc]
+    assert (first["name"], first["memory"], first["stages"][0]["end"]) == ("mac-1", 192 * GIB, 20)
+    assert second["stages"][0]["replica"] == "r1"
