@@ -6,7 +6,7 @@ ARGS ?=
 # Set-up leaves compiling to the first import of a module: a Python that keeps nothing would compile at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install install-dev serve test test-fast lint lint-style lint-types lint-layers format proto bench clean
+.PHONY: help install install-dev serve test test-full test-fast lint lint-style lint-types lint-layers format proto bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -21,7 +21,11 @@ install-dev: ## the same, and the linters, type checker and test tools
 serve: install ## set up if needed, then serve the embedded model at http://127.0.0.1:8000/v1
 	@exec $(BIN)/pomarium serve $(ARGS)
 
-test: install-dev lint ## set up if needed, then lint, types, layers and all tests
+test: install-dev lint ## set up if needed, then lint, types, layers and the tests: about half an hour on two cores
+	@echo "[test] all tests but the long forms"
+	@$(BIN)/python -m pytest -m "not full" $(ARGS)
+
+test-full: install-dev lint ## the same with the long forms: more families, cuts and replicas
 	@echo "[test] all tests"
 	@$(BIN)/python -m pytest $(ARGS)
 

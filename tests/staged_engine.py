@@ -24,6 +24,7 @@ from pomarium.cluster.executor.handover import offer
 from pomarium.cluster.executor.host import WorkerHost
 from pomarium.cluster.executor.member import Contact, Member
 from pomarium.cluster.executor.service import ControlService, serve
+from pomarium.worker.handoff.errors import LinkClosedError
 
 TOKEN = "the token of a test"
 
@@ -45,6 +46,13 @@ class StageThread:
         self._thread.start()
 
     def end(self) -> None:
+        """A process would just end; a thread that waits for a neighbour has to be told."""
+        links = self.host.worker._stage.links
+        over = LinkClosedError("the engine is over")
+        for outbox in (links._next, links._first):
+            if outbox is not None:
+                outbox.fail(over)
+        links._server.fail(over)
         self._service.calls.put(None)
         self._thread.join(30)
         self._server.stop(0).wait(5)

@@ -14,7 +14,7 @@ import pytest
 from serve_process import Server
 from tiny_models import write_checkpoint
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.full]
 
 CONTEXT = 4096
 STREAM_TOKENS = 1500

@@ -17,10 +17,11 @@ from pomarium.worker.model_runner import StepStats
 
 pytestmark = pytest.mark.e2e
 
-CUTS = ("two", "three", "one layer each")
+FULL = pytest.mark.full
+CUTS = ("two", pytest.param("three", marks=FULL), "one layer each")
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3_text", "qwen3_moe"])
+@pytest.fixture(scope="module", params=["llama", "gemma3_text", pytest.param("qwen3_moe", marks=FULL)])
 def baseline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Baseline:
     return baseline_of(request.param, tmp_path_factory.mktemp("checkpoint"))
 
@@ -40,7 +41,7 @@ def listen(stages: list[StageThread]) -> list[list[StepStats]]:
     return steps
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", ["two", "three", "one layer each"])
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_stages_change_nothing(baseline: Baseline, cut: str, asynchronous: bool) -> None:
     with staged(baseline.model, bounds(baseline.model, cut), **PLAIN, async_scheduling=asynchronous) as (llm, stages):

@@ -1,0 +1,200 @@
+"""A rack of three simulated Macs serves a model in two stages: the same text as one machine, and what befalls the Macs
+ends requests in time, is said, and heals by itself. Everything is real but the Macs: raylets, workers, links, kills.
+
+The tests run in order on one rack and one server.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from openai import APIError, OpenAI
+from serve_process import Server
+
+from pomarium.cluster.rack import current
+from pomarium.cluster.rack.simulate import SimulatedRack
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+FAULT_S = 10.0
+"""Requests in flight end with an error so soon after any fault."""
+HEAL_S = 240.0
+"""Several starts of an engine on a machine of two cores."""
+LAYERS = 30
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@dataclass
+class Rack:
+    """The rack and the server on it."""
+
+    server: Server
+    simulated: SimulatedRack
+    environ: dict[str, str]
+
+    def client(self) -> OpenAI:
+        return self.server.client()
+
+    def health(self) -> tuple[int, str]:
+        try:
+            answer = httpx.get(f"{self.server.url}/health", timeout=5)
+        except httpx.HTTPError as error:
+            return 0, repr(error)
+        return answer.status_code, answer.text
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(command(self.environ, "status", "--json"))
+        return found
+
+    def stages(self) -> list[dict[str, Any]]:
+        """Of the one replica, once it has reported."""
+        replicas = until(lambda: self.status()["replicas"], 60)
+        stages: list[dict[str, Any]] = replicas[0]["stages"]
+        return stages
+
+
+def command(environ: dict[str, str], *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "pomarium.cluster.cli.main", "rack", *arguments],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.stdout, done.stderr
+    return done.stdout
+
+
+def until(found: Callable[[], Any], seconds: float) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.5)
+    return value
+
+
+@pytest.fixture(scope="module")
+def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
+    folder = tmp_path_factory.mktemp("rack")
+    environ = os.environ | {"XDG_STATE_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
+    environ.pop("RAY_ADDRESS", None)
+    command(environ, "up", "--simulate", "3")
+    try:
+        recorded = current.current(environ)
+        assert recorded is not None
+        server = Server(folder, ["--stages", "2"])
+        server.ensure()
+        try:
+            yield Rack(server, SimulatedRack(recorded, environ), environ)
+        finally:
+            server.interrupt()
+            server.kill()
+    finally:
+        command(environ, "down")
+    assert current.recorded(environ) is None
+
+
+def answer(rack: Rack) -> str:
+    done = rack.client().chat.completions.create(model="smollm2", messages=QUESTION, temperature=0, max_tokens=16)
+    return done.choices[0].message.content or ""
+
+
+class Streaming:
+    """A long request that runs while something happens."""
+
+    def __init__(self, rack: Rack) -> None:
+        self._rack = rack
+        self.pieces = 0
+        self.error: Exception | None = None
+        self.ended: float | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        until(lambda: self.pieces > 2 or self.error, 60)
+
+    def _run(self) -> None:
+        try:
+            stream = self._rack.client().completions.create(
+                model="smollm2",
+                prompt="Once upon a time",
+                max_tokens=900,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            for _ in stream:
+                self.pieces += 1
+        except (APIError, httpx.HTTPError) as error:
+            self.error = error
+        self.ended = time.monotonic()
+
+    def ends_within(self, seconds: float, since: float) -> None:
+        self._thread.join(seconds + 20)
+        assert self.ended is not None, "the request hangs"
+        assert self.error is not None, "the request ended as if nothing had happened"
+        assert self.ended - since < seconds
+
+
+def served_again(rack: Rack) -> None:
+    until(lambda: rack.health()[0] == 200, HEAL_S)
+    assert "Paris" in answer(rack)
+
+
+def test_same_text_as_from_one_machine_and_status_shows_the_layers(rack: Rack) -> None:
+    assert answer(rack) == "The capital of France is Paris."
+    stages = rack.stages()
+    assert [(stages[0]["first"], stages[-1]["end"]), stages[0]["end"]] == [(0, LAYERS), stages[1]["first"]]
+    status = rack.status()
+    assert len(status["macs"]) == 3
+    assert {stage["mac"] for stage in stages} < {mac["name"] for mac in status["macs"]}
+    assert len({stage["mac"] for stage in stages}) == 2, "two stages of one replica share a Mac"
+    for mac in status["macs"]:
+        held = [(stage["first"], stage["end"]) for stage in mac["stages"]]
+        assert held == [(s["first"], s["end"]) for s in stages if s["mac"] == mac["name"]]
+
+
+def test_a_killed_worker(rack: Rack) -> None:
+    victim, streaming = rack.stages()[0]["pid"], Streaming(rack)
+    psutil.Process(victim).kill()
+    killed = time.monotonic()
+    streaming.ends_within(FAULT_S, killed)
+    until(lambda: rack.health()[0] == 503, FAULT_S)
+    assert "lost" in rack.health()[1]
+    served_again(rack)
+    assert victim not in [stage["pid"] for stage in rack.stages()]
+
+
+def test_a_frozen_mac_is_left_and_comes_back_once(rack: Rack) -> None:
+    """SIGSTOP of all its processes: no connection breaks, as when power or cable is lost."""
+    victim, streaming = rack.stages()[1]["mac"], Streaming(rack)
+    rack.simulated.freeze(victim)
+    frozen = time.monotonic()
+    streaming.ends_within(FAULT_S, frozen)
+    served_again(rack)
+    assert victim not in [stage["mac"] for stage in rack.stages()]
+    rack.simulated.kill(victim)
+    rack.simulated.rejoin(victim)
+    until(lambda: sum(mac["alive"] for mac in rack.status()["macs"]) == 3, 60)
+    assert [mac["name"] for mac in rack.status()["macs"] if mac["alive"]].count(victim) == 1
+
+
+def test_killed_macs_until_too_few_are_left_and_one_comes_back(rack: Rack) -> None:
+    streaming = Streaming(rack)
+    first = rack.stages()[0]["mac"]
+    rack.simulated.kill(first)
+    streaming.ends_within(FAULT_S, time.monotonic())
+    served_again(rack)
+    second = rack.stages()[0]["mac"]
+    assert second != first
+    rack.simulated.kill(second)
+    until(lambda: "2 stages need 2 Macs" in rack.health()[1], HEAL_S)
+    rack.simulated.rejoin(first)
+    served_again(rack)
