@@ -32,6 +32,8 @@ GCS_PORT = 6379
 SYSTEM_CONFIG: Mapping[str, int] = {
     # Ray would run workers at nice 15: behind the engine that waits for them.
     "worker_niceness": 0,
+    # Ray would kill a worker when the machine's memory runs low, the largest first: the one that serves.
+    "memory_monitor_refresh_ms": 0,
     # A node that does not answer is dead after 500 ms + 3 x 2 s and the pauses between: under 8 s instead of 67.
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 500,
