@@ -3,13 +3,14 @@
     embedded checkpoint --load--> one module --reference (mlx-lm's forward, its cache)--+
                                              --ModelRunner (rows, paged pool, sampler)--+--> Report
 
-Written for the first owner of a Mac: a short text to paste into an issue. Nothing but the worker is involved.
+Written for the first owner of a Mac: a short text to paste into an issue. Nothing but the worker is involved, unless
+the caller brings another way to generate, such as an engine over several Macs.
 """
 
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -42,6 +43,9 @@ PROMPTS = (
 )
 NEW_TOKENS = 24
 BLOCK_SIZE = 16
+
+Generate = Callable[[PagedModel, Sequence[Sequence[int]], int], list[list[int]]]
+"""(model, prompts, new tokens) -> greedy tokens of each prompt."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,36 @@ class Report:
         return "\n".join(lines)
 
 
-def run() -> Report:
-    """Run it. Raises PomariumError if the device or the embedded model cannot be used."""
+def generate(model: PagedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy tokens of all prompts in one batch through runner, paged pool and sampler."""
+    length = max(map(len, prompts)) + new_tokens
+    per_request = -(-length // BLOCK_SIZE) * len({layer.window for layer in model.layers})
+    layout = single_group_layout(model.layers, BLOCK_SIZE, 1 + per_request * len(prompts))
+    backend = GatheredAttention(PagedPool(layout, model.dtype))
+    runner = ModelRunner(PagedForward(model, backend), Sampler(model.vocab_size, engine_seed=0), lambda stats: None)
+    blocks = np.arange(1, layout.num_blocks).reshape(len(prompts), len(layout.groups), -1)
+    greedy = SamplingParams(temperature=0.0)
+    new = tuple(
+        NewRequest(str(index), tuple(prompt), len(prompt), 0, tuple(tuple(t) for t in blocks[index].tolist()), greedy)
+        for index, prompt in enumerate(prompts)
+    )
+    step = Step({request.id: len(request.token_ids) for request in new}, new)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    for number in range(new_tokens):
+        runner.execute(step)
+        for row, sampled in zip(tokens, runner.sample().token_ids, strict=True):
+            row += sampled
+        cached = tuple(CachedRequest(request.id, len(request.token_ids) + number, None) for request in new)
+        step = Step({request.id: 1 for request in new}, cached=cached)
+    return tokens
+
+
+def run(generate: Generate = generate) -> Report:
+    """Run it. Raises PomariumError if the device or the embedded model cannot be used.
+
+    Args:
+        generate: what is compared with mlx-lm.
+    """
     settings = load_settings(os.environ)
     blas.load()
     device: Device = use(settings)
@@ -118,27 +150,3 @@ def run() -> Report:
         failures=tuple(failures),
         seconds=seconds,
     )
-
-
-def generate(model: PagedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-    """Greedy tokens of all prompts in one batch through runner, paged pool and sampler."""
-    length = max(map(len, prompts)) + new_tokens
-    per_request = -(-length // BLOCK_SIZE) * len({layer.window for layer in model.layers})
-    layout = single_group_layout(model.layers, BLOCK_SIZE, 1 + per_request * len(prompts))
-    backend = GatheredAttention(PagedPool(layout, model.dtype))
-    runner = ModelRunner(PagedForward(model, backend), Sampler(model.vocab_size, engine_seed=0), lambda stats: None)
-    blocks = np.arange(1, layout.num_blocks).reshape(len(prompts), len(layout.groups), -1)
-    greedy = SamplingParams(temperature=0.0)
-    new = tuple(
-        NewRequest(str(index), tuple(prompt), len(prompt), 0, tuple(tuple(t) for t in blocks[index].tolist()), greedy)
-        for index, prompt in enumerate(prompts)
-    )
-    step = Step({request.id: len(request.token_ids) for request in new}, new)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    for number in range(new_tokens):
-        runner.execute(step)
-        for row, sampled in zip(tokens, runner.sample().token_ids, strict=True):
-            row += sampled
-        cached = tuple(CachedRequest(request.id, len(request.token_ids) + number, None) for request in new)
-        step = Step({request.id: 1 for request in new}, cached=cached)
-    return tokens
