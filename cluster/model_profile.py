@@ -1,7 +1,8 @@
 """What a model costs, from the headers of its files alone: no weight is read, a GGUF file is not converted.
 
-    MODEL --read_profile--> directory --of_directory--+
-                            GGUF file --of_gguf-------+--> Tensors, config --profile_of--> Profile(ModelProfile, sizes)
+    MODEL --read_headers--> directory --headers_of_directory--+
+                            GGUF file --headers_of_gguf-------+--> Headers --profile_of--> Profile(ModelProfile, sizes)
+                                                                      '--converted--> as a CPU's worker holds them
 
 Tensors are counted as they lie in memory: as stored, but GGUF tensors as the converter writes them (families.py,
 quantization.py) and FP8 ones at 16 bits, to which mlx-lm expands them. What mlx-lm does not load (vision, audio, layers
@@ -54,6 +55,23 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Headers:
+    """What the headers of a checkpoint say.
+
+    Attributes:
+        name: of the model. where: of its files, for messages.
+        tensors: named as mlx-lm or Hugging Face names them. config: its config.json.
+        dtype: of activations, K and V.
+    """
+
+    name: str
+    where: str
+    tensors: tuple[Tensor, ...]
+    config: Mapping[str, Any]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Profile:
     """A model's costs with what they were computed from.
 
@@ -93,32 +111,41 @@ class Profiles:
 
 
 def read_profiles(model: str | None) -> Profiles:
-    """Both profiles of a model; raises as `read_profile`."""
-    return Profiles(read_profile(model), read_profile(model, "float32"))
+    """Both profiles of a model. Raises as `read_headers`, and CheckpointError as `profile_of`."""
+    headers = read_headers(model)
+    return Profiles(profile_of(headers), profile_of(converted(headers, "float32")))
 
 
-def read_profile(model: str | None, dense: str | None = None) -> Profile:
-    """The profile of anything that `worker.models.resolve` takes; ids are fetched as for serving.
+def read_profile(model: str | None) -> Profile:
+    """The profile of a model as it is stored. Raises as `read_headers`, and CheckpointError as `profile_of`."""
+    return profile_of(read_headers(model))
 
-    Args:
-        dense: the dtype that all weights are converted to when they are loaded, as on a CPU; None: they stay.
+
+def read_headers(model: str | None) -> Headers:
+    """The headers of anything that `worker.models.resolve` takes; ids are fetched as for serving.
 
     Raises:
         CheckpointError: there is no such model, or its headers are damaged or incomplete.
         UnsupportedError: a model type, quantisation or GGUF architecture that is not served.
     """
     if model is None or model in (embedded.NAME, "embedded"):
-        return of_gguf(embedded.gguf_file(), embedded.NAME, dense)
+        return headers_of_gguf(embedded.gguf_file(), embedded.NAME)
     path = Path(model).expanduser()
     if path.suffix.lower() == ".gguf" and path.is_file():
-        return of_gguf(path, path.stem, dense)
+        return headers_of_gguf(path, path.stem)
     from pomarium.worker.models import resolve  # imports mlx-lm, and so torch: seconds that a GGUF file does without
 
-    return of_directory(resolve.resolve(model), Path(model).name, dense)
+    return headers_of_directory(resolve.resolve(model), Path(model).name)
 
 
-def of_directory(directory: Path, name: str | None = None, dense: str | None = None) -> Profile:
-    """The profile of an mlx-lm directory. Raises as `worker.models.checkpoint.inspect` does."""
+def converted(headers: Headers, dtype: str) -> Headers:
+    """As if all weights were of `dtype` in memory, to which a CPU's worker converts them."""
+    tensors = tuple(replace(tensor, memory=round(tensor.weights * _KV_ITEM[dtype])) for tensor in headers.tensors)
+    return replace(headers, tensors=tensors, dtype=dtype)
+
+
+def headers_of_directory(directory: Path, name: str) -> Headers:
+    """The headers of an mlx-lm directory. Raises as `worker.models.checkpoint.inspect` does."""
     from pomarium.worker.models.checkpoint import inspect, read_safetensors_header
 
     checkpoint = inspect(directory)
@@ -133,11 +160,11 @@ def of_directory(directory: Path, name: str | None = None, dense: str | None = N
             bits = own["bits"] if isinstance(own, dict) and "bits" in own else usual
             memory = 2 * size if doubled and dtype.startswith("F8_E4") else size
             tensors.append(Tensor(key, size, memory, _weights(key, dtype, size, bits)))
-    return profile_of(name or directory.name, tensors, config, checkpoint.dtype, str(directory), dense)
+    return Headers(name, str(directory), tuple(tensors), config, checkpoint.dtype)
 
 
-def of_gguf(file: Path, name: str | None = None, dense: str | None = None) -> Profile:
-    """The profile of a GGUF file as it would be after conversion. Raises as the converter does for its header."""
+def headers_of_gguf(file: Path, name: str) -> Headers:
+    """The headers of a GGUF file as they would be after conversion. Raises as the converter does for its header."""
     header = read_header(file)
     metadata = Metadata(file, header.metadata)
     family = family_of(metadata)
@@ -156,7 +183,7 @@ def of_gguf(file: Path, name: str | None = None, dense: str | None = None) -> Pr
         dtype = "bfloat16"
     else:
         dtype = "float32" if kind is GGMLQuantizationType.F32 else "float16"
-    return profile_of(name or file.stem, tensors, config, dtype, str(file), dense)
+    return Headers(name, str(file), tuple(tensors), config, dtype)
 
 
 def _converted_bytes(info: TensorInfo, norms_plus_one: bool) -> int:
@@ -174,30 +201,20 @@ def _weights(name: str, dtype: str, size: int, bits: int) -> float:
     return size / _ITEM[dtype] if dtype in _ITEM else size * 8 / bits
 
 
-def profile_of(
-    name: str,
-    tensors: Iterable[Tensor],
-    config: Mapping[str, Any],
-    dtype: str,
-    where: str,
-    dense: str | None = None,
-) -> Profile:
-    """The profile of tensors named as mlx-lm or Hugging Face names them. `dense`: see `read_profile`.
+def profile_of(headers: Headers) -> Profile:
+    """What the model costs.
 
     Raises:
         CheckpointError: the config lacks a size, or a layer has no tensor.
     """
-    text = config.get("text_config")
-    facts = {**config, **text} if isinstance(text, dict) else dict(config)
+    where, dtype = headers.where, headers.dtype
+    text = headers.config.get("text_config")
+    facts = {**headers.config, **text} if isinstance(text, dict) else dict(headers.config)
     count = _size(facts, ("num_hidden_layers", "n_layers", "n_layer"), where)
     hidden = _size(facts, ("hidden_size", "n_embd", "d_model"), where)
     layers: list[list[Tensor]] = [[] for _ in range(count)]
     ends: dict[str, list[Tensor]] = {"embedding": [], "head": [], "norm": [], "shared": [], "left out": []}
-    every = list(tensors)
-    if dense is not None:
-        dtype = dense
-        every = [replace(tensor, memory=round(tensor.weights * _KV_ITEM[dense])) for tensor in every]
-    for tensor in every:
+    for tensor in headers.tensors:
         match = _LAYER.search(tensor.name)
         if _NOT_LOADED.search(tensor.name) or (match and int(match[1]) >= count) or tensor.memory == 0:
             ends["left out"].append(tensor)
@@ -210,7 +227,7 @@ def profile_of(
     tied = not ends["head"]
     matrix = ends["embedding"] if tied else ends["head"]
     model = ModelProfile(
-        name,
+        headers.name,
         tuple(_layer(index, held, facts, dtype, where) for index, held in enumerate(layers)),
         embedding_bytes=_memory(ends["embedding"]),
         head_bytes=_memory(ends["head"]) + _memory(ends["norm"]),
@@ -221,7 +238,7 @@ def profile_of(
     )
     return Profile(
         model,
-        stored_bytes=sum(t.stored for t in every),
+        stored_bytes=sum(t.stored for t in headers.tensors),
         left_out_bytes=sum(t.stored for t in ends["left out"]),
         dtype=dtype,
         hidden_size=hidden,

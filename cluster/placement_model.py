@@ -26,11 +26,15 @@ class Link:
     latency: float
 
 
+ETHERNET = Link(bandwidth=1e9 / 8, latency=0.0003)
+"""Gigabit Ethernet: what connects Macs of which nothing else is said."""
+
+
 @dataclass(frozen=True)
 class Network:
     """The links of a rack. `pairs`, by sets of two names, differ from `default`."""
 
-    default: Link
+    default: Link = ETHERNET
     pairs: Mapping[frozenset[str], Link] = field(default_factory=dict)
 
 

@@ -19,7 +19,7 @@ import psutil
 
 from pomarium.worker.device import Device, GpuBackend
 from pomarium.worker.errors import InsufficientMemoryError, SettingsError
-from pomarium.worker.settings import AUTO_FRACTION, DeviceKind
+from pomarium.worker.settings import AUTO_FRACTION, MACHINE_MEMORY, DeviceKind
 
 GIB = 1 << 30
 CPU_AUTO_KV_BYTES = 2 * GIB
@@ -29,7 +29,6 @@ CPU_MOST_AUTO_KV_BYTES = 4 * GIB
 """What they take together at most if a sequence of maximum length needs more than that."""
 RESERVED_BLOCKS = 1
 """vLLM's block pool keeps one block as a placeholder (vllm/v1/core/block_pool.py, null_block): no sequence gets it."""
-LIMIT_VARIABLE = "POMARIUM_MACHINE_MEMORY"
 
 
 @dataclass(frozen=True)
@@ -151,11 +150,11 @@ def others_since(start: MemorySnapshot, now: MemorySnapshot) -> int:
 
 def machine_limit(environ: Mapping[str, str]) -> int | None:
     """Bytes that workers may take for this machine's memory; None for all of it. Raises SettingsError."""
-    text = environ.get(LIMIT_VARIABLE)
+    text = environ.get(MACHINE_MEMORY)
     if text is None:
         return None
     if not (text.isascii() and text.isdigit() and 0 < len(text) < 19 and int(text) > 0):
-        raise SettingsError(f"{LIMIT_VARIABLE}={text!r} is not accepted: set it to a number of bytes, or unset it.")
+        raise SettingsError(f"{MACHINE_MEMORY}={text!r} is not accepted: set it to a number of bytes, or unset it.")
     return int(text)
 
 

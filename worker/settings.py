@@ -18,6 +18,9 @@ from pathlib import Path
 
 from pomarium.worker.errors import SettingsError
 
+MACHINE_MEMORY = "POMARIUM_MACHINE_MEMORY"
+"""Bytes that this machine may use for models, set by the rack's node that the process belongs to, not by users."""
+
 AUTO_FRACTION = 0.9
 """Share of the memory base that `auto` stands for under paged attention."""
 

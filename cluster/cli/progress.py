@@ -7,10 +7,12 @@ points the descriptors at the log file, so that only what is meant for the user 
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+from pomarium.cluster.state import state_folder
 
 NAME_WIDTH = 8
 
@@ -66,7 +68,6 @@ def quiet(log: Path) -> Iterator[Terminal]:
             os.close(descriptor)
 
 
-def log_file(command: str, environ: "os._Environ[str] | dict[str, str]" = os.environ) -> Path:
-    """A new log file's path, under XDG_STATE_HOME or ~/.local/state."""
-    state = Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return state / "pomarium" / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+def log_file(command: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """A new log file's path."""
+    return state_folder(environ) / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"

@@ -117,12 +117,9 @@ def run_join(args: argparse.Namespace) -> int:
 
 def run_status(args: argparse.Namespace) -> int:
     """`rack status`: 0, or 1 if a Mac is lost. Raises PomariumError."""
-    rack = current.current(os.environ)
+    rack = current.enter()
     if rack is None:
-        raise SettingsError(
-            "No rack is up on this machine: start one with `pomarium rack up`, or join one with `pomarium rack join`."
-        )
-    os.environ.update(current.environment(rack))  # before Ray is imported
+        raise SettingsError(current.NO_RACK)
     from pomarium.cluster.rack import reports, roster, status
 
     client = roster.connect(rack.membership)

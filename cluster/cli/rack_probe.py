@@ -79,14 +79,10 @@ def _connect(environ: MutableMapping[str, str]) -> None:
     """Connects to the rack that this machine belongs to, else to RAY_ADDRESS. Raises SettingsError."""
     from pomarium.cluster.rack import current
 
-    if rack := current.current(environ):
-        environ.update(current.environment(rack))
+    current.enter(environ)
     address = environ.get("RAY_ADDRESS")
     if address is None:
-        raise SettingsError(
-            "No rack is up on this machine: start one with `pomarium rack up`, let this Mac join one with "
-            "`pomarium rack join`, or set RAY_ADDRESS to a running Ray."
-        )
+        raise SettingsError(f"{current.NO_RACK.rstrip('.')}; or set RAY_ADDRESS to a running Ray.")
     ray_address.require(address)
     import ray
 

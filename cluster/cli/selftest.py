@@ -7,7 +7,7 @@ import argparse
 import os
 
 from pomarium.cluster.cli.progress import log_file, quiet
-from pomarium.cluster.rack.current import current, environment
+from pomarium.cluster.rack import current
 from pomarium.worker.errors import SettingsError
 
 EXIT_FAILED = 1
@@ -43,9 +43,8 @@ def run(args: argparse.Namespace) -> int:
 def _staged(stages: int, share_macs: bool) -> int:
     if stages < 1:
         raise SettingsError(f"--stages {stages} computes nothing: give at least 1.")
-    rack = current(os.environ)
-    if rack is not None and not share_macs:
-        os.environ.update(environment(rack))
+    if not share_macs:
+        current.enter()
     with quiet(log_file("selftest")) as terminal:
         terminal.say(f"log      {terminal.log}")
         from pomarium.cluster.cli.staged_selftest import StagedEngine

@@ -17,8 +17,7 @@ from typing import Any, NoReturn
 
 from pomarium.cluster.cli.interrupts import Interrupts
 from pomarium.cluster.cli.progress import Terminal, log_file, quiet
-from pomarium.cluster.rack import inventory
-from pomarium.cluster.rack.current import current, environment
+from pomarium.cluster.rack import current, inventory
 from pomarium.cluster.rack.facts import network_of
 from pomarium.cluster.serving.plan import ModelPlan, ServePlan, served_names
 from pomarium.worker import settings
@@ -90,9 +89,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until told to stop: 0. Raises PomariumError for everything that the user can change."""
     with quiet(log_file("serve")) as terminal:
         started = time.monotonic()
-        rack = None if args.no_rack else current(os.environ)
-        if rack is not None:
-            os.environ.update(environment(rack))
+        if not args.no_rack:
+            current.enter()
         plan = plan_of(args, os.environ)
         terminal.say(f"log      {terminal.log}")
         from pomarium.cluster.serving import session

@@ -14,6 +14,7 @@ from pomarium.cluster.executor.codec import describe
 from pomarium.cluster.executor.service import ControlService, serve
 from pomarium.cluster.lean_import import import_vllm, without_collections
 from pomarium.proto import control_pb2 as pb
+from pomarium.worker.handoff.address import host_of
 from pomarium.worker.handoff.credentials import plaintext_allowed, tls_of
 
 
@@ -32,7 +33,7 @@ class Endpoint:
     @property
     def host(self) -> str:
         """The node's address, without brackets."""
-        return self.address.rpartition(":")[0].strip("[]")
+        return host_of(self.address)
 
 
 class WorkerActor:

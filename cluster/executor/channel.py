@@ -40,11 +40,6 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-def authority(host: str, port: int) -> str:
-    """`host:port`, an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def explain(details: str) -> str | None:
     """What is wrong with the identities of the two ends, as a sentence about the peer without its full stop.
 

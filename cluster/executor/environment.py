@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from pomarium.worker.handoff.credentials import PLAINTEXT_VARIABLE, TLS_VARIABLE
+from pomarium.worker.settings import MACHINE_MEMORY
 
 VISIBLE_DEVICES = "VLLM_METAL_VISIBLE_DEVICES"
 RESOURCE = "mlx"
@@ -27,10 +28,7 @@ _CARRIED_PREFIXES = (
     "OPENBLAS_",
 )
 _CARRIED_NAMES = frozenset({"PYTHONPATH", "PYTHONHASHSEED", "LD_PRELOAD"})
-# By name where importing the constant would load MLX (worker.memory), which has to wait for this environment.
-NODE_OWN = frozenset(
-    {TLS_VARIABLE, PLAINTEXT_VARIABLE, "POMARIUM_MACHINE_MEMORY", "POMARIUM_RACK_KEY", "POMARIUM_SESSION"}
-)
+NODE_OWN = frozenset({TLS_VARIABLE, PLAINTEXT_VARIABLE, MACHINE_MEMORY, "POMARIUM_RACK_KEY", "POMARIUM_SESSION"})
 """What a rack's node gives its processes: never another machine's."""
 _LEFT_BEHIND = NODE_OWN | {
     VISIBLE_DEVICES, HANDED_OVER, "VLLM_HOST_IP", "VLLM_PORT", "VLLM_WORKER_MULTIPROC_METHOD",

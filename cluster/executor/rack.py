@@ -15,22 +15,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import vllm.envs as envs
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor, FailureCallback
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from pomarium.cluster.executor.ask import ask_of
-from pomarium.cluster.executor.bundles import Reservation, release
 from pomarium.cluster.executor.codec import WorkerError, WorkerLostError, encode_call, method_name
 from pomarium.cluster.executor.handover import offered
 from pomarium.cluster.executor.host import INIT_WORKER, LISTEN
-from pomarium.cluster.executor.launch import RemoteWorker, WorkerProcess, connect, kill
+from pomarium.cluster.executor.launch import RemoteWorker, connect
 from pomarium.cluster.executor.link import gather
 from pomarium.cluster.executor.member import Member, surroundings
 from pomarium.cluster.executor.session import ensure_connected
-from pomarium.cluster.executor.team import assemble
+from pomarium.cluster.executor.team import Team, assemble
 from pomarium.cluster.faults import record_engine_core_faults
 from pomarium.worker.errors import PomariumError
 from pomarium.worker.pipeline.place import Surroundings
@@ -42,6 +40,9 @@ START_TIMEOUT_S = 240.0
 CALL_TIMEOUT_S = 3600.0
 """Any other call whose caller names no time: loading weights may include a download. A bound, not an expectation: a
 worker that is lost or frozen is seen within seconds."""
+STEP_TIMEOUT_S = 150.0
+"""For a step's tokens, unless VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS is set (vLLM has 300). Longer than a stage
+waits for its neighbours, whose failure names the link."""
 SHUTDOWN_TIMEOUT_S = 5.0
 
 
@@ -64,14 +65,13 @@ class RackExecutor(Executor):
     def _init_executor(self) -> None:
         record_engine_core_faults()
         self.workers = ()
-        self._reservation: Reservation | None = None
-        self._processes: tuple[WorkerProcess, ...] = ()
+        self._team: Team | None = None
         self._order = threading.Lock()
         self._state = threading.Lock()
         self._failure: Exception | None = None
         self._failure_callbacks: list[FailureCallback] = []
         self._closed = False
-        self._step_timeout_s = float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+        self._step_timeout_s = float(os.environ.get("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", STEP_TIMEOUT_S))
         try:
             members = offered(os.environ, self.parallel_config.world_size) or self._assemble()
             self.workers = connect(members, self._on_worker_failure)
@@ -87,9 +87,8 @@ class RackExecutor(Executor):
 
     def _assemble(self) -> tuple[Member, ...]:
         ensure_connected(self.parallel_config.world_size)
-        team = assemble(ask_of(self.vllm_config), self.parallel_config.placement_group)
-        self._reservation, self._processes = team.reservation, team.processes
-        return team.members
+        self._team = assemble(ask_of(self.vllm_config), self.parallel_config.placement_group)
+        return self._team.members
 
     def _init_workers(self, surroundings: Sequence[Surroundings]) -> None:
         replies = []
@@ -181,9 +180,8 @@ class RackExecutor(Executor):
             self._say_goodbye()
         for worker in self.workers:
             worker.link.close()
-        kill(self._processes)
-        if self._reservation is not None:
-            release(self._reservation)
+        if self._team is not None:
+            self._team.dissolve()
 
     def _say_goodbye(self) -> None:
         payload = encode_call("shutdown")

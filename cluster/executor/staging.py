@@ -7,15 +7,13 @@ One stage is one slot. Without leave to share, each Mac lends one slot to a repl
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pomarium.cluster.executor.survey import RackNode
 from pomarium.cluster.model_profile import Profile, Profiles
 from pomarium.cluster.placement import Objective, place
-from pomarium.cluster.placement_model import Link, Mac, Network, Plan, Rack, Refusal, Workload
+from pomarium.cluster.placement_model import Mac, Network, Plan, Rack, Refusal, Workload
 
-ETHERNET = Network(Link(bandwidth=10e9 / 8, latency=0.0003))
-"""What connects Macs of which nothing else is said: 10 Gb/s."""
 UNSAID_CONTEXT = 2048
 
 
@@ -42,7 +40,7 @@ class Ask:
     sampled: int = 256
     share_macs: bool = False
     streams: int | None = None
-    network: Network = ETHERNET
+    network: Network = field(default_factory=Network)
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class Staging:
-    """Slots in rank order, and the half-open range of layers of each."""
+    """Slots in rank order, and the half-open range of layers of each; None for the whole model on one slot."""
 
     slots: tuple[Slot, ...]
-    cuts: tuple[tuple[int, int], ...]
-    plan: Plan
+    cuts: tuple[tuple[int, int] | None, ...]
 
 
 def slots(nodes: Sequence[RackNode], share_macs: bool) -> tuple[Slot, ...]:
@@ -113,4 +110,5 @@ def stage(found: Sequence[Slot], profile: Profile, ask: Ask) -> Staging | Refusa
     if isinstance(plan, Refusal):
         return plan
     by_name = {slot.mac.name: slot for slot in found}
-    return Staging(tuple(by_name[s.mac] for s in plan.stages), tuple((s.first, s.end) for s in plan.stages), plan)
+    cuts = tuple((s.first, s.end) for s in plan.stages) if len(plan.stages) > 1 else (None,)
+    return Staging(tuple(by_name[s.mac] for s in plan.stages), cuts)

@@ -41,8 +41,7 @@ class Team:
 
     def dissolve(self) -> None:
         """End the processes and give back their places."""
-        launch.kill(self.processes)
-        bundles.release(self.reservation)
+        _dissolve(self.processes, self.reservation)
 
 
 def assemble(ask: Ask, configured: PlacementGroup | None = None) -> Team:
@@ -54,36 +53,29 @@ def assemble(ask: Ask, configured: PlacementGroup | None = None) -> Team:
         CheckpointError, UnsupportedError: of the model's headers.
     """
     group = configured or get_current_placement_group()
-    if group is not None and not group.wait(ASSEMBLY_TIMEOUT_S):
-        raise PlacementError(bundles.no_room(ask.stages or 1, ASSEMBLY_TIMEOUT_S))
     planner = _Planner(ask)
     deadline = time.monotonic() + ASSEMBLY_TIMEOUT_S
+    if group is not None and not group.wait(ASSEMBLY_TIMEOUT_S):
+        raise PlacementError(bundles.no_room(ask.stages or 1, ASSEMBLY_TIMEOUT_S))
     while True:
-        nodes = survey()
-        staging = planner.staging(_slots(nodes, group, ask), _slots(_idle(nodes), group, ask))
-        if staging is None:
-            if time.monotonic() > deadline:
-                raise PlacementError(bundles.no_room(ask.stages or 1, ASSEMBLY_TIMEOUT_S))
-            time.sleep(PAUSE_S)
-            continue
-        reservation = bundles.reserve(staging.slots, group, GROUP_TIMEOUT_S)
-        if reservation is None:
-            continue
-        processes = launch.start(reservation)
-        try:
-            return Team(_members(ask, staging, launch.contacts(processes, reservation)), processes, reservation)
-        except WorkerLostError:
-            Team((), processes, reservation).dissolve()
-            if time.monotonic() > deadline or alive(set(reservation.nodes)):
-                raise
+        staging = planner.staging(*_slots(survey(), group, ask))
+        reservation = None if staging is None else bundles.reserve(staging.slots, group, GROUP_TIMEOUT_S)
+        if staging is not None and reservation is not None:
+            processes = launch.start(reservation)
+            try:
+                return Team(_members(ask, staging, launch.contacts(processes, reservation)), processes, reservation)
+            except WorkerLostError:
+                _dissolve(processes, reservation)
+                if time.monotonic() > deadline or alive(set(reservation.nodes)):
+                    raise
+        elif time.monotonic() > deadline:
+            raise PlacementError(bundles.no_room(ask.stages or 1, ASSEMBLY_TIMEOUT_S))
+        time.sleep(PAUSE_S)
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """Slots by rank; `cuts` None for one whole model."""
-
-    slots: tuple[Slot, ...]
-    cuts: tuple[tuple[int, int], ...] | None
+def _dissolve(processes: Sequence[WorkerProcess], reservation: Reservation) -> None:
+    launch.kill(processes)
+    bundles.release(reservation)
 
 
 class _Planner:
@@ -93,17 +85,17 @@ class _Planner:
         self._ask = ask
         self._profiles = ask.profiles
 
-    def staging(self, free: Sequence[Slot], idle: Sequence[Slot]) -> _Placed | None:
+    def staging(self, free: Sequence[Slot], idle: Sequence[Slot]) -> Staging | None:
         """The stages on the `free` slots; None if they would fit on an idle rack only.
 
         Raises:
             PlacementError: they would not fit on an idle rack either.
         """
         if self._ask.stages == 1 and len(idle) == 1:
-            return _Placed((free[0],), None) if free else None
+            return Staging((free[0],), (None,)) if free else None
         found = self._stage(free)
         if isinstance(found, Staging):
-            return _Placed(found.slots, found.cuts if len(found.slots) > 1 else None)
+            return found
         refused = self._stage(idle)
         if isinstance(refused, Refusal):
             raise PlacementError(self._sentence(refused))
@@ -126,21 +118,21 @@ class _Planner:
         )
 
 
-def _slots(nodes: Sequence[RackNode], group: PlacementGroup | None, ask: Ask) -> tuple[Slot, ...]:
+def _slots(
+    nodes: Sequence[RackNode], group: PlacementGroup | None, ask: Ask
+) -> tuple[tuple[Slot, ...], tuple[Slot, ...]]:
+    """Slots that are free now, and on an idle rack. The bundles of a group are ours alone."""
     if group is None:
-        return slots(nodes, ask.share_macs)
+        idle = tuple(replace(node, free=node.workers) for node in nodes)
+        return slots(nodes, ask.share_macs), slots(idle, ask.share_macs)
     where = placement_group_table(group)["bundles_to_node_id"]
     offering = bundles.worker_bundles(group.bundle_specs)
-    return bundle_slots(nodes, [(index, where[index]) for index in offering])
+    found = bundle_slots(nodes, [(index, where[index]) for index in offering])
+    return found, found
 
 
-def _idle(nodes: Sequence[RackNode]) -> tuple[RackNode, ...]:
-    return tuple(replace(node, free=node.workers) for node in nodes)
-
-
-def _members(ask: Ask, staging: _Placed, contacts: Sequence[Contact]) -> tuple[Member, ...]:
-    cuts = staging.cuts or (None,)
+def _members(ask: Ask, staging: Staging, contacts: Sequence[Contact]) -> tuple[Member, ...]:
     return tuple(
         Member(contact, slot.node.mac.name, ask.source, layers, slot.node.workers)
-        for contact, slot, layers in zip(contacts, staging.slots, cuts, strict=True)
+        for contact, slot, layers in zip(contacts, staging.slots, staging.cuts, strict=True)
     )

@@ -1,6 +1,6 @@
 """The rack that this machine is part of, as recorded by `pomarium rack up` and `join` until `down`.
 
-    up, join --save--> rack.json --current--> CurrentRack --environment--> os.environ of a driver, before it imports Ray
+    up, join --save--> rack.json --current--> CurrentRack --enter--> os.environ of a driver, before it imports Ray
 
 The record holds the rack's token, so only its owner may read it. It outlives a reboot; what it names does not, and then
 `current` sees no rack.
@@ -9,7 +9,7 @@ The record holds the rack's token, so only its owner may read it. It outlives a 
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from typing import Any
 from pomarium.cluster.rack import node
 from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import NodeSpec, Ports
+from pomarium.cluster.state import state_folder
 from pomarium.worker.errors import SettingsError
 
 RECORD = "rack.json"
+NO_RACK = "No rack is up on this machine: start one with `pomarium rack up`, or join one with `pomarium rack join`."
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,6 @@ class CurrentRack:
         return self.membership.tls
 
 
-def state_folder(environ: Mapping[str, str]) -> Path:
-    """Where Pomarium keeps its state: XDG_STATE_HOME or ~/.local/state, and `pomarium` in it."""
-    return Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "pomarium"
-
-
 def current(environ: Mapping[str, str] = os.environ) -> CurrentRack | None:
     """The rack that is up on this machine; None if there is none, or its first node is gone. Raises SettingsError."""
     rack = recorded(environ)
@@ -108,6 +105,17 @@ def save(rack: CurrentRack, environ: Mapping[str, str]) -> None:
 def forget(environ: Mapping[str, str]) -> None:
     """This machine is part of no rack."""
     (state_folder(environ) / RECORD).unlink(missing_ok=True)
+
+
+def enter(environ: MutableMapping[str, str] = os.environ) -> CurrentRack | None:
+    """Make a driver of this process: `environ` gets what connects it to the rack that is up on this machine, if any.
+
+    Raises SettingsError.
+    """
+    rack = current(environ)
+    if rack is not None:
+        environ.update(environment(rack))
+    return rack
 
 
 def environment(rack: CurrentRack) -> dict[str, str]:

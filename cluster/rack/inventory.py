@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from pomarium.cluster.placement_model import ETHERNET
 from pomarium.cluster.rack import units, yaml_lines
 from pomarium.cluster.rack.chips import identify
 from pomarium.worker.errors import SettingsError
@@ -110,10 +111,10 @@ class HeadEntry(_Strict):
 
 
 class LinkEntry(_Strict):
-    """bandwidth: bytes/s. latency: seconds, one way. Defaults: gigabit Ethernet."""
+    """bandwidth: bytes/s. latency: seconds, one way."""
 
-    bandwidth: Rate = 1.25e8
-    latency: Duration = 0.0003
+    bandwidth: Rate = ETHERNET.bandwidth
+    latency: Duration = ETHERNET.latency
 
 
 class PairEntry(LinkEntry):

@@ -196,7 +196,7 @@ def _model_memory(limit: int | None, environ: Mapping[str, str]) -> int:
 
     values = settings.load(environ)
     where = device.detect(values)
-    confined = {} if limit is None else {memory.LIMIT_VARIABLE: str(limit)}
+    confined = {} if limit is None else {settings.MACHINE_MEMORY: str(limit)}
     base = memory.memory_base(where, memory.snapshot(where, confined))
     return int(base * values.resolved_fraction)
 

@@ -10,17 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pomarium.cluster.executor.environment import RESOURCE
+from pomarium.cluster.executor.environment import NODE_OWN, RESOURCE
 from pomarium.cluster.rack import kin
-from pomarium.cluster.rack.key_file import KEY_VARIABLE
 from pomarium.cluster.rack.kin import Kin
 from pomarium.cluster.rack.membership import Membership
-from pomarium.worker.handoff.credentials import PLAINTEXT_VARIABLE, TLS_VARIABLE
+from pomarium.worker.settings import MACHINE_MEMORY
 
 MARKER = "_POMARIUM_NODE"
 """SESSION/NAME. The underscore keeps it out of what engines hand on to workers on other nodes (POMARIUM_*)."""
-LIMIT_VARIABLE = "POMARIUM_MACHINE_MEMORY"
-"""As in worker.memory, whose import takes MLX's time."""
 START_HOOK = "pomarium.cluster.rack.start_hook.without_ray_client"
 
 OBJECT_STORE_BYTES = 128 << 20
@@ -42,10 +39,7 @@ SYSTEM_CONFIG: Mapping[str, int] = {
 }
 """Ray's own settings (src/ray/common/ray_config_def.h); the head hands them to all nodes."""
 
-_LEFT_OUT = frozenset({
-    LIMIT_VARIABLE, TLS_VARIABLE, PLAINTEXT_VARIABLE, KEY_VARIABLE, "POMARIUM_SESSION", "RAY_ADDRESS",
-    "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "PYTHONDONTWRITEBYTECODE",
-})  # fmt: skip
+_LEFT_OUT = NODE_OWN | {"RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "PYTHONDONTWRITEBYTECODE"}
 """Of whoever starts a node: what would contradict the node's own, and what makes every start compile all of Ray."""
 
 
@@ -151,7 +145,7 @@ def environment(spec: NodeSpec, membership: Membership, base: Mapping[str, str])
     kept = {name: value for name, value in base.items() if name not in _LEFT_OUT}
     own = {MARKER: marker(membership.session, spec.name), "RAY_START_HOOK": START_HOOK}
     if spec.memory is not None:
-        own[LIMIT_VARIABLE] = str(spec.memory)
+        own[MACHINE_MEMORY] = str(spec.memory)
     return kept | membership.variables() | own
 
 

@@ -20,10 +20,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pomarium.cluster.executor.channel import authority
 from pomarium.cluster.executor.survey import RackNode
 from pomarium.cluster.rack.link_report import Measured
 from pomarium.worker.errors import PomariumError
+from pomarium.worker.handoff.address import authority
 from pomarium.worker.handoff.credentials import PLAINTEXT_VARIABLE, Tls, plaintext_allowed, tls_of
 from pomarium.worker.handoff.errors import HandoffError
 from pomarium.worker.handoff.probe import CONNECT_S, LinkFacts, probe

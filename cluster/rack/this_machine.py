@@ -25,6 +25,7 @@ from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import GCS_PORT, NodeSpec, Ports
 from pomarium.cluster.rack.starting import Say
 from pomarium.cluster.serving.local_ray import session_folder
+from pomarium.cluster.state import state_folder
 from pomarium.worker.errors import SettingsError
 
 TEST_ADDRESS = "192.0.2.1"
@@ -148,7 +149,7 @@ def _start(
     loopback = ipaddress.IPv4Address(spec.address).is_loopback
     tls = None
     if machine.tls is True or (machine.tls is None and not loopback):
-        tls = current.state_folder(environ) / f"tls-{session}"
+        tls = state_folder(environ) / f"tls-{session}"
     membership = Membership(session, rack, ray_token(key), tls, plaintext=machine.tls is False and not loopback)
     folder = session_folder(environ)
     found = CurrentRack(membership, (replace(spec, folder=folder / "0"),), folder)

@@ -18,7 +18,7 @@ from ray import serve
 from pomarium.cluster import faults
 from pomarium.cluster.lean_import import import_vllm, without_collections
 from pomarium.cluster.rack import reports
-from pomarium.cluster.serving import asgi_bridge, heartbeat
+from pomarium.cluster.serving import asgi_bridge, heartbeat, ray_llm
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.check import Found
 from pomarium.cluster.serving.heartbeat import Alive
@@ -72,9 +72,11 @@ class EngineReplica:
         # Kept, for a process of Ray's ends with the last handle to it.
         self._team, self._server = await _start(plan, found)
         loop = asyncio.get_running_loop()
-        self._watch = loop.create_task(self._leave_when_dead(plan.name))
+        self._tasks = [loop.create_task(self._leave_when_dead(plan.name))]
         if self._team is not None:
-            self._reports = loop.create_task(self._report(plan.name, self._team))
+            self._tasks.append(loop.create_task(self._report(plan.name, self._team)))
+        for task in self._tasks:
+            task.add_done_callback(_tell_of_its_end)
 
     async def _report(self, name: str, team: "Team") -> None:
         from pomarium.cluster.serving.reporting import report
@@ -127,6 +129,12 @@ class EngineReplica:
                 os._exit(1)
 
 
+def _tell_of_its_end(task: "asyncio.Task[None]") -> None:
+    """Tasks run as long as the replica: one that fails would do so unseen."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("A task of the replica failed.", exc_info=error)
+
+
 def _replica_id() -> str:
     return str(serve.get_replica_context().replica_id.unique_id)
 
@@ -173,6 +181,7 @@ async def _start(plan: ModelPlan, found: Found) -> "tuple[Team | None, Server]":
             with without_collections():
                 if settings.load(os.environ).use_mlx:
                     import_vllm()
+                ray_llm.import_registry()
                 from pomarium.cluster.serving.llm_server import Server
 
             team = await assembly

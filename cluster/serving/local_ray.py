@@ -1,7 +1,7 @@
 """The Ray that serves: one of our own on the loopback interface, or the rack's (RAY_ADDRESS). And its clean end.
 
-All processes of an own Ray inherit a marker in their environment, by which `leftovers` finds them, whoever their parent
-is by then: an engine process outlives a killed replica, for one.
+All processes of an own Ray inherit a marker in their environment, by which they are found at the end, whoever their
+parents are by then (cluster/rack/kin.py).
 """
 
 import math
@@ -9,13 +9,13 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from pomarium.cluster import ray_address
+from pomarium.cluster.rack import kin
+from pomarium.cluster.rack.kin import Kin
 from pomarium.cluster.serving.plan import RESOURCE, ServePlan
 from pomarium.worker.errors import SettingsError
 
@@ -38,6 +38,11 @@ class LocalRay:
 
     session: str
     folder: Path
+
+    @property
+    def kin(self) -> Kin:
+        """How its processes are found: an engine process outlives a killed replica, for one."""
+        return Kin(MARKER, self.session, self.folder)
 
 
 def environment(session: str) -> dict[str, str]:
@@ -125,38 +130,11 @@ def join(address: str, plan: ServePlan) -> None:
 
 
 def stop(local: LocalRay) -> None:
-    """End an own Ray, every process that it left, and its folder."""
+    """End an own Ray, every process that it left, and its folder. Raises StillThereError."""
     import ray
 
-    ray.shutdown()
-    end(list(leftovers(local.session)))
-    shutil.rmtree(local.folder, ignore_errors=True)
-
-
-def leftovers(session: str) -> Iterator[psutil.Process]:
-    """Processes other than this one that carry the marker of `session`."""
-    for process in psutil.process_iter():
-        if process.pid == os.getpid():
-            continue
-        try:
-            if process.environ().get(MARKER) == session and process.status() != psutil.STATUS_ZOMBIE:
-                yield process
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue  # gone, or another user's
-
-
-def end(processes: list[psutil.Process]) -> None:
-    """SIGTERM, then SIGKILL to those that stay."""
-    for process in processes:
-        _signal(process.terminate)
-    _, alive = psutil.wait_procs(processes, timeout=TERM_S)
-    for process in alive:
-        _signal(process.kill)
-    psutil.wait_procs(alive, timeout=TERM_S)
-
-
-def _signal(send: Callable[[], None]) -> None:
     try:
-        send()
-    except psutil.NoSuchProcess:
-        return
+        ray.shutdown()
+        kin.end_all([local.kin], TERM_S)
+    finally:
+        shutil.rmtree(local.folder, ignore_errors=True)

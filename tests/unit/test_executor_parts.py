@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pomarium.cluster.executor.bundles import PlacementError, worker_bundles
-from pomarium.cluster.executor.channel import authority
 from pomarium.cluster.executor.codec import decode, encode, encode_call
 from pomarium.cluster.executor.environment import VISIBLE_DEVICES, local_ranks, override_warning, worker_environment
 from pomarium.cluster.executor.launch import check_versions
 from pomarium.cluster.executor.link import Reply, gather
 from pomarium.cluster.executor.service import ready
 from pomarium.worker.errors import UnsupportedError
+from pomarium.worker.handoff.address import authority
 
 
 @given(st.lists(st.sampled_from("abc")))

@@ -17,13 +17,27 @@ from safetensors.numpy import save_file
 from tiny_gguf import write_gguf
 from tiny_models import TINY, build, write_checkpoint
 
-from pomarium.cluster.model_profile import Profile, of_directory, of_gguf, read_profile
+from pomarium.cluster.model_profile import (
+    Profile,
+    headers_of_directory,
+    headers_of_gguf,
+    profile_of,
+    read_profile,
+)
 from pomarium.cluster.placement_model import Workload, memory_needed
 from pomarium.worker.errors import CheckpointError, PomariumError, UnsupportedError
 from pomarium.worker.models import embedded
 from pomarium.worker.models.checkpoint import inspect
 from pomarium.worker.models.gguf.convert import convert
 from pomarium.worker.models.paged import prepare
+
+
+def of_directory(directory: Path, name: str = "tiny") -> Profile:
+    return profile_of(headers_of_directory(directory, name))
+
+
+def of_gguf(file: Path, name: str = "tiny") -> Profile:
+    return profile_of(headers_of_gguf(file, name))
 
 
 def total(profile: Profile) -> int:

@@ -6,7 +6,7 @@ import pytest
 from pomarium.worker.device import detect
 from pomarium.worker.errors import SettingsError
 from pomarium.worker.memory import (
-    LIMIT_VARIABLE,
+    MACHINE_MEMORY,
     MemorySnapshot,
     limited,
     machine_limit,
@@ -21,7 +21,7 @@ GIB = 1 << 30
 
 def test_the_limit_bounds_base_and_what_is_available() -> None:
     here = detect(load({}))
-    found = snapshot(here, {LIMIT_VARIABLE: str(GIB)})
+    found = snapshot(here, {MACHINE_MEMORY: str(GIB)})
     assert found.total == GIB
     assert memory_base(here, found) == GIB
     assert found.available <= max(0, GIB - found.own)
@@ -46,15 +46,15 @@ def test_memory_that_others_took_is_missing_below_the_limit_too() -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "4GiB", "1e9", "٣", "9" * 30])
 def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(SettingsError, match=LIMIT_VARIABLE):
-        machine_limit({LIMIT_VARIABLE: text})
+    with pytest.raises(SettingsError, match=MACHINE_MEMORY):
+        machine_limit({MACHINE_MEMORY: text})
 
 
 def test_arrays_are_seen_under_a_limit() -> None:
     here = detect(load({}))
-    before = snapshot(here, {LIMIT_VARIABLE: str(8 * GIB)})
+    before = snapshot(here, {MACHINE_MEMORY: str(8 * GIB)})
     held = mx.zeros((50 << 20,), mx.float32)
     mx.eval(held)
-    after = snapshot(here, {LIMIT_VARIABLE: str(8 * GIB)})
+    after = snapshot(here, {MACHINE_MEMORY: str(8 * GIB)})
     assert after.own - before.own >= 150 << 20
     del held

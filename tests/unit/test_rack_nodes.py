@@ -22,7 +22,6 @@ from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import MARKER, NodeSpec
 from pomarium.cluster.rack.simulate import HEAD, Simulation, specs
 from pomarium.cluster.serving.local_ray import RAY_SOCKET_SUFFIX, SOCKET_PATH_LIMIT
-from pomarium.worker import memory
 from pomarium.worker.errors import SettingsError
 
 GIB = 1 << 30
@@ -73,8 +72,7 @@ def test_a_node_has_its_rack_s_environment_and_nothing_that_contradicts_it() -> 
     assert not {"POMARIUM_TLS", "POMARIUM_MACHINE_MEMORY"} & plain.keys()
 
 
-def test_names_that_two_modules_know_are_the_same() -> None:
-    assert node.LIMIT_VARIABLE == memory.LIMIT_VARIABLE
+def test_a_node_s_marker_stays_on_the_node() -> None:
     assert not MARKER.startswith("POMARIUM_"), "engines would hand it on to other nodes"
 
 

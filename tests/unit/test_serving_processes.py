@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from pomarium.cluster.rack import kin
 from pomarium.cluster.serving import local_ray
 from pomarium.worker.errors import SettingsError
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
 
 
-def test_a_marked_process_is_found_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_ray, "TERM_S", 0.3)
+def test_marked_processes_are_ended_and_no_others(tmp_path: Path) -> None:
+    one, two = (local_ray.LocalRay(session, tmp_path).kin for session in ("s1", "s2"))
     marked = subprocess.Popen(
         [sys.executable, "-c", STUBBORN], env={local_ray.MARKER: "s1"}, stdout=subprocess.PIPE, text=True
     )
@@ -23,13 +24,12 @@ def test_a_marked_process_is_found_and_ended(monkeypatch: pytest.MonkeyPatch) ->
         assert marked.stdout is not None
         assert marked.stdout.readline() == "up\n"
         deadline = time.monotonic() + 5
-        while [p.pid for p in local_ray.leftovers("s2")] != [other.pid] and time.monotonic() < deadline:
+        while [p.pid for p in kin.members(two)] != [other.pid] and time.monotonic() < deadline:
             time.sleep(0.01)
-        found = list(local_ray.leftovers("s1"))
-        assert [p.pid for p in found] == [marked.pid]
-        local_ray.end(found)
-        assert not found[0].is_running()
-        assert list(local_ray.leftovers("s1")) == []
+        assert [p.pid for p in kin.members(one)] == [marked.pid]
+        kin.end_all([one], 0.3)
+        assert marked.poll() is not None
+        assert kin.members(one) == []
         assert other.poll() is None
     finally:
         for process in (marked, other):

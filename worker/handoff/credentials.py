@@ -9,7 +9,6 @@ writes the folder is cluster/rack/identity.py.
 """
 
 import hmac
-import ipaddress
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 import grpc
 
 from pomarium.worker.errors import SettingsError
+from pomarium.worker.handoff.address import host_of, is_loopback
 from pomarium.worker.handoff.errors import CredentialsError, PlaintextRefusedError
 from pomarium.worker.handoff.settings import GrpcOptions, HandoffSettings
 
@@ -107,7 +107,7 @@ def check_plaintext(address: str, tls: Tls | None, settings: HandoffSettings) ->
 
 def check_private(address: str, tls: Tls | None, allow_plaintext: bool) -> None:
     """Raises PlaintextRefusedError if others could read or alter what passes through `address` (HOST:PORT)."""
-    if tls is None and not allow_plaintext and not _is_loopback(address):
+    if tls is None and not allow_plaintext and not is_loopback(address):
         raise PlaintextRefusedError(
             f"Requests and tensors would cross the network at {address} in plain text: give the rack's certificate "
             f"({TLS_VARIABLE}), or set {PLAINTEXT_VARIABLE}=1 (allow_plaintext=True in HandoffSettings) if nobody else "
@@ -141,21 +141,9 @@ def open_channel(address: str, tls: Tls | None, options: GrpcOptions) -> grpc.Ch
 
 
 def _check_free(address: str) -> None:
-    host, _, port = address.rpartition(":")
+    host, port = host_of(address), int(address.rpartition(":")[2])
     try:
-        with socket.create_server((host.strip("[]"), int(port)), family=_family(host)):
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
         raise OSError(f"cannot listen on {address}: {error.strerror}") from None
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
+from pomarium.worker.handoff.address import authority
 from pomarium.worker.handoff.credentials import plaintext_allowed, tls_of
 from pomarium.worker.handoff.errors import HandoffError
 from pomarium.worker.handoff.inbox import Inbox
@@ -62,9 +63,13 @@ class StageLinks:
         self._place, self._on_failure = place, on_failure
         self._tls = tls_of(environ)
         self._settings = HandoffSettings(allow_plaintext=plaintext_allowed(environ))
-        bind = f"[{place.host}]:0" if ":" in place.host else f"{place.host}:0"
         self._server = HandoffServer(
-            bind, place.epoch, place.token, self._tls, self._settings, lambda rank, error: on_failure(error)
+            authority(place.host, 0),
+            place.epoch,
+            place.token,
+            self._tls,
+            self._settings,
+            lambda rank, error: on_failure(error),
         )
         self.address = self._server.address
         self.step = -1
