@@ -7,6 +7,7 @@ raises; STUB_STEP_MS is the time a step takes.
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,6 +65,13 @@ class StubWorker(WorkerBase):
         return CompilationTimes(0.0, 0.0)
 
     def reset_mm_cache(self) -> None:
+        pass
+
+    def listen(self, on_link_failure: Callable[[Exception], None]) -> str:
+        """As one stage of several: nothing is handed on."""
+        return ""
+
+    def connect(self, addresses: list[str]) -> None:
         pass
 
     def echo(self, value: Any) -> Any:
