@@ -16,6 +16,7 @@ from pomarium.cluster.rack.current import CurrentRack
 from pomarium.cluster.rack.identity import RackKey
 from pomarium.cluster.rack.node import GCS_PORT
 from pomarium.cluster.rack.units import format_size
+from pomarium.cluster.version import own_version
 from pomarium.worker.errors import SettingsError
 
 
@@ -124,7 +125,7 @@ def run_status(args: argparse.Namespace) -> int:
 
     client = roster.connect(rack.membership)
     reports.use(client)
-    found = status.RackStatus(rack.address, rack.simulated, roster.read(client), reports.read_all())
+    found = status.RackStatus(rack.address, rack.simulated, roster.read(client), reports.read_all(), own_version())
     print(json.dumps(status.document(found), indent=1) if args.json else status.text(found))
     return 0 if all(mac.alive for mac in found.macs) else 1
 

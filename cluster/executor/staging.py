@@ -60,6 +60,15 @@ class Staging:
     cuts: tuple[tuple[int, int] | None, ...]
 
 
+def of_version(nodes: Sequence[RackNode], version: str) -> tuple[tuple[RackNode, ...], str]:
+    """The nodes that an engine of `version` can drive, and a sentence about the others, empty if there are none."""
+    fitting = tuple(node for node in nodes if node.version in (None, version))
+    others = [f"{node.mac.name} runs {node.version}" for node in nodes if node not in fitting]
+    if not others:
+        return fitting, ""
+    return fitting, f"Left out: {', '.join(others)} where {version} is needed; install the same version there."
+
+
 def slots(nodes: Sequence[RackNode], share_macs: bool) -> tuple[Slot, ...]:
     """Free slots: one of each Mac, or with leave to share all of them."""
     found = []

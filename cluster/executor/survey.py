@@ -29,6 +29,7 @@ class RackNode:
         mac: name and facts; its memory is for all workers together.
         workers: how many it takes in all. free: how many more.
         apple: its workers run on a Mac's GPU.
+        version: of Pomarium and Python (cluster/version.py); None for a node that does not tell.
     """
 
     id: str
@@ -37,6 +38,7 @@ class RackNode:
     workers: int
     free: int
     apple: bool
+    version: str | None = None
 
 
 def survey() -> tuple[RackNode, ...]:
@@ -59,7 +61,8 @@ def survey() -> tuple[RackNode, ...]:
             mac = Mac(facts.name, facts.model_memory, facts.bandwidth, facts.flops)
         left = int(free.get(node["NodeID"], {}).get(RESOURCE, 0))
         apple = facts is not None and is_apple(facts.chip)
-        found.append(RackNode(node["NodeID"], node["NodeManagerAddress"], mac, workers, left, apple))
+        version = None if facts is None else facts.version
+        found.append(RackNode(node["NodeID"], node["NodeManagerAddress"], mac, workers, left, apple, version))
     return tuple(sorted(found, key=lambda node: (node.mac.name, node.id)))
 
 

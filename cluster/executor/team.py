@@ -20,10 +20,11 @@ from pomarium.cluster.executor.bundles import PlacementError, Reservation
 from pomarium.cluster.executor.codec import WorkerLostError
 from pomarium.cluster.executor.launch import WorkerProcess
 from pomarium.cluster.executor.member import Contact, Member
-from pomarium.cluster.executor.staging import Ask, Slot, Staging, bundle_slots, slots, stage
+from pomarium.cluster.executor.staging import Ask, Slot, Staging, bundle_slots, of_version, slots, stage
 from pomarium.cluster.executor.survey import RackNode, alive, survey
 from pomarium.cluster.model_profile import read_profiles
 from pomarium.cluster.placement_model import Refusal
+from pomarium.cluster.version import own_version
 
 ASSEMBLY_TIMEOUT_S = 60.0
 GROUP_TIMEOUT_S = 6.0
@@ -58,7 +59,8 @@ def assemble(ask: Ask, configured: PlacementGroup | None = None) -> Team:
     if group is not None and not group.wait(ASSEMBLY_TIMEOUT_S):
         raise PlacementError(bundles.no_room(ask.stages or 1, ASSEMBLY_TIMEOUT_S))
     while True:
-        staging = planner.staging(*_slots(survey(), group, ask))
+        nodes, left_out = of_version(survey(), own_version())
+        staging = planner.staging(*_slots(nodes, group, ask), left_out)
         reservation = None if staging is None else bundles.reserve(staging.slots, group, GROUP_TIMEOUT_S)
         if staging is not None and reservation is not None:
             processes = launch.start(reservation)
@@ -85,8 +87,11 @@ class _Planner:
         self._ask = ask
         self._profiles = ask.profiles
 
-    def staging(self, free: Sequence[Slot], idle: Sequence[Slot]) -> Staging | None:
+    def staging(self, free: Sequence[Slot], idle: Sequence[Slot], left_out: str) -> Staging | None:
         """The stages on the `free` slots; None if they would fit on an idle rack only.
+
+        Args:
+            left_out: what a refusal says of nodes that have no slots, if anything.
 
         Raises:
             PlacementError: they would not fit on an idle rack either.
@@ -98,7 +103,7 @@ class _Planner:
             return found
         refused = self._stage(idle)
         if isinstance(refused, Refusal):
-            raise PlacementError(self._sentence(refused))
+            raise PlacementError(f"{self._sentence(refused)} {left_out}".rstrip())
         return None
 
     def _stage(self, slots: Sequence[Slot]) -> Staging | Refusal:

@@ -18,6 +18,8 @@ NAME_LABEL = f"{PREFIX}name"
 CHIP_LABEL = f"{PREFIX}chip"
 _MEMORY, _MODEL_MEMORY = f"{PREFIX}memory", f"{PREFIX}model-memory"
 _BANDWIDTH, _FLOPS = f"{PREFIX}bandwidth", f"{PREFIX}flops"
+_VERSION = f"{PREFIX}version"
+UNKNOWN_VERSION = "unknown"
 
 LONGEST = 63
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
@@ -33,6 +35,7 @@ class MacFacts:
         chip: "M2 Ultra", or what the processor is called. memory: bytes of the machine, or of its limit.
         model_memory: bytes that a stage may take in all.
         bandwidth: bytes/s from memory. flops: FLOP/s. Both as a model reaches them.
+        version: what it runs, as cluster/version.py writes it. Engines leave Macs of another one alone.
     """
 
     name: str
@@ -41,6 +44,7 @@ class MacFacts:
     model_memory: int
     bandwidth: float
     flops: float
+    version: str = UNKNOWN_VERSION
 
 
 def check_name(name: str) -> str:
@@ -62,6 +66,7 @@ def labels_of(facts: MacFacts) -> dict[str, str]:
         _MODEL_MEMORY: str(facts.model_memory),
         _BANDWIDTH: str(round(facts.bandwidth)),
         _FLOPS: str(round(facts.flops)),
+        _VERSION: facts.version,
     }
 
 
@@ -77,6 +82,7 @@ def facts_of(labels: Mapping[str, str]) -> MacFacts | None:
         _figure(labels, _MODEL_MEMORY, name),
         float(_figure(labels, _BANDWIDTH, name)),
         float(_figure(labels, _FLOPS, name)),
+        labels.get(_VERSION, UNKNOWN_VERSION),
     )
 
 

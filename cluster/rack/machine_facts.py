@@ -25,6 +25,7 @@ from pomarium.cluster.rack.facts import REACHED_BANDWIDTH, REACHED_FLOPS
 from pomarium.cluster.rack.inventory import Inventory, MacEntry
 from pomarium.cluster.rack.labels import LONGEST, MacFacts, check_name
 from pomarium.cluster.rack.units import format_size
+from pomarium.cluster.version import own_version
 from pomarium.worker.errors import SettingsError
 
 COMMAND_S = 20.0
@@ -132,7 +133,7 @@ def facts(known: Known, name: str, hardware: Hardware, model_memory: int, measur
         bandwidth = bandwidth or found.bandwidth * REACHED_BANDWIDTH
         flops = flops or found.flops * REACHED_FLOPS
     memory = min(hardware.memory, known.memory_limit or hardware.memory)
-    return MacFacts(name, chip, memory, known.model_memory or model_memory, bandwidth, flops)
+    return MacFacts(name, chip, memory, known.model_memory or model_memory, bandwidth, flops, own_version())
 
 
 def mac_hardware(sysctl: str, displays: str) -> Hardware:

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,11 +25,12 @@ from pomarium.cluster.rack import kin, netns, node, ports, starting, teardown
 from pomarium.cluster.rack.current import CurrentRack
 from pomarium.cluster.rack.identity import RackKey, ray_token, write_tls
 from pomarium.cluster.rack.kin import Kin
-from pomarium.cluster.rack.labels import MacFacts, labels_of
+from pomarium.cluster.rack.labels import MacFacts, facts_of, labels_of
 from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import NodeSpec, Ports
 from pomarium.cluster.rack.starting import Say
 from pomarium.cluster.serving.local_ray import session_folder
+from pomarium.cluster.version import own_version
 from pomarium.worker.errors import SettingsError
 from pomarium.worker.settings import AUTO_FRACTION
 
@@ -102,7 +103,8 @@ def specs(
     macs = []
     for index in range(count):
         name = f"mac-{index + 1}"
-        facts = MacFacts(name, CHIP, memory[index], int(memory[index] * AUTO_FRACTION), BANDWIDTH, FLOPS)
+        usable = int(memory[index] * AUTO_FRACTION)
+        facts = MacFacts(name, CHIP, memory[index], usable, BANDWIDTH, FLOPS, own_version())
         macs.append(
             NodeSpec(
                 name,
@@ -174,11 +176,16 @@ class SimulatedRack:
         """SIGCONT after `freeze`. Ray's node ends itself if the rack has given it up meanwhile."""
         kin.send(self._kin(name), signal.SIGCONT)
 
-    def rejoin(self, name: str) -> None:
-        """Start a Mac that was killed, or that ended, again. Raises NodeStartError, SettingsError if it still runs."""
+    def rejoin(self, name: str, version: str | None = None) -> None:
+        """Start a Mac that was killed, or that ended, again; as if it ran `version`, if one is given.
+
+        Raises NodeStartError, SettingsError if it still runs.
+        """
         if kin.members(self._kin(name)):
             raise SettingsError(f"{name} still runs: kill it before it joins again.")
         (spec,) = (spec for spec in self.current.nodes if spec.name == name)
+        if version is not None and (facts := facts_of(spec.labels)) is not None:
+            spec = replace(spec, labels=labels_of(replace(facts, version=version)))
         starting.bring_up([spec], self.current.membership, self._environ, lambda _: None)
 
     def down(self) -> None:

@@ -17,12 +17,14 @@ class RackStatus:
     """Attributes:
     address: of Ray's head. simulated: all on one machine.
     members: of the rack. replicas: that serve from it.
+    version: of Pomarium and Python here; Macs of another one serve nothing.
     """
 
     address: str
     simulated: bool
     members: tuple[Member, ...]
     replicas: tuple[ReplicaReport, ...]
+    version: str
 
     @property
     def macs(self) -> tuple[Member, ...]:
@@ -69,6 +71,8 @@ def _mac_rows(status: RackStatus) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("Mac", "address", "chip", "memory", "for models", "state", "stages")]
     for member in status.members:
         state = ("alive" if member.alive else "lost") + (", head" if member.head else "")
+        if member.facts is not None and member.facts.version != status.version:
+            state += f", runs {member.facts.version}: left out"
         if member.facts is None:
             rows.append((member.name, member.address, "-", "-", "-", state, "runs no stages"))
             continue

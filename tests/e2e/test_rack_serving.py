@@ -6,12 +6,15 @@ The tests run in order on one rack and one server.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -30,6 +33,7 @@ FAULT_S = 10.0
 HEAL_S = 240.0
 """Several starts of an engine on a machine of two cores."""
 LAYERS = 30
+DISK_BYTES = 1 << 30
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -84,9 +88,29 @@ def until(found: Callable[[], Any], seconds: float) -> Any:
 
 
 @pytest.fixture(scope="module")
-def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
-    folder = tmp_path_factory.mktemp("rack")
-    environ = os.environ | {"XDG_STATE_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
+def disk() -> Iterator[Path]:
+    """A file system of its own for what Ray and the server write: it can be filled."""
+    folder = Path(tempfile.mkdtemp(prefix="pmd", dir="/tmp"))
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    try:
+        yield folder
+    finally:
+        if mounted.returncode == 0:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        folder.rmdir()
+
+
+@pytest.fixture(scope="module")
+def rack(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Rack]:
+    folder = disk / "state"
+    folder.mkdir()
+    environ = os.environ | {
+        "XDG_STATE_HOME": str(folder),
+        "XDG_CONFIG_HOME": str(tmp_path_factory.mktemp("config")),
+        "RAY_TMPDIR": str(disk),
+    }
     environ.pop("RAY_ADDRESS", None)
     command(environ, "up", "--simulate", "3")
     try:
@@ -102,6 +126,8 @@ def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
     finally:
         command(environ, "down")
     assert current.recorded(environ) is None
+    shutil.rmtree(folder)
+    assert list(disk.iterdir()) == [], "the rack left files"
 
 
 def answer(rack: Rack) -> str:
@@ -136,6 +162,11 @@ class Streaming:
             self.error = error
         self.ended = time.monotonic()
 
+    def finishes(self) -> None:
+        self._thread.join(200)
+        assert self.ended is not None, "the request hangs"
+        assert self.error is None
+
     def ends_within(self, seconds: float, since: float) -> None:
         self._thread.join(seconds + 20)
         assert self.ended is not None, "the request hangs"
@@ -159,6 +190,31 @@ def test_same_text_as_from_one_machine_and_status_shows_the_layers(rack: Rack) -
     for mac in status["macs"]:
         held = [(stage["first"], stage["end"]) for stage in mac["stages"]]
         assert held == [(s["first"], s["end"]) for s in stages if s["mac"] == mac["name"]]
+
+
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        while file.write(bytes(1 << 20)):
+            pass
+
+
+def test_a_full_disk(rack: Rack, disk: Path) -> None:
+    """What cannot be logged is not logged: requests are served, one that runs meanwhile among them."""
+    if not os.path.ismount(disk):
+        pytest.skip("a file system of its own for this test takes root")
+    streaming = Streaming(rack)
+    ballast = disk / "ballast"
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            fill(ballast)
+        assert shutil.disk_usage(disk).free < 1 << 20
+        assert answer(rack) == "The capital of France is Paris."
+        before = streaming.pieces
+        until(lambda: streaming.pieces > before, 20)
+        assert rack.health()[0] == 200
+        streaming.finishes()
+    finally:
+        ballast.unlink()
 
 
 def test_a_killed_worker(rack: Rack) -> None:
@@ -197,5 +253,8 @@ def test_killed_macs_until_too_few_are_left_and_one_comes_back(rack: Rack) -> No
     assert second != first
     rack.simulated.kill(second)
     until(lambda: "2 stages need 2 Macs" in rack.health()[1], HEAL_S)
+    rack.simulated.rejoin(first, version="9.9.9-py3.11")
+    until(lambda: f"{first} runs 9.9.9-py3.11" in rack.health()[1], HEAL_S)
+    rack.simulated.kill(first)
     rack.simulated.rejoin(first)
     served_again(rack)

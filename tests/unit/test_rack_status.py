@@ -13,7 +13,8 @@ from pomarium.cluster.rack.roster import Member, members, namesake
 from pomarium.cluster.rack.status import RackStatus
 
 GIB = 1 << 30
-FACTS = MacFacts("mac-1", "M2 Ultra", 192 * GIB, 128 * GIB, 6e11, 1e13)
+VERSION = "0.1.0-py3.11"
+FACTS = MacFacts("mac-1", "M2 Ultra", 192 * GIB, 128 * GIB, 6e11, 1e13, VERSION)
 ONE = Member("mac-1", "10.0.0.1", True, True, FACTS)
 TWO = Member("mac-2", "10.0.0.2", True, False, replace(FACTS, name="mac-2"))
 LOST = replace(TWO, alive=False)
@@ -58,7 +59,7 @@ def test_a_silent_replica_is_gone() -> None:
 
 
 def test_the_table_shows_macs_stages_and_replicas() -> None:
-    text = status.text(RackStatus("10.0.0.9:6379", False, (HEAD, ONE, LOST), (REPORT,)))
+    text = status.text(RackStatus("10.0.0.9:6379", False, (HEAD, ONE, LOST), (REPORT,), VERSION))
     lines = text.splitlines()
     assert lines[0] == "rack at 10.0.0.9:6379: 1 of 2 Macs alive"
     assert "runs no stages" in lines[3]
@@ -67,12 +68,17 @@ def test_the_table_shows_macs_stages_and_replicas() -> None:
     assert "lost" in lines[5]
     assert lines[-1].split() == ["smollm2", "r1", "0-19", "on", "mac-1,", "20-29", "on", "mac-2", "3", "GiB",
                                  "3", "1", "12.5"]  # fmt: skip
-    assert "no model is served" in status.text(RackStatus("a:1", True, (ONE,), ()))
+    assert "no model is served" in status.text(RackStatus("a:1", True, (ONE,), (), VERSION))
 
 
 def test_the_document_is_json_in_bytes() -> None:
-    found = status.document(RackStatus("10.0.0.9:6379", True, (HEAD, ONE, TWO), (REPORT,)))
+    found = status.document(RackStatus("10.0.0.9:6379", True, (HEAD, ONE, TWO), (REPORT,), VERSION))
     assert json.loads(json.dumps(found)) == json.loads(json.dumps(found))
     first, second = found["macs"]  # type: ignore[misc]
     assert (first["name"], first["memory"], first["stages"][0]["end"]) == ("mac-1", 192 * GIB, 20)
     assert second["stages"][0]["replica"] == "r1"
+
+
+def test_a_mac_that_runs_another_version_is_said_to_be_left_out() -> None:
+    text = status.text(RackStatus("10.0.0.9:6379", False, (HEAD, ONE), (REPORT,), "0.2.0-py3.11"))
+    assert "alive, head, runs 0.1.0-py3.11: left out" in text
