@@ -17,6 +17,10 @@ REACHED_BANDWIDTH = 0.75
 REACHED_FLOPS = 0.6
 """Share of the computed FLOP/s that large products are taken to reach."""
 
+PROCESS_BYTES = 1 << 30
+"""What a worker's process holds beside the model where it computes on the CPU: 0.8 GiB were seen with SmolLM2's stages,
+most of it imports."""
+
 _SMALL = 36 << 30
 
 
@@ -35,6 +39,11 @@ def network_of(inventory: Inventory) -> Network:
 def working_set(memory: int) -> int:
     """Bytes that macOS recommends for the GPU on a Mac with so much memory."""
     return memory * 2 // 3 if memory <= _SMALL else memory * 3 // 4
+
+
+def cpu_model_memory(memory: int, fraction: float = AUTO_FRACTION) -> int:
+    """Bytes for models on a machine with `memory` that computes on the CPU, where the workers' own share the memory."""
+    return max(1, min(int(memory * fraction), memory - PROCESS_BYTES))
 
 
 def _mac(entry: MacEntry) -> Mac:

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from pomarium.cluster.rack import chips
-from pomarium.cluster.rack.facts import REACHED_BANDWIDTH, REACHED_FLOPS
+from pomarium.cluster.rack.facts import REACHED_BANDWIDTH, REACHED_FLOPS, cpu_model_memory
 from pomarium.cluster.rack.inventory import Inventory, MacEntry
 from pomarium.cluster.rack.labels import LONGEST, MacFacts, check_name
 from pomarium.cluster.rack.units import format_size
@@ -199,6 +199,8 @@ def _model_memory(limit: int | None, environ: Mapping[str, str]) -> int:
     where = device.detect(values)
     confined = {} if limit is None else {settings.MACHINE_MEMORY: str(limit)}
     base = memory.memory_base(where, memory.snapshot(where, confined))
+    if where.kind is settings.DeviceKind.CPU:
+        return cpu_model_memory(base, values.resolved_fraction)
     return int(base * values.resolved_fraction)
 
 

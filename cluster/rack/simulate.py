@@ -23,6 +23,7 @@ import psutil
 from pomarium.cluster.rack import current as record
 from pomarium.cluster.rack import kin, netns, node, ports, starting, teardown
 from pomarium.cluster.rack.current import CurrentRack
+from pomarium.cluster.rack.facts import cpu_model_memory
 from pomarium.cluster.rack.identity import RackKey, ray_token, write_tls
 from pomarium.cluster.rack.kin import Kin
 from pomarium.cluster.rack.labels import MacFacts, facts_of, labels_of
@@ -32,7 +33,6 @@ from pomarium.cluster.rack.starting import Say
 from pomarium.cluster.serving.local_ray import session_folder
 from pomarium.cluster.version import own_version
 from pomarium.worker.errors import SettingsError
-from pomarium.worker.settings import AUTO_FRACTION
 
 T = TypeVar("T")
 
@@ -103,7 +103,7 @@ def specs(
     macs = []
     for index in range(count):
         name = f"mac-{index + 1}"
-        usable = int(memory[index] * AUTO_FRACTION)
+        usable = cpu_model_memory(memory[index])
         facts = MacFacts(name, CHIP, memory[index], usable, BANDWIDTH, FLOPS, own_version())
         macs.append(
             NodeSpec(

@@ -140,7 +140,7 @@ def _replica_id() -> str:
 
 
 def ask_of(plan: ModelPlan, found: Found) -> "Ask":
-    """What a replica of `plan` wants of the rack. Limits that the user leaves to vLLM are its defaults."""
+    """What a replica of `plan` wants of the rack."""
     from pomarium.cluster.executor.staging import Ask
 
     defaults = Ask(plan.source or embedded.NAME)
@@ -149,8 +149,8 @@ def ask_of(plan: ModelPlan, found: Found) -> "Ask":
         found.profiles,
         plan.stages,
         plan.engine_args.get("max_model_len"),
-        plan.engine_args.get("max_num_batched_tokens") or defaults.rows,
-        plan.engine_args.get("max_num_seqs") or defaults.sampled,
+        plan.step_tokens,
+        plan.step_requests,
         plan.share_macs,
         plan.streams,
         plan.network or defaults.network,

@@ -36,16 +36,18 @@ class ModelIsHere(CallbackBase):
         self.ctx.run_init_node = False
 
 
-def engine_kwargs(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """vLLM's engine arguments: the `given` ones, and a KV cache of our CPU workers' size for vLLM's own CPU backend.
+def engine_kwargs(plan: ModelPlan, environ: Mapping[str, str]) -> dict[str, Any]:
+    """vLLM's engine arguments: those of the user, the step that was planned for, and for vLLM's own CPU backend a KV
+    cache of our CPU workers' size.
 
     Left alone, that backend wants 0.92 of the machine's memory to be free when its worker starts, which Ray, the
     replica and EngineCore do not leave on a machine of 24 GiB (vllm/v1/worker/cpu_worker.py).
     """
+    given = dict(plan.engine_args)
+    if settings.load(environ).use_mlx:
+        return given | {"max_num_batched_tokens": plan.step_tokens, "max_num_seqs": plan.step_requests}
     sized = not CPU_BACKEND_SIZES.isdisjoint(given) or environ.get(CPU_BACKEND_SPACE)
-    if settings.load(environ).use_mlx or sized:
-        return dict(given)
-    return {**given, "kv_cache_memory_bytes": CPU_AUTO_KV_BYTES}
+    return given if sized else given | {"kv_cache_memory_bytes": CPU_AUTO_KV_BYTES}
 
 
 def llm_config(plan: ModelPlan, folder: Path, stages: int) -> LLMConfig:
@@ -55,7 +57,7 @@ def llm_config(plan: ModelPlan, folder: Path, stages: int) -> LLMConfig:
         accelerator_config={"kind": "cpu"},
         placement_group_config={"bundles": [{"CPU": 1}]},  # of vLLM's own backend; our workers have a group already
         callback_config={"callback_class": ModelIsHere},
-        engine_kwargs=engine_kwargs(plan.engine_args, os.environ) | {"pipeline_parallel_size": stages},
+        engine_kwargs=engine_kwargs(plan, os.environ) | {"pipeline_parallel_size": stages},
         log_engine_metrics=True,
     )
 

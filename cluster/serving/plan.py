@@ -21,6 +21,11 @@ SERVE_CPUS = 2.0
 """Logical CPUs, for Ray's book-keeping alone: they limit nothing."""
 
 
+STEP_TOKENS, STEP_REQUESTS = 2048, 256
+"""Tokens of one step, and requests in it, where the user says nothing. vLLM's own defaults vary with the machine and
+the number of stages (up to 16,384 and 1,024), and placement has to know them before there is an engine."""
+
+
 @dataclass(frozen=True)
 class ModelPlan:
     """One model behind the endpoint.
@@ -28,7 +33,8 @@ class ModelPlan:
     Attributes:
         name: what requests call it (`model` in the body).
         source: what the user named: a folder, a GGUF file or an id; None is the embedded model.
-        engine_args: vLLM AsyncEngineArgs and FrontendArgs fields that the user set; the others keep vLLM's defaults.
+        engine_args: vLLM AsyncEngineArgs and FrontendArgs fields that the user set; the others keep vLLM's defaults,
+            but for STEP_TOKENS and STEP_REQUESTS.
         replicas: how many engines serve it.
         stages: Macs of one replica; None takes what placement finds best when the replica starts.
         share_macs: stages of one replica may share a Mac.
@@ -44,6 +50,16 @@ class ModelPlan:
     share_macs: bool = False
     streams: int | None = None
     network: Network | None = None
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one step at most."""
+        return int(self.engine_args.get("max_num_batched_tokens") or STEP_TOKENS)
+
+    @property
+    def step_requests(self) -> int:
+        """Requests in one step at most."""
+        return int(self.engine_args.get("max_num_seqs") or STEP_REQUESTS)
 
 
 @dataclass(frozen=True)

@@ -8,83 +8,24 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
-from openai import APIError, OpenAI
-from serve_process import Server
-
-from pomarium.cluster.rack import current
-from pomarium.cluster.rack.simulate import SimulatedRack
+from openai import APIError
+from rack_serving import HEAL_S, Rack, answer, served_again, serving, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 FAULT_S = 10.0
 """Requests in flight end with an error so soon after any fault."""
-HEAL_S = 240.0
-"""Several starts of an engine on a machine of two cores."""
 LAYERS = 30
 DISK_BYTES = 1 << 30
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-@dataclass
-class Rack:
-    """The rack and the server on it."""
-
-    server: Server
-    simulated: SimulatedRack
-    environ: dict[str, str]
-
-    def client(self) -> OpenAI:
-        return self.server.client()
-
-    def health(self) -> tuple[int, str]:
-        try:
-            answer = httpx.get(f"{self.server.url}/health", timeout=5)
-        except httpx.HTTPError as error:
-            return 0, repr(error)
-        return answer.status_code, answer.text
-
-    def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(command(self.environ, "status", "--json"))
-        return found
-
-    def stages(self) -> list[dict[str, Any]]:
-        """Of the one replica, once it has reported."""
-        replicas = until(lambda: self.status()["replicas"], 60)
-        stages: list[dict[str, Any]] = replicas[0]["stages"]
-        return stages
-
-
-def command(environ: dict[str, str], *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "pomarium.cluster.cli.main", "rack", *arguments],
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.stdout, done.stderr
-    return done.stdout
-
-
-def until(found: Callable[[], Any], seconds: float) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.5)
-    return value
 
 
 @pytest.fixture(scope="module")
@@ -106,33 +47,11 @@ def disk() -> Iterator[Path]:
 def rack(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Rack]:
     folder = disk / "state"
     folder.mkdir()
-    environ = os.environ | {
-        "XDG_STATE_HOME": str(folder),
-        "XDG_CONFIG_HOME": str(tmp_path_factory.mktemp("config")),
-        "RAY_TMPDIR": str(disk),
-    }
-    environ.pop("RAY_ADDRESS", None)
-    command(environ, "up", "--simulate", "3")
-    try:
-        recorded = current.current(environ)
-        assert recorded is not None
-        server = Server(folder, ["--stages", "2"])
-        server.ensure()
-        try:
-            yield Rack(server, SimulatedRack(recorded, environ), environ)
-        finally:
-            server.interrupt()
-            server.kill()
-    finally:
-        command(environ, "down")
-    assert current.recorded(environ) is None
+    config = tmp_path_factory.mktemp("config")
+    with serving(folder, config, ["--simulate", "3"], ["--stages", "2"], RAY_TMPDIR=str(disk)) as rack:
+        yield rack
     shutil.rmtree(folder)
     assert list(disk.iterdir()) == [], "the rack left files"
-
-
-def answer(rack: Rack) -> str:
-    done = rack.client().chat.completions.create(model="smollm2", messages=QUESTION, temperature=0, max_tokens=16)
-    return done.choices[0].message.content or ""
 
 
 class Streaming:
@@ -172,11 +91,6 @@ class Streaming:
         assert self.ended is not None, "the request hangs"
         assert self.error is not None, "the request ended as if nothing had happened"
         assert self.ended - since < seconds
-
-
-def served_again(rack: Rack) -> None:
-    until(lambda: rack.health()[0] == 200, HEAL_S)
-    assert "Paris" in answer(rack)
 
 
 def test_same_text_as_from_one_machine_and_status_shows_the_layers(rack: Rack) -> None:

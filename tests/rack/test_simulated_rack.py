@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pomarium.cluster.rack import current, kin, node
+from pomarium.cluster.rack.facts import PROCESS_BYTES
 from pomarium.cluster.rack.simulate import HEAD, SimulatedRack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -79,7 +80,7 @@ def environ(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     environ |= {"XDG_STATE_HOME": folder, "XDG_CONFIG_HOME": folder}
     cores = sorted(os.sched_getaffinity(0))
     held = f"{cores[0]},{cores[-1]},{cores[0]}"
-    up = rack(environ, "up", "--simulate", "3", "--memory", "2GiB,1GiB,1GiB", "--cpus", held)
+    up = rack(environ, "up", "--simulate", "3", "--memory", "3GiB,2GiB,2GiB", "--cpus", held)
     assert up.returncode == 0, up.stdout + up.stderr
     try:
         yield environ
@@ -97,9 +98,9 @@ def test_the_macs_are_there_with_their_facts(environ: dict[str, str]) -> None:
     found = status(environ)
     assert found["simulated"] is True
     assert [(m["name"], m["address"], m["alive"], m["memory"], m["model_memory"]) for m in found["macs"]] == [
-        ("mac-1", "127.0.0.2", True, 2 * GIB, int(1.8 * GIB)),
-        ("mac-2", "127.0.0.3", True, GIB, int(0.9 * GIB)),
-        ("mac-3", "127.0.0.4", True, GIB, int(0.9 * GIB)),
+        ("mac-1", "127.0.0.2", True, 3 * GIB, 3 * GIB - PROCESS_BYTES),
+        ("mac-2", "127.0.0.3", True, 2 * GIB, 2 * GIB - PROCESS_BYTES),
+        ("mac-3", "127.0.0.4", True, 2 * GIB, 2 * GIB - PROCESS_BYTES),
     ]
 
 
@@ -113,12 +114,16 @@ def test_a_driver_on_this_machine_places_workers_by_name_and_reports_are_shown(e
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["head"] == recorded.current.address.split(":")[0]
-    assert seen["survey"] == [["mac-1", int(1.8 * GIB), 0], ["mac-2", int(0.9 * GIB), 0], ["mac-3", int(0.9 * GIB), 0]]
+    assert seen["survey"] == [
+        ["mac-1", 3 * GIB - PROCESS_BYTES, 0],
+        ["mac-2", 2 * GIB - PROCESS_BYTES, 0],
+        ["mac-3", 2 * GIB - PROCESS_BYTES, 0],
+    ]
     cores, nice = sorted(os.sched_getaffinity(0)), os.nice(0)
     assert seen["workers"] == [
-        ["127.0.0.4", str(GIB), nice, [cores[0]]],
-        ["127.0.0.2", str(2 * GIB), nice, [cores[0]]],
-        ["127.0.0.3", str(GIB), nice, [cores[-1]]],
+        ["127.0.0.4", str(2 * GIB), nice, [cores[0]]],
+        ["127.0.0.2", str(3 * GIB), nice, [cores[0]]],
+        ["127.0.0.3", str(2 * GIB), nice, [cores[-1]]],
     ]
     found = status(environ)
     assert [replica["replica"] for replica in found["replicas"]] == ["fresh"]

@@ -79,8 +79,8 @@ def test_this_machine_s_memory_is_what_its_workers_would_take() -> None:
     known = Known(bandwidth=1e10, flops=1e11)
     whole = machine_facts.gather(known, "m", {})
     assert whole.model_memory == pytest.approx(0.9 * whole.memory, rel=0.2)
-    half = machine_facts.gather(replace(known, memory_limit=GIB), "m", {"VLLM_METAL_MEMORY_FRACTION": "0.5"})
-    assert (half.memory, half.model_memory) == (GIB, GIB // 2)
+    half = machine_facts.gather(replace(known, memory_limit=4 * GIB), "m", {"VLLM_METAL_MEMORY_FRACTION": "0.5"})
+    assert (half.memory, half.model_memory) == (4 * GIB, 2 * GIB)
 
 
 def test_rack_yaml_is_searched_by_name_and_then_by_address() -> None:

@@ -1,0 +1,108 @@
+"""A simulated rack with a `pomarium serve` on it, and what tests do with both: processes of their own, real sockets."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import OpenAI
+from serve_process import Server
+
+from pomarium.cluster.rack import current
+from pomarium.cluster.rack.simulate import SimulatedRack
+
+HEAL_S = 240.0
+"""Several starts of an engine on a machine of two cores."""
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@dataclass
+class Rack:
+    """The rack and the server on it."""
+
+    server: Server
+    simulated: SimulatedRack
+    environ: dict[str, str]
+
+    def client(self) -> OpenAI:
+        return self.server.client()
+
+    def health(self) -> tuple[int, str]:
+        try:
+            answer = httpx.get(f"{self.server.url}/health", timeout=5)
+        except httpx.HTTPError as error:
+            return 0, repr(error)
+        return answer.status_code, answer.text
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(command(self.environ, "status", "--json"))
+        return found
+
+    def stages(self) -> list[dict[str, Any]]:
+        """Of the one replica, once it has reported."""
+        replicas = until(lambda: self.status()["replicas"], 60)
+        stages: list[dict[str, Any]] = replicas[0]["stages"]
+        return stages
+
+
+def command(environ: dict[str, str], *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "pomarium.cluster.cli.main", "rack", *arguments],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.stdout, done.stderr
+    return done.stdout
+
+
+def until(found: Callable[[], Any], seconds: float) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.5)
+    return value
+
+
+@contextmanager
+def serving(state: Path, config: Path, up: Sequence[str], serve: Sequence[str], **variables: str) -> Iterator[Rack]:
+    """`rack up` and `serve` with these arguments; both are ended with the context.
+
+    Args:
+        state, config: folders for what they write. variables: of the environment.
+    """
+    environ = os.environ | {"XDG_STATE_HOME": str(state), "XDG_CONFIG_HOME": str(config), **variables}
+    environ.pop("RAY_ADDRESS", None)
+    command(environ, "up", *up)
+    try:
+        recorded = current.current(environ)
+        assert recorded is not None
+        server = Server(state, list(serve))
+        server.ensure()
+        try:
+            yield Rack(server, SimulatedRack(recorded, environ), environ)
+        finally:
+            server.interrupt()
+            server.kill()
+    finally:
+        command(environ, "down")
+    assert current.recorded(environ) is None
+
+
+def answer(rack: Rack) -> str:
+    done = rack.client().chat.completions.create(model="smollm2", messages=QUESTION, temperature=0, max_tokens=16)
+    return done.choices[0].message.content or ""
+
+
+def served_again(rack: Rack) -> None:
+    until(lambda: rack.health()[0] == 200, HEAL_S)
+    assert "Paris" in answer(rack)
