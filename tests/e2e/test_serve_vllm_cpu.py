@@ -44,6 +44,7 @@ def test_it_serves_the_tokens_that_mlx_lm_gives(model: str, server: Server) -> N
     assert answer["choices"][0]["token_ids"] == tokens[len(PROMPT) :]
 
 
+@pytest.mark.full
 def test_the_reason_of_its_worker_process_is_shown(model: str, server: Server) -> None:
     process = server.start([model, "--port", "18736", "--enforce-eager", "--gpu-memory-utilization", "1.0"])
     assert process.wait(READY_S + STOP_S) == 1

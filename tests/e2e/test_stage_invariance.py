@@ -61,7 +61,7 @@ def test_chunks_and_cached_prefixes_change_nothing(baseline: Baseline, cut: str)
         assert counter(llm, "vllm:prefix_cache_hits") >= 96
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", ["two", *(pytest.param(cut, marks=FULL) for cut in ("three", "one layer each"))])
 @pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_preemption_changes_nothing(baseline: Baseline, cut: str, prefix_caching: bool, asynchronous: bool) -> None:
