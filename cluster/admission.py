@@ -15,6 +15,8 @@ from pomarium.worker.settings import DeviceKind, MultimodalMode
 
 BLOCK_SIZES = (8, 16, 32)
 LOAD_FORMATS = frozenset({"auto", "hf", "safetensors", "gguf"})
+HYBRIDS = frozenset({"Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"})
+"""Architectures with gated-delta layers that the worker runs (worker.models.gated_delta)."""
 
 
 class Backend(StrEnum):
@@ -291,14 +293,15 @@ _CACHE = (
         "Fast prefill for shared K/V is not supported: leave out --kv-sharing-fast-prefill.",
     ),
     _refuse_if(
-        lambda f: f.mamba_cache_dtypes != ("auto", "auto"),
+        # float32 is what they are kept in, and what some models' configs make vLLM ask for.
+        lambda f: f.mamba_cache_dtypes not in (("auto", "auto"), ("auto", "float32")),
         "The dtype of recurrent state follows the model: leave out --mamba-cache-dtype and --mamba-ssm-cache-dtype.",
     ),
     _refuse_if(
-        lambda f: f.has_inner_state,
+        lambda f: f.has_inner_state and f.architectures[0] not in HYBRIDS,
         lambda f: (
-            f"{f.architectures[0]} has recurrent (Mamba or gated-delta) layers, which do not run yet; "
-            "serve an attention-only model."
+            f"{f.architectures[0]} has recurrent layers, and of those only the gated-delta layers of Qwen3-Next and "
+            "Qwen3.5 run; serve one of these or an attention-only model."
         ),
     ),
     _refuse_if(

@@ -6,8 +6,9 @@
 
 Tensors are counted as they lie in memory: as stored, but GGUF tensors as the converter writes them (families.py,
 quantization.py) and FP8 ones at 16 bits, to which mlx-lm expands them. What mlx-lm does not load (vision, audio, layers
-for speculation) is left out and reported. K and V come from the config's heads and windows; for families whose windows
-mlx-lm is not known to apply, all tokens are counted. Operations are ESTIMATED as two for each weight that a token uses.
+for speculation) is left out and reported. K and V come from the config's heads, latents and windows; for families whose
+windows mlx-lm is not known to apply, all tokens are counted. Operations are ESTIMATED as two for each weight that a
+token uses.
 """
 
 import math
@@ -39,6 +40,12 @@ _WINDOWED = frozenset({
     "llama", "mistral", "ministral3", "gemma3", "gemma3_text", "gpt_oss", "olmo3", "cohere2", "exaone4",
 })  # fmt: skip
 """Model types whose windowed layers mlx-lm gives a RotatingKVCache; a test compares them with the worker's cache."""
+
+_LATENT = frozenset({"deepseek_v3", "kimi_k2", "glm4_moe_lite"})
+"""Model types whose layers cache a latent and a rotated key, shared by all heads (absorbed latent attention)."""
+
+_EXPANDED = frozenset({"deepseek_v2", "minicpm3", "youtu_llm"})
+"""Model types whose layers expand latents to K and V of unequal width before they cache them."""
 
 _ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _KV_ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -261,18 +268,33 @@ def _layer(index: int, held: list[Tensor], facts: Mapping[str, Any], dtype: str,
     experts = [t for t in held if _EXPERTS.search(t.name)]
     share = _active_share(facts) if experts else 1.0
     heads = _size(facts, ("num_attention_heads", "n_heads", "n_head"), where)
-    kv_heads = facts.get("num_key_value_heads") or heads
-    width = facts.get("head_dim") or _size(facts, ("hidden_size", "n_embd", "d_model"), where) // heads
+    kept, multiplied = _attention_elements(facts, heads, where)
     used = sum(t.weights for t in held) - (1 - share) * sum(t.weights for t in experts)
     return LayerProfile(
         weight_bytes=_memory(held),
         flops=2.0 * used,
-        kv_bytes=2 * int(kv_heads) * int(width) * _KV_ITEM[dtype],
+        kv_bytes=kept * _KV_ITEM[dtype],
         expert_bytes=_memory(experts),
         active_share=share,
-        attention_flops=4.0 * heads * int(width),
+        attention_flops=2.0 * heads * multiplied,
         window=_window(index, facts),
     )
+
+
+def _attention_elements(facts: Mapping[str, Any], heads: int, where: str) -> tuple[int, int]:
+    """Elements that a layer caches per token, and those of K and V together that a query head is multiplied with."""
+    hidden = _size(facts, ("hidden_size", "n_embd", "d_model"), where)
+    if facts["model_type"] in _LATENT | _EXPANDED:
+        rope = _size(facts, ("qk_rope_head_dim",), where)
+        if facts["model_type"] in _LATENT:
+            rank = _size(facts, ("kv_lora_rank",), where)
+            return rank + rope, 2 * rank + rope
+        width = _size(facts, ("qk_nope_head_dim",), where) + rope
+        value = facts.get("v_head_dim") if facts["model_type"] != "minicpm3" else None  # mlx-lm does not read it there
+        both = width + int(value or hidden // heads)
+        return heads * both, both
+    width = int(facts.get("head_dim") or hidden // heads)
+    return 2 * int(facts.get("num_key_value_heads") or heads) * width, 2 * width
 
 
 def _active_share(facts: Mapping[str, Any]) -> float:

@@ -6,7 +6,8 @@ vLLM finds out what a model can do by importing its class in a process of its ow
 earlier start left the answer in the cache. The class computes nothing here: models come from mlx-lm. So the families
 that the worker is proven on (`worker.models.verify.PROVEN`) are registered with a stand-in, as all of them have the
 same answers; architectures that vLLM has no class for are served that way, too. Every other one goes through vLLM's own
-inspection, and is admitted or refused on what that says.
+inspection, and is admitted or refused on what that says. Hybrids with gated-delta layers have a stand-in of their own,
+which makes vLLM plan for states beside K and V (vllm/model_executor/models/config.py, MambaModelConfig).
 """
 
 from typing import Any, ClassVar, NoReturn
@@ -14,15 +15,18 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from vllm.model_executor.models.registry import ModelRegistry
 
+from pomarium.cluster.admission import HYBRIDS
+
 ARCHITECTURES = frozenset({
-    "ApertusForCausalLM", "Cohere2ForCausalLM", "CohereForCausalLM", "Ernie4_5ForCausalLM", "Exaone4ForCausalLM",
-    "GPTNeoXForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GemmaForCausalLM", "Glm4ForCausalLM",
-    "GlmForCausalLM", "GptOssForCausalLM", "GraniteForCausalLM", "GraniteMoeForCausalLM", "HeliumForCausalLM",
-    "HunYuanDenseV1ForCausalLM", "InternLM3ForCausalLM", "LlamaForCausalLM", "MiMoForCausalLM",
-    "Ministral3ForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "NemotronForCausalLM", "Olmo2ForCausalLM",
-    "Olmo3ForCausalLM", "OlmoeForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM",
-    "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM",
-    "StableLmForCausalLM", "Starcoder2ForCausalLM",
+    "ApertusForCausalLM", "Cohere2ForCausalLM", "CohereForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM",
+    "Ernie4_5ForCausalLM", "Exaone4ForCausalLM", "GPTNeoXForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+    "GemmaForCausalLM", "Glm4ForCausalLM", "Glm4MoeLiteForCausalLM", "GlmForCausalLM", "GptOssForCausalLM",
+    "GraniteForCausalLM", "GraniteMoeForCausalLM", "HeliumForCausalLM", "HunYuanDenseV1ForCausalLM",
+    "InternLM3ForCausalLM", "LlamaForCausalLM", "MiMoForCausalLM", "MiniCPM3ForCausalLM", "Ministral3ForCausalLM",
+    "MistralForCausalLM", "MixtralForCausalLM", "NemotronForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM",
+    "OlmoeForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM", "StableLmForCausalLM",
+    "Starcoder2ForCausalLM", "YoutuForCausalLM",
 })  # fmt: skip
 """What config.json calls the families of PROVEN: plain decoders that generate text."""
 
@@ -52,7 +56,16 @@ class MlxDecoder(torch.nn.Module):
         raise NotImplementedError
 
 
+class MlxHybrid(MlxDecoder):
+    """A decoder some of whose layers keep a state per sequence (IsHybrid in vLLM's interfaces.py)."""
+
+    is_hybrid: ClassVar[bool] = True
+    has_inner_state: ClassVar[bool] = True
+
+
 def register() -> None:
-    """Make the stand-in known to vLLM in this process; calling it again changes nothing."""
+    """Make the stand-ins known to vLLM in this process; calling it again changes nothing."""
     for architecture in ARCHITECTURES:
         ModelRegistry.register_model(architecture, MlxDecoder)
+    for architecture in HYBRIDS:
+        ModelRegistry.register_model(architecture, MlxHybrid)

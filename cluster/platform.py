@@ -171,6 +171,7 @@ def _set_engine(config: "VllmConfig", settings: worker_settings.Settings) -> Non
     cache = config.cache_config
     if not settings.paged_attention and cache.enable_prefix_caching:
         cache.enable_prefix_caching = False
+        cache.mamba_cache_mode, cache.mamba_block_size = "none", None  # what vLLM had derived from it
         logger.info("Prefix caching is off: VLLM_METAL_USE_PAGED_ATTENTION=0 leaves no blocks to share.")
     if cache.gpu_memory_utilization != type(cache).gpu_memory_utilization:
         logger.warning("gpu_memory_utilization has no effect here: set VLLM_METAL_MEMORY_FRACTION instead.")

@@ -38,11 +38,12 @@ def grouped_attention(
     The query heads of a group are folded into the query axis, so that K and V are read once per KV head.
 
     Args:
-        queries: (S x Q, num_heads, head_dim). keys, values: (S, num_kv_heads, L, head_dim).
+        queries: (S x Q, num_heads, head_dim). keys: (S, num_kv_heads, L, head_dim). values: (S, num_kv_heads, L,
+            value_dim).
         bias: (S, 1, 1, Q, L), added to the scores.
 
     Returns:
-        (S x Q, num_heads, head_dim) of the queries' dtype.
+        (S x Q, num_heads, value_dim) of the queries' dtype.
     """
     sequences, kv_heads, length, head_dim = keys.shape
     count, group = bias.shape[3], queries.shape[1] // kv_heads
@@ -58,5 +59,5 @@ def grouped_attention(
     else:
         weights = mx.softmax(scores, axis=-1, precise=True)
     out = weights.reshape(sequences, kv_heads, group * count, length) @ values
-    out = out.reshape(sequences, kv_heads, group, count, head_dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(sequences * count, queries.shape[1], head_dim)
+    out = out.reshape(sequences, kv_heads, group, count, values.shape[-1]).transpose(0, 3, 1, 2, 4)
+    return out.reshape(sequences * count, queries.shape[1], values.shape[-1])

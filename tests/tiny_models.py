@@ -58,6 +58,37 @@ _EXPERTS: Config = {
 }
 _LOCAL_EXPERTS: Config = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _SIX_MIXED: Config = {"num_hidden_layers": 6, "sliding_window": WINDOW, "layer_types": MIXED_LAYERS}
+_MLA: Config = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "head_dim": 4,  # the rotated part, as transformers has it
+    "v_head_dim": 8,
+    **_UNTIED,
+}
+_YARN: Config = {
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.0,
+    }
+}
+_DEEPSEEK_EXPERTS: Config = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+}
+_GROUPED: Config = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 2, "topk_group": 1}
 _GRANITE: Config = {
     "logits_scaling": 2.0,
     "attention_multiplier": 0.35,
@@ -212,6 +243,44 @@ _FAMILIES: dict[str, tuple[str, str, Config]] = {
     "internlm3": ("internlm3", "InternLM3ForCausalLM", {"qkv_bias": True}),
     "mimo": ("mimo", "MiMoForCausalLM", {"num_nextn_predict_layers": 0, "attention_bias": True}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", {"attention_bias": False}),
+    "deepseek_v2": (
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        {**_MLA, **_YARN, **_DEEPSEEK_EXPERTS, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+    ),
+    "deepseek_v2_lite": (
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        {**_MLA, **_YARN, **_DEEPSEEK_EXPERTS, "q_lora_rank": None, "topk_method": "greedy", "num_hidden_layers": 2},
+    ),
+    "deepseek_v3": ("deepseek_v3", "DeepseekV3ForCausalLM", {**_MLA, **_YARN, **_DEEPSEEK_EXPERTS, **_GROUPED}),
+    "deepseek_v3_dense": (
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        {**_MLA, **_DEEPSEEK_EXPERTS, **_GROUPED, "q_lora_rank": None, "first_k_dense_replace": 9},
+    ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        "Glm4MoeLiteForCausalLM",
+        {**_MLA, **_DEEPSEEK_EXPERTS, "topk_method": "noaux_tc", "n_group": 1, "topk_group": 1, "v_head_dim": 10},
+    ),
+    "minicpm3": (
+        "minicpm3",
+        "MiniCPM3ForCausalLM",
+        {
+            **_MLA,
+            "rope_scaling": {
+                "type": "longrope",
+                "long_factor": [1.0, 1.5],
+                "short_factor": [1.0, 1.0],
+                "original_max_position_embeddings": 64,
+            },
+            "dim_model_base": 16,
+            "scale_depth": 1.4,
+            "scale_emb": 3,
+        },
+    ),
+    "youtu_llm": ("youtu_llm", "YoutuForCausalLM", {**_MLA, "tie_word_embeddings": True}),
     "apertus": (
         "apertus",
         "ApertusForCausalLM",

@@ -18,8 +18,16 @@ import mlx.core as mx
 import numpy as np
 import torch
 from vllm.sampling_params import SamplingParams as VllmSamplingParams
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, LogprobsTensors, ModelRunnerOutput
 from vllm.v1.sample.logits_processor import (
     BatchUpdate,
@@ -35,15 +43,20 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from pomarium.worker import blas, memory
 from pomarium.worker.activations import activation_bytes
+from pomarium.worker.attention.base import AttentionBackend
 from pomarium.worker.attention.gathered import GatheredAttention
+from pomarium.worker.attention.hybrid import EagerStateBackend, HybridBackend
 from pomarium.worker.device import Device, use
 from pomarium.worker.errors import InsufficientMemoryError, UnsupportedError
 from pomarium.worker.forward import ContiguousForward, Forward, PagedForward, contiguous_layer
-from pomarium.worker.kv_cache.layout import CacheGroup, CacheLayout, LayerCache
+from pomarium.worker.kv_cache.layout import LayerCache
+from pomarium.worker.kv_cache.paging import Paging, expand, paging_of
+from pomarium.worker.kv_cache.placement import layout_of, names_of, state_layout_of
 from pomarium.worker.kv_cache.pool import PagedPool
+from pomarium.worker.kv_cache.states import StateCache, StatePool
 from pomarium.worker.model_runner import ModelRunner, StepStats
 from pomarium.worker.models.load import LoadedModel, load
-from pomarium.worker.models.paged import PagedModel, prepare, prepare_stage
+from pomarium.worker.models.paged import PagedModel, StageModel, prepare, prepare_stage
 from pomarium.worker.models.resolve import resolve
 from pomarium.worker.models.verify import PROVEN, verify, verify_stage
 from pomarium.worker.pipeline.place import Surroundings
@@ -53,7 +66,7 @@ from pomarium.worker.sampling.rows import SamplingRow
 from pomarium.worker.sampling.sampler import Sampler
 from pomarium.worker.settings import DeviceKind
 from pomarium.worker.settings import load as load_settings
-from pomarium.worker.step import CachedRequest, Grammar, NewRequest, Step, StepResult
+from pomarium.worker.step import BlockTables, CachedRequest, Grammar, NewRequest, Step, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -107,20 +120,26 @@ class MetalWorker(WorkerBase):
             self._stage = Stage(place, prepare_stage(self.loaded.model, model_type, place.cut))
             if model_type not in PROVEN:
                 verify_stage(self._stage.model, model_type)
-            self._keep(self._stage.model.layers, self._stage.model.dtype, self._stage.model.own_entries)
+            self._keep(self._stage.model, self._stage.model.whole)
         elif self.settings.paged_attention:
             self.paged = prepare(self.loaded.model, model_type)
             if model_type not in PROVEN:
                 verify(self.paged, model_type)
-            self._keep(self.paged.layers, self.paged.dtype, range(len(self.paged.layers)))
+            self._keep(self.paged, self.paged)
         else:
             layer, dtype = contiguous_layer(self.loaded.model)
-            self._keep((layer,), dtype, (0,))
+            self.layers: tuple[LayerCache, ...] = (layer,)
+            self.kv_dtype, self.layer_names = dtype, names_of((0,))
+            self.states: tuple[StateCache, ...] = ()
+            self.state_names: tuple[str, ...] = ()
+            self._paging = Paging(self.cache_config.block_size)
 
-    def _keep(self, layers: tuple[LayerCache, ...], dtype: mx.Dtype, entries: Sequence[int]) -> None:
-        """`entries`: number of each layer in the whole model, by which vLLM knows it."""
-        self.layers, self.kv_dtype = layers, dtype
-        self.layer_names = tuple(f"layers.{entry}" for entry in entries)
+    def _keep(self, model: PagedModel | StageModel, whole: PagedModel) -> None:
+        """vLLM knows layers by their number in the `whole` model."""
+        self.layers, self.kv_dtype, self.layer_names = model.layers, model.dtype, names_of(model.own_entries)
+        own = [entry for entry, state in model.state_entries.items() if state is not None]
+        self.states, self.state_names = model.states, names_of(own)
+        self._paging = paging_of(whole.layers, whole.states, model.dtype.size, self.cache_config.block_size)
 
     def listen(self, on_link_failure: Callable[[Exception], None]) -> str:
         """Begin to listen for the other stages; returns the address. Raises HandoffError or OSError.
@@ -145,19 +164,35 @@ class MetalWorker(WorkerBase):
         return ("generate",)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """One spec per attention layer; without paging one layer that stands for all."""
-        return {name: self._spec(layer) for name, layer in zip(self.layer_names, self.layers, strict=True)}
+        """One spec per layer that keeps something; without paging one layer that stands for all."""
+        specs = {name: self._spec(layer) for name, layer in zip(self.layer_names, self.layers, strict=True)}
+        states = {name: self._state_spec(state) for name, state in zip(self.state_names, self.states, strict=True)}
+        return specs | states
 
     def _spec(self, layer: LayerCache) -> KVCacheSpec:
         common = {
-            "block_size": self.cache_config.block_size,
+            "block_size": self._paging.tokens,
             "num_kv_heads": layer.num_kv_heads,
             "head_size": layer.head_dim,
             "dtype": _TORCH_DTYPES[self.kv_dtype],
         }
+        if layer.latent:
+            return MLAAttentionSpec(**common)
         if layer.window is None:
-            return FullAttentionSpec(**common)
-        return SlidingWindowSpec(**common, sliding_window=layer.window)
+            return FullAttentionSpec(**common, head_size_v=layer.value_dim)
+        return SlidingWindowSpec(**common, head_size_v=layer.value_dim, sliding_window=layer.window)
+
+    def _state_spec(self, state: StateCache) -> MambaSpec:
+        # A sequence keeps one state, or with prefix caching (vLLM's mode "align") one more for each block.
+        aligned = self.cache_config.mamba_cache_mode == "align"
+        return MambaSpec(
+            block_size=self._paging.tokens if aligned else self.model_config.max_model_len,
+            shapes=(state.conv, state.recurrent),
+            dtypes=(_TORCH_DTYPES[state.conv_dtype], torch.float32),
+            page_size_padded=self._paging.page,
+            mamba_type=MambaAttentionBackendEnum.GDN_ATTN,
+            mamba_cache_mode=self.cache_config.mamba_cache_mode,
+        )
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
         """The pool's order, the only one."""
@@ -177,8 +212,8 @@ class MetalWorker(WorkerBase):
             workers=self._surroundings.workers,
             fraction=self.settings.memory_fraction,
             paged=self.settings.paged_attention,
-            sequence=sum(spec.max_memory_usage_bytes(self.vllm_config) for spec in specs),
-            block=sum(spec.page_size_bytes for spec in specs),
+            sequence=self._paging.physical(sum(spec.max_memory_usage_bytes(self.vllm_config) for spec in specs)),
+            block=self._paging.physical(sum(spec.page_size_bytes for spec in specs)),
         )
         if (asked := self.cache_config.kv_cache_memory_bytes) is not None:
             if asked < (least := memory.minimum_kv_bytes(facts)):
@@ -186,9 +221,9 @@ class MetalWorker(WorkerBase):
                     f"--kv-cache-memory-bytes {asked} is less than one sequence of maximum length needs ({least}): "
                     "raise it or lower --max-model-len."
                 )
-            return int(asked)
+            return self._paging.reported(int(asked))
         memory.wire(self.mlx_device, memory.wired_bytes(facts))
-        return memory.kv_bytes(facts)
+        return self._paging.reported(memory.kv_bytes(facts))
 
     def _activation_bytes(self) -> int:
         rows = self.scheduler_config.max_num_batched_tokens
@@ -209,22 +244,34 @@ class MetalWorker(WorkerBase):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the pool and put the runner together."""
         mx.set_cache_limit(self._activation_bytes())
+        self._blocks = tuple(
+            1 if isinstance(group.kv_cache_spec, MambaSpec) else self._paging.blocks
+            for group in kv_cache_config.kv_cache_groups
+        )
         custom = OperatorProcessors.of_config(self)
         vocab_size = self.model_config.get_vocab_size()
         sampler = Sampler(vocab_size, self.model_config.seed, self.model_config.logprobs_mode)
         if self._stage is not None:
-            backend = self._backend(kv_cache_config)
+            backend = self._cache(kv_cache_config)
             self.runner = self._stage.runner(backend, sampler, self._publish, custom[False], custom[True])
             return
         forward: Forward
         if self.paged is None:
             forward = ContiguousForward(self.loaded.model)
         else:
-            forward = PagedForward(self.paged, self._backend(kv_cache_config))
+            forward = PagedForward(self.paged, self._cache(kv_cache_config))
         self.runner = ModelRunner(forward, sampler, self._publish, custom[False], custom[True])
 
-    def _backend(self, kv_cache_config: KVCacheConfig) -> GatheredAttention:
-        pool = PagedPool(layout_of(kv_cache_config, self.layers, self.layer_names), self.kv_dtype)
+    def _cache(self, kv_cache_config: KVCacheConfig) -> AttentionBackend:
+        attention = self._backend(kv_cache_config)
+        if not self.states:
+            return attention
+        states = StatePool(state_layout_of(kv_cache_config, self.states, self.state_names))
+        logger.info("State pool: %d slots, %d MiB", states.layout.num_slots, states.nbytes >> 20)
+        return HybridBackend(attention, EagerStateBackend(states))
+
+    def _backend(self, kv_cache_config: KVCacheConfig) -> AttentionBackend:
+        pool = PagedPool(layout_of(kv_cache_config, self.layers, self.layer_names, self._paging.blocks), self.kv_dtype)
         logger.info("KV pool: %d blocks, %d MiB", pool.layout.num_blocks, pool.nbytes >> 20)
         return GatheredAttention(pool)
 
@@ -250,7 +297,7 @@ class MetalWorker(WorkerBase):
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Compute a step; None if `sample_tokens` is to follow."""
-        scheduled = self.runner.execute(step_of(scheduler_output))
+        scheduled = self.runner.execute(step_of(scheduler_output, self._blocks))
         return None if scheduled else EMPTY_MODEL_RUNNER_OUTPUT
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
@@ -283,53 +330,17 @@ def _log_like_vllm() -> None:
             ours.addHandler(handler)
 
 
-def layout_of(config: KVCacheConfig, layers: Sequence[LayerCache], names: Sequence[str]) -> CacheLayout:
-    """vLLM's placement of layers in memory as buffers: layers at one address share one.
-
-    Args:
-        config: of the whole model's groups; those without a layer of this worker are there, but empty.
-        layers, names: this worker's.
-
-    Raises:
-        UnsupportedError: if layers of one buffer differ in shape.
-    """
-    index_of = {name: index for index, name in enumerate(names)}
-    addresses: dict[int, int] = {}
-    for tensor in config.kv_cache_tensors:
-        for place, name in enumerate(tensor.layers):
-            addresses[index_of[name]] = tensor.offset + place * tensor.layer_stride
-    buffers = {address: buffer for buffer, address in enumerate(dict.fromkeys(addresses.values()))}
-    groups = []
-    for table, group in enumerate(config.kv_cache_groups):
-        members = [index_of[name] for name in group.layer_names]
-        # With --disable-hybrid-kv-cache-manager one table serves layers of different windows.
-        for window in dict.fromkeys(layers[index].window for index in members):
-            own = tuple(index for index in members if layers[index].window == window)
-            groups.append(CacheGroup(own, group.kv_cache_spec.block_size, window, table))
-    try:
-        return CacheLayout(
-            tuple(layers),
-            tuple(groups),
-            tuple(buffers[addresses[index]] for index in range(len(layers))),
-            config.num_blocks,
-        )
-    except ValueError as error:
-        raise UnsupportedError(
-            f"the KV cache cannot be laid out ({error}): set --disable-hybrid-kv-cache-manager"
-        ) from error
-
-
-def step_of(output: SchedulerOutput) -> Step:
-    """A step from vLLM's scheduler."""
+def step_of(output: SchedulerOutput, blocks: Sequence[int]) -> Step:
+    """A step from vLLM's scheduler. `blocks`: for each block table, how many of the pool's blocks one of vLLM's is."""
     cached = output.scheduled_cached_reqs
     return Step(
         num_scheduled_tokens=output.num_scheduled_tokens,
-        new=tuple(_new_request(new) for new in output.scheduled_new_reqs),
+        new=tuple(_new_request(new, blocks) for new in output.scheduled_new_reqs),
         cached=tuple(
             CachedRequest(
                 request_id,
                 num_computed_tokens=cached.num_computed_tokens[index],
-                new_block_ids=_tables(cached.new_block_ids[index]),
+                new_block_ids=_tables(cached.new_block_ids[index], blocks),
                 resumed=request_id in cached.resumed_req_ids,
                 token_ids=tuple(cached.all_token_ids[request_id]) if request_id in cached.resumed_req_ids else None,
             )
@@ -339,20 +350,20 @@ def step_of(output: SchedulerOutput) -> Step:
     )
 
 
-def _new_request(new: NewRequestData) -> NewRequest:
+def _new_request(new: NewRequestData, blocks: Sequence[int]) -> NewRequest:
     prompt = new.prompt_token_ids or []
     return NewRequest(
         new.req_id,
         token_ids=tuple(new.prefill_token_ids or prompt),
         num_prompt_tokens=len(prompt),
         num_computed_tokens=new.num_computed_tokens,
-        block_ids=_tables(new.block_ids) or (),
+        block_ids=_tables(new.block_ids, blocks) or (),
         sampling=sampling_of(new.sampling_params),
     )
 
 
-def _tables(block_ids: tuple[list[int], ...] | None) -> tuple[tuple[int, ...], ...] | None:
-    return None if block_ids is None else tuple(tuple(blocks) for blocks in block_ids)
+def _tables(block_ids: tuple[list[int], ...] | None, blocks: Sequence[int]) -> BlockTables | None:
+    return None if block_ids is None else expand(tuple(tuple(table) for table in block_ids), blocks)
 
 
 def sampling_of(params: VllmSamplingParams) -> SamplingParams:

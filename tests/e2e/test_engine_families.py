@@ -31,6 +31,10 @@ FAMILIES = (
     "qwen3_moe",
     "olmo2",
     "granite",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "minicpm3",
 )
 SLIDING = ("gemma3_text", "gpt_oss", "mistral_sliding")
 LENGTHS = (1, 21, 70)
@@ -67,8 +71,16 @@ def check(llm: LLM, wanted: Sequence[Reference]) -> int:
     return sum(check_tokens(tokens_of(answer), want) for answer, want in zip(answers, wanted, strict=True))
 
 
-@pytest.mark.parametrize("block_size", [8, 16, 32])
-@pytest.mark.parametrize("name", FAMILIES)
+OTHER_BLOCKS = ("llama", "gemma3_text", "gpt_oss", "deepseek_v3")
+"""Families that always run with blocks of 8 and 32 tokens, too."""
+CASES = [
+    pytest.param(name, size, marks=() if size == 16 or name in OTHER_BLOCKS else pytest.mark.full, id=f"{name}-{size}")
+    for name in FAMILIES
+    for size in (8, 16, 32)
+]
+
+
+@pytest.mark.parametrize(("name", "block_size"), CASES)
 def test_family_computes_what_mlx_lm_does(name: str, block_size: int, folder: Path) -> None:
     with engine(checkpoint(name, folder), block_size=block_size, max_logprobs=-1) as llm:
         assert llm.llm_engine.vllm_config.cache_config.block_size == block_size

@@ -14,7 +14,7 @@ from pomarium.worker.models.paged import PagedModel, prepare
 from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.step import NewRequest, Step
 
-FAMILIES = ("llama", "gemma3_text", "gpt_oss")
+FAMILIES = ("llama", "gemma3_text", "gpt_oss", "deepseek_v2", "deepseek_v3")
 NEW_TOKENS = 6
 SEEDED = SamplingParams(temperature=0.8, top_p=0.9, seed=11)
 

@@ -41,6 +41,7 @@ def softmax_attention(q, k, v, start, scale, window, sinks, softcap):  # type: i
     steps=st.lists(st.lists(st.integers(0, 40), min_size=3, max_size=3), min_size=1, max_size=4),
     block_size=st.sampled_from([8, 16, 32]),
     heads=st.sampled_from([(1, 1), (4, 2), (6, 1), (16, 1), (9, 3)]),
+    value=st.sampled_from([None, 6, 24, "latent"]),
     window=st.none() | st.integers(1, 30),
     sinks=st.booleans(),
     softcap=st.none() | st.just(2.0),
@@ -50,20 +51,23 @@ def test_attention_of_ragged_chunks_matches_numpy(
     steps: list[list[int]],
     block_size: int,
     heads: tuple[int, int],
+    value: int | str | None,
     window: int | None,
     sinks: bool,
     softcap: float | None,
     seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
-    num_heads, kv_heads = heads
-    layers = (LayerCache(kv_heads, HEAD_DIM, window),)
+    latent = value == "latent"
+    num_heads, kv_heads = (heads[0], 1) if latent else heads
+    width = HEAD_DIM if value is None else 12 if latent else int(value)
+    layers = (LayerCache(kv_heads, HEAD_DIM, window, width, latent),)
     pool = PagedPool(single_group_layout(layers, block_size, 100), mx.float32)
     backend = GatheredAttention(pool)
     free = rng.permutation(np.arange(1, 100)).tolist()
     tables: list[list[int]] = [[], [], []]
     keys = [np.zeros((0, kv_heads, HEAD_DIM), np.float32) for _ in tables]
-    values = [array.copy() for array in keys]
+    values = [np.zeros((0, kv_heads, width), np.float32) for _ in tables]
     sink = rng.normal(size=num_heads).astype(np.float32) if sinks else None
     for lengths in steps:
         if not any(lengths):
@@ -76,9 +80,10 @@ def test_attention_of_ragged_chunks_matches_numpy(
             while len(tables[index]) * block_size < start + length:
                 tables[index].append(free.pop())
             q, k, v = (
-                rng.normal(size=(length, count, HEAD_DIM)).astype(np.float32)
-                for count in (num_heads, kv_heads, kv_heads)
+                rng.normal(size=(length, count, columns)).astype(np.float32)
+                for count, columns in ((num_heads, HEAD_DIM), (kv_heads, HEAD_DIM), (kv_heads, width))
             )
+            v = k[..., :width] if latent else v
             keys[index], values[index] = np.concatenate([keys[index], k]), np.concatenate([values[index], v])
             sequences.append(Sequence(str(index), start, length, (tuple(tables[index]),)))
             positions.append(np.arange(start, start + length, dtype=np.int32))
@@ -87,9 +92,11 @@ def test_attention_of_ragged_chunks_matches_numpy(
         none = np.zeros(0, np.int32)
         batch = Batch(tuple(sequences), np.zeros_like(rows), rows, none, none, (), {})
         queries, new_keys, new_values = (mx.array(np.concatenate(part)) for part in (q_rows, k_rows, v_rows))
-        out = backend.prepare(batch).attend(
-            0, queries, new_keys, new_values, Scoring(0.3, None if sink is None else mx.array(sink), softcap)
-        )  # fmt: skip
+        scoring, step = Scoring(0.3, None if sink is None else mx.array(sink), softcap), backend.prepare(batch)
+        if latent:
+            out = step.attend_latents(0, queries, new_keys[:, 0], width, scoring)
+        else:
+            out = step.attend(0, queries, new_keys, new_values, scoring)
         mx.eval(out, backend.arrays)
         first = 0
         for sequence, q in zip(sequences, q_rows, strict=True):
@@ -118,9 +125,18 @@ def test_groups_that_share_a_buffer_do_not_disturb_each_other() -> None:
 
 
 def test_layers_of_unlike_shape_cannot_share_a_buffer() -> None:
-    layers = (LayerCache(2, 16), LayerCache(2, 8))
-    with pytest.raises(ValueError, match="differ in shape"):
-        CacheLayout(layers, (CacheGroup((0, 1), 8, None, 0),), (0, 0), 10)
+    for other in (LayerCache(2, 8), LayerCache(2, 16, value_width=8), LayerCache(2, 16, latent=True)):
+        with pytest.raises(ValueError, match="differ in shape"):
+            CacheLayout((LayerCache(2, 16), other), (CacheGroup((0, 1), 8, None, 0),), (0, 0), 10)
+
+
+def test_what_a_layer_keeps_is_what_the_pool_holds() -> None:
+    kinds = (LayerCache(2, 16), LayerCache(4, 12, value_width=8), LayerCache(1, 20, value_width=16, latent=True))
+    assert [layer.elements for layer in kinds] == [64, 80, 20]
+    for layer in kinds:
+        assert PagedPool(single_group_layout((layer,), 8, 3), mx.float32).nbytes == 3 * 8 * layer.elements * 4
+    with pytest.raises(ValueError, match="hold no values"):
+        LayerCache(1, 16, value_width=20, latent=True)
 
 
 def test_a_step_writes_the_pool_in_place() -> None:

@@ -61,7 +61,7 @@ def test_agrees_with_the_files_and_with_the_worker(name: str, tmp_path: Path) ->
         assert layer.weight_bytes == sum(own)
     cached = prepare(module, TINY[name]["model_type"]).layers
     assert [(layer.kv_bytes, layer.window) for layer in profile.model.layers] == [
-        (2 * cache.num_kv_heads * cache.head_dim * 4, cache.window) for cache in cached
+        (cache.elements * 4, cache.window) for cache in cached
     ]
 
 

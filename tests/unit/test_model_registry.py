@@ -15,7 +15,12 @@ from vllm.model_executor.models.registry import _VLLM_MODELS, ModelRegistry, _Mo
 from pomarium.cluster.model_registry import ARCHITECTURES, MlxDecoder
 from pomarium.worker.models.verify import PROVEN
 
-UNKNOWN_TO_TRANSFORMERS = {"internlm3": "InternLM3ForCausalLM", "mimo": "MiMoForCausalLM"}
+UNKNOWN_TO_TRANSFORMERS = {
+    "internlm3": "InternLM3ForCausalLM",
+    "mimo": "MiMoForCausalLM",
+    "minicpm3": "MiniCPM3ForCausalLM",
+    "youtu_llm": "YoutuForCausalLM",
+}
 
 
 def test_the_proven_families_are_registered_and_no_others() -> None:

@@ -29,11 +29,31 @@ class StepAttention(Protocol):
 
         Args:
             layer: index of the layer; its cache group gives the window.
-            queries: (T, num_heads, head_dim), RoPE applied. keys, values: (T, num_kv_heads, head_dim).
+            queries: (T, num_heads, head_dim), RoPE applied. keys: (T, num_kv_heads, head_dim).
+            values: (T, num_kv_heads, value_dim).
             scoring: from the products of queries and keys to scores.
 
         Returns:
-            (T, num_heads, head_dim) of the queries' dtype.
+            (T, num_heads, value_dim) of the queries' dtype.
+        """
+        ...
+
+    def attend_latents(
+        self,
+        layer: int,
+        queries: mx.array,
+        latents: mx.array,
+        rank: int,
+        scoring: Scoring,
+    ) -> mx.array:
+        """As `attend`, of a layer that keeps latents, which its heads share (absorbed multi-head latent attention).
+
+        Args:
+            queries: (T, num_heads, rank + rope_dim), in the latents' space; the last rope_dim elements rotated.
+            latents: (T, rank + rope_dim), the rotated key behind the latent. Its first `rank` elements are the value.
+
+        Returns:
+            (T, num_heads, rank) of the queries' dtype.
         """
         ...
 

@@ -39,7 +39,9 @@ class GroupPlan:
 
     Attributes:
         slots: int32 (T, 2), block and offset in the block where each row's K and V go.
-        order: int32 (T,), where each row's output stands in the bundles' outputs, one after another; None if in order.
+        bundles: of the sequences that attend.
+        order: int32, for each of their rows where its output stands in the bundles' outputs, one after another; None if
+            in order.
     """
 
     slots: np.ndarray
@@ -47,8 +49,12 @@ class GroupPlan:
     order: mx.array | None
 
 
-def plan_group(batch: Batch, group: CacheGroup) -> GroupPlan:
-    """Plan the step for the layers of `group`."""
+def plan_group(batch: Batch, group: CacheGroup, attending: SequenceOf[int] | None = None) -> GroupPlan:
+    """Plan the step for the layers of `group`.
+
+    Args:
+        attending: which of the batch's sequences attend, in order; None for all. The others' K and V are stored only.
+    """
     tables = [np.array(sequence.block_tables[group.table], np.int32) for sequence in batch.sequences]
     rows, first = [], 0
     slots = np.empty((len(batch.token_ids), 2), np.int32)
@@ -58,16 +64,25 @@ def plan_group(batch: Batch, group: CacheGroup) -> GroupPlan:
         slots[first : first + sequence.length, 0] = table[positions // group.block_size]
         slots[first : first + sequence.length, 1] = positions % group.block_size
         first += sequence.length
+    if attending is not None:
+        rows, tables = [rows[index] for index in attending], [tables[index] for index in attending]
     bundles = bundle(cut(rows, group.block_size, group.window), group.block_size)
-    order, place = np.empty(first, np.int32), 0
+    plans = tuple(_plan_bundle(tiles, tables, group, first) for tiles in bundles)
+    return GroupPlan(slots, plans, _order(bundles, rows))
+
+
+def _order(bundles: SequenceOf[SequenceOf[Tile]], rows: SequenceOf[Rows]) -> mx.array | None:
+    """See GroupPlan.order."""
+    chosen = np.concatenate([np.arange(r.first_row, r.first_row + r.length) for r in rows]) if rows else np.zeros(0)
+    place_of_row, place = np.empty(int(chosen.max(initial=-1)) + 1, np.int32), 0
     for tiles in bundles:
         longest = max(tile.length for tile in tiles)
         for tile in tiles:
-            order[tile.first_row : tile.first_row + tile.length] = np.arange(place, place + tile.length)
+            place_of_row[tile.first_row : tile.first_row + tile.length] = np.arange(place, place + tile.length)
             place += longest
-    in_order = place == first and bool((order == np.arange(first)).all())
-    plans = tuple(_plan_bundle(tiles, tables, group, first) for tiles in bundles)
-    return GroupPlan(slots, plans, None if in_order else mx.array(order))
+    order = place_of_row[chosen.astype(np.int64)]
+    in_order = place == len(order) and bool((order == np.arange(place)).all())
+    return None if in_order else mx.array(order)
 
 
 def _plan_bundle(tiles: SequenceOf[Tile], tables: list[np.ndarray], group: CacheGroup, total_rows: int) -> BundlePlan:
@@ -111,10 +126,33 @@ class GatheredStep:
         scoring: Scoring,
     ) -> mx.array:
         """See `base.StepAttention.attend`."""
-        group, kv_heads = self._group_index[layer], keys.shape[1]
-        plan = self._plans[group]
-        self._pool.write(layer, self._head_slots(group, kv_heads), keys, values)
-        outputs = []
+        self._pool.write(layer, self._head_slots(self._group_index[layer], keys.shape[1]), keys, values)
+        return self.attend_cached(layer, queries, scoring)
+
+    def attend_latents(
+        self,
+        layer: int,
+        queries: mx.array,
+        latents: mx.array,
+        rank: int,
+        scoring: Scoring,
+    ) -> mx.array:
+        """See `base.StepAttention.attend_latents`."""
+        self.store_latents(layer, latents)
+        return self.attend_cached(layer, queries, scoring)
+
+    def store_latents(self, layer: int, latents: mx.array) -> None:
+        """Store the rows' latents (T, rank + rope_dim)."""
+        self._pool.write(layer, self._head_slots(self._group_index[layer], 1), latents[:, None], None)
+
+    def attend_cached(self, layer: int, queries: mx.array, scoring: Scoring) -> mx.array:
+        """As `base.StepAttention.attend` over what is stored, the rows' own K and V included.
+
+        Returns:
+            (R, num_heads, value_dim) of the R rows of the sequences that attend in this layer's plan, R > 0.
+        """
+        group, kv_heads = self._group_index[layer], self._pool.layout.layers[layer].num_kv_heads
+        plan, outputs = self._plans[group], []
         for bundle_plan, blocks in zip(plan.bundles, self._head_blocks(group, kv_heads), strict=True):
             k, v = self._pool.read(layer, blocks)
             q = queries if bundle_plan.rows is None else queries[bundle_plan.rows]

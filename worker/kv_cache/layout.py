@@ -16,16 +16,33 @@ BLOCK_SIZES = (8, 16, 32)
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What one attention layer keeps per token.
+    """What one attention layer keeps per token: K of (num_kv_heads, head_dim) and V of (num_kv_heads, value_dim).
 
     Attributes:
-        num_kv_heads, head_dim: K and V are each (num_kv_heads, head_dim) per token.
         window: tokens that a query sees, itself included; None for full attention.
+        value_width: width of V where it is not K's (DeepSeek-V2, MiniCPM3).
+        latent: V is not kept: it is the first `value_dim` elements of K (DeepSeek-V3's latents, its rope key behind).
     """
 
     num_kv_heads: int
     head_dim: int
     window: int | None = None
+    value_width: int | None = None
+    latent: bool = False
+
+    def __post_init__(self) -> None:
+        if self.latent and self.value_dim > self.head_dim:
+            raise ValueError(f"latents of {self.head_dim} elements hold no values of {self.value_dim}")
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a value."""
+        return self.head_dim if self.value_width is None else self.value_width
+
+    @property
+    def elements(self) -> int:
+        """Elements kept per token."""
+        return self.num_kv_heads * (self.head_dim + (0 if self.latent else self.value_dim))
 
 
 @dataclass(frozen=True)
@@ -59,9 +76,10 @@ class CacheLayout:
     num_blocks: int
 
     def __post_init__(self) -> None:
-        shapes: dict[int, tuple[int, int, int]] = {}
+        shapes: dict[int, tuple[int, int, int, int]] = {}
         for layer, cache in enumerate(self.layers):
-            shape = (cache.num_kv_heads, cache.head_dim, self.group_of(layer).block_size)
+            kept = 0 if cache.latent else cache.value_dim
+            shape = (cache.num_kv_heads, cache.head_dim, kept, self.group_of(layer).block_size)
             if shapes.setdefault(self.buffer_of_layer[layer], shape) != shape:
                 raise ValueError(
                     f"layers of one KV buffer differ in shape: {shapes[self.buffer_of_layer[layer]]}, {shape}"

@@ -2,7 +2,8 @@
 
 Layout of a buffer is (num_blocks, num_kv_heads, block_size, head_dim): one head's part of a block is contiguous, so
 that reading a sequence copies runs of block_size x head_dim elements and the result is already (heads, tokens,
-head_dim), the operand order of attention, without a transposing copy.
+head_dim), the operand order of attention, without a transposing copy. V's buffer has V's width; a layer that keeps
+latents has none, its values being a part of its keys.
 
 In place means: a scatter reuses its input's buffer only while nobody else holds it. Each array therefore has exactly
 one owner, this class, which rebinds it at each write; what `read` returns are copies. The step must be evaluated before
@@ -19,8 +20,7 @@ class PagedPool:
 
     def __init__(self, layout: CacheLayout, dtype: mx.Dtype) -> None:
         """Allocate zeroed buffers of `layout` with elements of `dtype`."""
-        self.layout = layout
-        self._block_shape: dict[int, tuple[int, int]] = {}
+        self.layout, self.dtype = layout, dtype
         self._keys: dict[int, mx.array] = {}
         self._values: dict[int, mx.array] = {}
         for layer, cache in enumerate(layout.layers):
@@ -30,8 +30,8 @@ class PagedPool:
             block_size = layout.group_of(layer).block_size
             rows = layout.num_blocks * cache.num_kv_heads * block_size
             self._keys[buffer] = mx.zeros((rows, cache.head_dim), dtype)
-            self._values[buffer] = mx.zeros((rows, cache.head_dim), dtype)
-            self._block_shape[buffer] = (layout.num_blocks * cache.num_kv_heads, block_size * cache.head_dim)
+            if not cache.latent:
+                self._values[buffer] = mx.zeros((rows, cache.value_dim), dtype)
         mx.eval(self.arrays)
 
     @property
@@ -44,16 +44,18 @@ class PagedPool:
         """Bytes of all buffers."""
         return sum(array.nbytes for array in self.arrays)
 
-    def write(self, layer: int, rows: mx.array, keys: mx.array, values: mx.array) -> None:
+    def write(self, layer: int, rows: mx.array, keys: mx.array, values: mx.array | None) -> None:
         """Store the K and V of T tokens.
 
         Args:
             rows: int32 (T, num_kv_heads), row of the flat buffer for each token and head.
-            keys, values: (T, num_kv_heads, head_dim).
+            keys: (T, num_kv_heads, head_dim).
+            values: (T, num_kv_heads, value_dim); None for a layer that keeps latents, and only there.
         """
         buffer = self.layout.buffer_of_layer[layer]
         self._keys[buffer][rows] = keys
-        self._values[buffer][rows] = values
+        if values is not None:
+            self._values[buffer][rows] = values
 
     def read(self, layer: int, blocks: mx.array) -> tuple[mx.array, mx.array]:
         """Copy the blocks of S sequences together.
@@ -62,16 +64,33 @@ class PagedPool:
             blocks: int32 (S, num_kv_heads, B), index of each head's part of a block: block x num_kv_heads + head.
 
         Returns:
-            K and V, each (S, num_kv_heads, B x block_size, head_dim).
+            K (S, num_kv_heads, B x block_size, head_dim) and V of value_dim, a view of K for a layer of latents.
+        """
+        buffer, cache = self.layout.buffer_of_layer[layer], self.layout.layers[layer]
+        block_size = self.layout.group_of(layer).block_size
+        keys = _gather(self._keys[buffer], blocks, block_size)
+        if cache.latent:
+            return keys, keys[..., : cache.value_dim]
+        return keys, _gather(self._values[buffer], blocks, block_size)
+
+    def keys_and_values(self, layer: int) -> tuple[mx.array, mx.array]:
+        """The buffers of a layer, (rows, head_dim) and (rows, value_dim), for kernels that write them in place.
+
+        Whoever takes them owns them: `write` and `read` are not for its layers any more (see kernels.ordered).
         """
         buffer = self.layout.buffer_of_layer[layer]
-        sequences, heads, count = blocks.shape
-        shape = self._block_shape[buffer]
-        head_dim = self.layout.layers[layer].head_dim
-        tokens = count * shape[1] // head_dim
+        return self._keys[buffer], self._values[buffer]
 
-        def gather(array: mx.array) -> mx.array:
-            parts = mx.take(array.reshape(shape), blocks, axis=0)
-            return parts.reshape(sequences, heads, tokens, head_dim)
+    def latents(self, layer: int) -> mx.array:
+        """The buffer of a layer that keeps latents, (num_blocks x block_size, head_dim), for a kernel to read.
 
-        return gather(self._keys[buffer]), gather(self._values[buffer])
+        It is to be evaluated before the next write, like everything that `read` returns.
+        """
+        return self._keys[self.layout.buffer_of_layer[layer]]
+
+
+def _gather(array: mx.array, blocks: mx.array, block_size: int) -> mx.array:
+    sequences, heads, count = blocks.shape
+    width = array.shape[-1]
+    parts = mx.take(array.reshape(-1, block_size * width), blocks, axis=0)
+    return parts.reshape(sequences, heads, count * block_size, width)

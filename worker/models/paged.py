@@ -3,12 +3,14 @@
     nn.Module --prepare--> PagedModel.layers --(vLLM)--> pool --PagedModel(rows, StepAttention)--> logits
               --prepare_stage--> StageModel.layers (its own) --> pool --> hidden states, or logits on the last stage
 
-Both find the facts by asking the model: the kinds of cache it makes tell the windows, and a lazy dry run of two rows,
-which computes nothing, tells K's and V's shapes and that every layer attends through the seam exactly once. A stage's
+Both find the facts by asking the model: the kinds of cache it makes tell the windows and which layers keep a state
+(models.gated_delta), and a lazy dry run of two rows, which computes nothing, tells the shapes of K, V and states and
+that every layer goes through its seam exactly once. A stage's
 dry run goes through all layers, whoever owns them, and also tells which cache entries are its own. What fails is
 refused by name.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -18,9 +20,20 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from pomarium.kernels.reference import Scoring
 from pomarium.worker.attention.base import StepAttention
+from pomarium.worker.attention.hybrid import HybridStep
 from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.kv_cache.layout import LayerCache
+from pomarium.worker.kv_cache.states import StateCache
+from pomarium.worker.models.gated_delta import (
+    ForeignStates,
+    StateDryRun,
+    StateRows,
+    gated_delta_entries,
+    reroute_gated_delta,
+    states_of,
+)
 from pomarium.worker.models.inline_attention import reroute_inline_attention
+from pomarium.worker.models.mla import reroute_latent_attention
 from pomarium.worker.models.rows import HeadRows, RowCache, route_attention
 from pomarium.worker.models.stages import (
     LayerHooks,
@@ -40,19 +53,30 @@ class PagedModel:
     """A model whose attention goes through StepAttention.
 
     Attributes:
-        layers: indexed by cache entry. vocab_size: width of the logits. dtype: of K and V.
+        layers: of attention, in the order of the model's cache list. states: of its gated-delta layers, likewise.
+        entries: for each entry of the cache list its index in `layers` and its window; (None, None) for a state.
+        state_entries: entry of the cache list -> index in `states`.
+        vocab_size: width of the logits. dtype: of K and V.
     """
 
     module: nn.Module
     layers: tuple[LayerCache, ...]
+    entries: tuple[tuple[int | None, int | None], ...]
     vocab_size: int
     dtype: mx.Dtype
     head: HeadRows
+    states: tuple[StateCache, ...] = ()
+    state_entries: Mapping[int, int | None] = field(default_factory=dict)
+
+    @property
+    def own_entries(self) -> tuple[int, ...]:
+        """The entries of `layers`, in their order."""
+        return _own(self.entries)
 
     def __call__(self, token_ids: np.ndarray, positions: np.ndarray, step: StepAttention, rows: np.ndarray) -> mx.array:
         """Logits (N, vocab_size) of the rows int32 (N,) of T rows int32 (T,) each of token ids and positions."""
         offset = mx.array(positions)
-        caches = [RowCache(index, layer.window, offset, step) for index, layer in enumerate(self.layers)]
+        caches = _row_caches(self.entries, self.state_entries, offset, step)
         logits = self.head.run(self.module, mx.array(token_ids)[:, None], caches, mx.array(rows))
         return logits[:, 0]
 
@@ -64,9 +88,12 @@ class StageModel:
     Attributes:
         module: the whole model; `cut` says which of its layers are computed.
         layers: of the stage's own attention, numbered from 0; what its pool holds and its StepAttention is asked for.
-        entries: for each entry of the model's cache list its window, and its index in `layers` or None if foreign.
+        states: of the stage's own gated-delta layers, likewise.
+        entries: for each entry of the model's cache list its index in `layers` or None if foreign or a state, and its
+            window. state_entries: entry of the cache list -> index in `states`, or None if foreign.
         vocab_size, hidden_size: widths of logits and hidden states. dtype: of K and V.
         received: dtype of the hidden states that enter the stage; None where token ids do.
+        whole: what all stages together keep.
     """
 
     module: nn.Module
@@ -79,11 +106,14 @@ class StageModel:
     received: mx.Dtype | None
     head: HeadRows
     hooks: LayerHooks
+    whole: PagedModel
+    states: tuple[StateCache, ...] = ()
+    state_entries: Mapping[int, int | None] = field(default_factory=dict)
 
     @property
     def own_entries(self) -> tuple[int, ...]:
         """The model's cache entries that are this stage's, in the order of `layers`."""
-        return tuple(entry for entry, (own, _) in enumerate(self.entries) if own is not None)
+        return _own(self.entries)
 
     def __call__(
         self, inputs: np.ndarray | mx.array, positions: np.ndarray, step: StepAttention, rows: np.ndarray
@@ -98,7 +128,7 @@ class StageModel:
             Logits (N, vocab_size) of `rows` on the last stage, else the hidden states (T, hidden_size) of all rows.
         """
         offset = mx.array(positions)
-        caches = [self._row_cache(entry, offset, step) for entry in range(len(self.entries))]
+        caches = _row_caches(self.entries, self.state_entries, offset, step)
         if self.cut.has_embedding:
             token_ids, received = mx.array(inputs)[:, None], None
         else:
@@ -111,9 +141,27 @@ class StageModel:
         assert passage.handed_on is not None  # the dry run saw every layer run
         return passage.handed_on[:, 0]
 
-    def _row_cache(self, entry: int, offset: mx.array, step: StepAttention) -> RowCache:
-        own, window = self.entries[entry]
-        return RowCache(entry, window, offset, _Foreign()) if own is None else RowCache(own, window, offset, step)
+
+def _own(entries: Sequence[tuple[int | None, int | None]]) -> tuple[int, ...]:
+    return tuple(entry for entry, (own, _) in enumerate(entries) if own is not None)
+
+
+def _row_caches(
+    entries: Sequence[tuple[int | None, int | None]],
+    state_entries: Mapping[int, int | None],
+    offset: mx.array,
+    step: StepAttention,
+) -> list[RowCache | StateRows]:
+    caches: list[RowCache | StateRows] = []
+    for entry, (own, window) in enumerate(entries):
+        if entry in state_entries:
+            state = state_entries[entry]
+            caches.append(StateRows(entry, ForeignStates()) if state is None else StateRows(state, states_of(step)))
+        elif own is None:
+            caches.append(RowCache(entry, window, offset, _Foreign()))
+        else:
+            caches.append(RowCache(own, window, offset, step))
+    return caches
 
 
 class _Foreign:
@@ -123,13 +171,32 @@ class _Foreign:
         """Raises RuntimeError."""
         raise RuntimeError(f"cache entry {layer} belongs to another stage")
 
+    def attend_latents(self, layer: int, queries: mx.array, latents: mx.array, rank: int, scoring: Scoring) -> mx.array:
+        """Raises RuntimeError."""
+        raise RuntimeError(f"cache entry {layer} belongs to another stage")
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a layer brings to be kept: a LayerCache without its window, and the dtype."""
+
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    latent: bool
+    dtype: mx.Dtype
+
+    def layer(self, window: int | None) -> LayerCache:
+        value_width = None if self.value_dim == self.head_dim else self.value_dim
+        return LayerCache(self.num_kv_heads, self.head_dim, window, value_width, self.latent)
+
 
 @dataclass
 class _DryRun:
     """A StepAttention that records what each layer brings, and within which layer of `trace` if there is one."""
 
     trace: LayerTrace | None = None
-    seen: dict[int, tuple[tuple[int, ...], tuple[int, ...], mx.Dtype]] = field(default_factory=dict)
+    seen: dict[int, _Kept] = field(default_factory=dict)
     layer_of: dict[int, int] = field(default_factory=dict)
 
     def attend(
@@ -140,14 +207,23 @@ class _DryRun:
         values: mx.array,
         scoring: Scoring,
     ) -> mx.array:
+        if values.shape[:2] != keys.shape[:2]:
+            raise UnsupportedError(f"layer {layer} caches keys {keys.shape[1:]} and values {values.shape[1:]}")
+        self._keep(layer, _Kept(keys.shape[1], keys.shape[2], values.shape[2], False, keys.dtype))
+        return mx.zeros((*queries.shape[:2], values.shape[-1]), queries.dtype)
+
+    def attend_latents(self, layer: int, queries: mx.array, latents: mx.array, rank: int, scoring: Scoring) -> mx.array:
+        self._keep(layer, _Kept(1, latents.shape[1], rank, True, latents.dtype))
+        return mx.zeros((*queries.shape[:2], rank), queries.dtype)
+
+    def _keep(self, layer: int, kept: _Kept) -> None:
         if layer in self.seen:
             raise UnsupportedError(f"layer {layer} attends twice in a step")
-        self.seen[layer] = (keys.shape, values.shape, keys.dtype)
+        self.seen[layer] = kept
         if self.trace is not None:
             if self.trace.current is None:
                 raise UnsupportedError(f"cache entry {layer} is attended to outside of the layers")
             self.layer_of[layer] = self.trace.current
-        return mx.zeros((*queries.shape[:2], values.shape[-1]), queries.dtype)
 
 
 def prepare(module: nn.Module, model_type: str) -> PagedModel:
@@ -156,7 +232,7 @@ def prepare(module: nn.Module, model_type: str) -> PagedModel:
     Raises:
         UnsupportedError: names `model_type`, what of it does not fit, and the flag to change.
     """
-    return _prepare(module, model_type, _DryRun())
+    return _prepare(module, model_type, _DryRun(), StateDryRun())
 
 
 def prepare_stage(module: nn.Module, model_type: str, cut: StageCut) -> StageModel:
@@ -169,28 +245,53 @@ def prepare_stage(module: nn.Module, model_type: str, cut: StageCut) -> StageMod
     if (held := len(layers_of(module))) != cut.num_layers:
         raise ValueError(f"a cut of {cut.num_layers} layers does not fit a model of {held}")
     hooks, trace = LayerHooks(module), LayerTrace(cut.num_layers, model_type)
-    dry = _DryRun(trace)
+    dry, dry_states = _DryRun(trace), StateDryRun(trace)
     with hooks.visited_by(trace), unknown_embeddings(module):
-        whole = _prepare(module, model_type, dry)
+        whole = _prepare(module, model_type, dry, dry_states)
     hidden_size = trace.hidden_size()
-    own = [entry for entry in range(len(whole.layers)) if cut.owns(dry.layer_of[entry])]
-    layers = tuple(whole.layers[entry] for entry in own)
+    own = [entry for entry in whole.own_entries if cut.owns(dry.layer_of[entry])]
+    own_states = [entry for entry in whole.state_entries if cut.owns(dry_states.layer_of[entry])]
+    layers = tuple(dry.seen[entry].layer(whole.entries[entry][1]) for entry in own)
     entries = tuple(
-        (own.index(entry) if entry in own else None, layer.window) for entry, layer in enumerate(whole.layers)
+        (own.index(entry) if entry in own else None, window) for entry, (_, window) in enumerate(whole.entries)
     )
+    states = tuple(dry_states.seen[entry] for entry in own_states)
+    state_entries = {entry: own_states.index(entry) if entry in own_states else None for entry in whole.state_entries}
     received = None if cut.has_embedding else trace.dtypes[cut.first - 1]
     return StageModel(
-        module, cut, layers, entries, whole.vocab_size, hidden_size, whole.dtype, received, whole.head, hooks
+        module,
+        cut,
+        layers,
+        entries,
+        whole.vocab_size,
+        hidden_size,
+        whole.dtype,
+        received,
+        whole.head,
+        hooks,
+        whole,
+        states,
+        state_entries,
     )
 
 
-def _prepare(module: nn.Module, model_type: str, dry: _DryRun) -> PagedModel:
-    windows = [_window(cache, model_type) for cache in make_prompt_cache(module)]
+def _prepare(module: nn.Module, model_type: str, dry: _DryRun, dry_states: StateDryRun) -> PagedModel:
+    made = make_prompt_cache(module)
+    states = gated_delta_entries(module, made)
+    windows = {entry: _window(cache, model_type) for entry, cache in enumerate(made) if entry not in states}
+    if not windows:
+        raise _refusal(model_type, "none of its layers attends")
     route_attention(module)
     reroute_inline_attention(module)
+    reroute_latent_attention(module)
+    reroute_gated_delta(module)
     head = HeadRows(module)
-    offset = mx.array([0, 1], mx.int32)
-    caches = [RowCache(index, window, offset, dry) for index, window in enumerate(windows)]
+    caches = _row_caches(
+        [(entry, windows[entry]) if entry in windows else (None, None) for entry in range(len(made))],
+        {entry: entry for entry in states},
+        mx.array([0, 1], mx.int32),
+        HybridStep(dry, dry_states),
+    )
     try:
         logits = head.run(module, mx.zeros((2, 1), mx.int32), caches, mx.array([1], mx.int32))
     except NotCuttableError:
@@ -199,17 +300,26 @@ def _prepare(module: nn.Module, model_type: str, dry: _DryRun) -> PagedModel:
         raise _refusal(model_type, str(error)) from error
     except (TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
         raise _refusal(model_type, f"it does not run row by row ({type(error).__name__}: {error})") from error
-    if missing := [str(index) for index in range(len(windows)) if index not in dry.seen]:
+    if missing := [str(entry) for entry in windows if entry not in dry.seen]:
         raise _refusal(model_type, f"layers {', '.join(missing)} do not attend through scaled_dot_product_attention")
-    layers = []
-    for index, window in enumerate(windows):
-        keys, values, _ = dry.seen[index]
-        if keys != values:
-            raise _refusal(model_type, f"layer {index} caches keys {keys[1:]} and values {values[1:]} of unequal shape")
-        layers.append(LayerCache(keys[1], keys[2], window))
+    if missing := [str(entry) for entry in states if entry not in dry_states.seen]:
+        raise _refusal(model_type, f"layers {', '.join(missing)} keep a state and are not gated-delta layers")
+    order = list(windows)
+    entries = tuple(
+        (order.index(entry), windows[entry]) if entry in windows else (None, None) for entry in range(len(made))
+    )
     if logits.shape[:2] != (1, 1):
         raise _refusal(model_type, f"its logits have shape {logits.shape} instead of one row per token")
-    return PagedModel(module, tuple(layers), logits.shape[-1], dry.seen[0][2], head)
+    return PagedModel(
+        module,
+        tuple(dry.seen[entry].layer(window) for entry, window in windows.items()),
+        entries,
+        logits.shape[-1],
+        dry.seen[order[0]].dtype,
+        head,
+        tuple(dry_states.seen[entry] for entry in states),
+        {entry: index for index, entry in enumerate(states)},
+    )
 
 
 def _window(cache: KVCache | RotatingKVCache, model_type: str) -> int | None:

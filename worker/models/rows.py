@@ -54,10 +54,14 @@ class RowCache:
         values: mx.array,
         scoring: Scoring,
     ) -> mx.array:
-        """(T, heads, 1, head_dim) in and out, as mlx-lm lays out one token."""
+        """(T, heads, 1, head_dim) in and (T, heads, 1, value_dim) out, as mlx-lm lays out one token."""
         q, k, v = (array.squeeze(2) for array in (queries, keys, values))
         out: mx.array = self._step.attend(self._layer, q, k, v, scoring)
         return out[:, :, None]
+
+    def attend_latents(self, queries: mx.array, latents: mx.array, rank: int, scoring: Scoring) -> mx.array:
+        """See StepAttention.attend_latents."""
+        return self._step.attend_latents(self._layer, queries, latents, rank, scoring)
 
 
 def _dispatching_attention(

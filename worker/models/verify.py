@@ -17,18 +17,21 @@ from mlx_lm.models.cache import make_prompt_cache
 from pomarium.worker import parity
 from pomarium.worker.attention.base import StepAttention
 from pomarium.worker.attention.gathered import GatheredAttention
+from pomarium.worker.attention.hybrid import EagerStateBackend, HybridBackend
 from pomarium.worker.batch import Batch, Sequence
 from pomarium.worker.errors import UnsupportedError
-from pomarium.worker.kv_cache.layout import LayerCache, single_group_layout
+from pomarium.worker.kv_cache.layout import single_group_layout
 from pomarium.worker.kv_cache.pool import PagedPool
+from pomarium.worker.kv_cache.states import StatePool, single_group_states
 from pomarium.worker.models.paged import WAY_OUT, PagedModel, StageModel
 from pomarium.worker.models.stages import Passage
 
 PROVEN = frozenset({
-    "apertus", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_neox",
-    "gpt_oss", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "internlm3", "llama", "mimo", "ministral3",
-    "mistral", "mixtral", "nemotron", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
-    "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "apertus", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "gemma2",
+    "gemma3_text", "glm", "glm4", "glm4_moe_lite", "gpt_neox", "gpt_oss", "granite", "granitemoe", "helium",
+    "hunyuan_v1_dense", "internlm3", "llama", "mimo", "minicpm3", "ministral3", "mistral", "mixtral", "nemotron",
+    "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
+    "stablelm", "starcoder2", "youtu_llm",
 })  # fmt: skip
 """Model types of tests/parity/test_families.py."""
 
@@ -52,7 +55,7 @@ def verify(model: PagedModel, model_type: str) -> None:
     def run(batch: Batch, attention: StepAttention) -> mx.array:
         return model(batch.token_ids, batch.positions, attention, batch.logit_rows)
 
-    _compare(_in_chunks(model.layers, model.dtype, tokens, run), want, model.dtype, model_type)
+    _compare(_in_chunks(model, tokens, run), want, model.dtype, model_type)
 
 
 def verify_stage(stage: StageModel, model_type: str) -> None:
@@ -75,13 +78,15 @@ def verify_stage(stage: StageModel, model_type: str) -> None:
         inputs = batch.token_ids if stage.cut.has_embedding else made_up[mx.array(batch.positions)]
         return stage(inputs, batch.positions, attention, batch.logit_rows)
 
-    _compare(_in_chunks(stage.layers, stage.dtype, tokens, run), want, stage.dtype, model_type)
+    _compare(_in_chunks(stage, tokens, run), want, stage.dtype, model_type)
 
 
-def _in_chunks(layers: tuple[LayerCache, ...], dtype: mx.Dtype, tokens: np.ndarray, run: Run) -> np.ndarray:
-    layout = single_group_layout(layers, BLOCK_SIZE, 8)
-    backend = GatheredAttention(PagedPool(layout, dtype))
-    tables = tuple((2 * group.table + 2, 2 * group.table + 1) for group in layout.groups)
+def _in_chunks(model: PagedModel | StageModel, tokens: np.ndarray, run: Run) -> np.ndarray:
+    layout = single_group_layout(model.layers, BLOCK_SIZE, 8)
+    attention = GatheredAttention(PagedPool(layout, model.dtype))
+    states = StatePool(single_group_states(model.states, sum(CHUNKS), 2, len(layout.groups)))
+    backend = HybridBackend(attention, EagerStateBackend(states))
+    tables = (*((2 * group.table + 2, 2 * group.table + 1) for group in layout.groups), (1,))
     got, start = [], 0
     for count in CHUNKS:
         rows, end = np.arange(count, dtype=np.int32), start + count
