@@ -165,7 +165,7 @@ class VirtualExecutor(Executor):
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         self._calls += 1
-        scheduled = self._requests.apply(step_of(scheduler_output))
+        scheduled = self._requests.apply(step_of(scheduler_output, (1,)))
         for request_id in scheduler_output.finished_req_ids:
             self._arrived.pop(request_id, None)
             self._unseen.pop(request_id, None)
