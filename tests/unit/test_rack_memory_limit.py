@@ -53,9 +53,7 @@ def test_other_texts_are_refused(text: str) -> None:
 
 
 HOLD_ARRAYS = f"""
-import subprocess
-import sys
-
+import mlx.core as mx
 from pomarium.worker.device import detect
 from pomarium.worker.memory import snapshot
 from pomarium.worker.settings import load
