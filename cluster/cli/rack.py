@@ -125,7 +125,8 @@ def run_status(args: argparse.Namespace) -> int:
 
     client = roster.connect(rack.membership)
     reports.use(client)
-    found = status.RackStatus(rack.address, rack.simulated, roster.read(client), reports.read_all(), own_version())
+    members, serving, waiting = roster.read(client), reports.read_all(), reports.read_waiting()
+    found = status.RackStatus(rack.address, rack.simulated, members, serving, own_version(), waiting)
     print(json.dumps(status.document(found), indent=1) if args.json else status.text(found))
     return 0 if all(mac.alive for mac in found.macs) else 1
 

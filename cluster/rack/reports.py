@@ -1,20 +1,23 @@
-"""What replicas tell about themselves, for `pomarium rack status`: kept by Ray's head, forgotten when they fall silent.
+"""What replicas tell about themselves: kept by Ray's head, forgotten when they fall silent.
 
-    replica --publish, every few seconds--> Ray's internal key-value store --read_all--> ReplicaReports
+    replica that serves --publish, every few seconds--> Ray's internal --read_all--> ReplicaReports
+    replica that waits for Macs --publish_waiting-----> key-value store --read_waiting--> WaitingReports
 
 A process of Ray's (driver, actor) can call these at once; any other calls `use` before.
 """
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.experimental import internal_kv
 
 NAMESPACE = b"pomarium"
 PREFIX = b"replica:"
+WAITING_PREFIX = b"waiting:"
 FRESH_S = 15.0
 """A report that is older is of a replica that is gone."""
 
@@ -50,6 +53,23 @@ class ReplicaReport:
     written: float
 
 
+@dataclass(frozen=True)
+class WaitingReport:
+    """A replica that cannot be placed now.
+
+    Attributes:
+        model, replica, written: as of a ReplicaReport. reason: what is missing, one sentence.
+    """
+
+    model: str
+    replica: str
+    reason: str
+    written: float
+
+
+Report = TypeVar("Report", ReplicaReport, WaitingReport)
+
+
 def use(client: GcsClient) -> None:
     """Let this process, which has no Ray of its own, read and write through `client`."""
     internal_kv._initialize_internal_kv(client)
@@ -57,31 +77,41 @@ def use(client: GcsClient) -> None:
 
 def publish(report: ReplicaReport) -> None:
     """Tell it, in place of the replica's last report."""
-    internal_kv._internal_kv_put(_key(report.replica), encode(report), namespace=NAMESPACE)
+    _put(PREFIX, report)
+
+
+def publish_waiting(report: WaitingReport) -> None:
+    """Tell it, in place of the replica's last report of this kind."""
+    _put(WAITING_PREFIX, report)
 
 
 def withdraw(replica: str) -> None:
-    """The replica is gone."""
-    internal_kv._internal_kv_del(_key(replica), namespace=NAMESPACE)
+    """The replica serves no more."""
+    _delete(PREFIX, replica)
+
+
+def withdraw_waiting(replica: str) -> None:
+    """The replica waits no more."""
+    _delete(WAITING_PREFIX, replica)
 
 
 def read_all() -> tuple[ReplicaReport, ...]:
     """Fresh reports, by model and replica."""
-    found = []
-    for key in internal_kv._internal_kv_list(PREFIX, namespace=NAMESPACE):
-        text = internal_kv._internal_kv_get(key, namespace=NAMESPACE)
-        if text is not None:  # withdrawn meanwhile
-            found.append(decode(text))
-    return fresh(found, time.time())
+    return fresh([decode(text) for text in _texts(PREFIX)], time.time())
 
 
-def fresh(reports: "list[ReplicaReport]", now: float) -> tuple[ReplicaReport, ...]:
+def read_waiting() -> tuple[WaitingReport, ...]:
+    """Fresh reports, by model and replica."""
+    return fresh([decode_waiting(text) for text in _texts(WAITING_PREFIX)], time.time())
+
+
+def fresh(reports: Sequence[Report], now: float) -> tuple[Report, ...]:
     """Those not older than FRESH_S at Unix time `now`, by model and replica."""
     kept = [report for report in reports if now - report.written <= FRESH_S]
     return tuple(sorted(kept, key=lambda report: (report.model, report.replica)))
 
 
-def encode(report: ReplicaReport) -> bytes:
+def encode(report: ReplicaReport | WaitingReport) -> bytes:
     """JSON."""
     return json.dumps(asdict(report)).encode()
 
@@ -92,5 +122,20 @@ def decode(text: bytes) -> ReplicaReport:
     return ReplicaReport(**{**data, "stages": tuple(StageReport(**stage) for stage in data["stages"])})
 
 
-def _key(replica: str) -> bytes:
-    return PREFIX + replica.encode()
+def decode_waiting(text: bytes) -> WaitingReport:
+    """The inverse of `encode`. Raises ValueError or TypeError for other text."""
+    return WaitingReport(**json.loads(text))
+
+
+def _put(prefix: bytes, report: ReplicaReport | WaitingReport) -> None:
+    internal_kv._internal_kv_put(prefix + report.replica.encode(), encode(report), namespace=NAMESPACE)
+
+
+def _delete(prefix: bytes, replica: str) -> None:
+    internal_kv._internal_kv_del(prefix + replica.encode(), namespace=NAMESPACE)
+
+
+def _texts(prefix: bytes) -> list[bytes]:
+    keys = internal_kv._internal_kv_list(prefix, namespace=NAMESPACE)
+    found = [internal_kv._internal_kv_get(key, namespace=NAMESPACE) for key in keys]
+    return [text for text in found if text is not None]  # None: withdrawn meanwhile

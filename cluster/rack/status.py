@@ -1,13 +1,13 @@
 """The state of a rack as text and as JSON. Pure.
 
-Members (roster.py), ReplicaReports (reports.py) --> RackStatus --text--> tables for people
-                                                               --json--> one document
+Members (roster.py), reports of replicas (reports.py) --> RackStatus --text--> tables for people
+                                                                    --json--> one document
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from pomarium.cluster.rack.reports import ReplicaReport, StageReport
+from pomarium.cluster.rack.reports import ReplicaReport, StageReport, WaitingReport
 from pomarium.cluster.rack.roster import Member
 from pomarium.cluster.rack.units import format_size
 
@@ -16,7 +16,7 @@ from pomarium.cluster.rack.units import format_size
 class RackStatus:
     """Attributes:
     address: of Ray's head. simulated: all on one machine.
-    members: of the rack. replicas: that serve from it.
+    members: of the rack. replicas: that serve from it. waiting: replicas that lack Macs.
     version: of Pomarium and Python here; Macs of another one serve nothing.
     """
 
@@ -25,6 +25,7 @@ class RackStatus:
     members: tuple[Member, ...]
     replicas: tuple[ReplicaReport, ...]
     version: str
+    waiting: tuple[WaitingReport, ...] = ()
 
     @property
     def macs(self) -> tuple[Member, ...]:
@@ -40,8 +41,10 @@ def text(status: RackStatus) -> str:
     lines += _aligned(_mac_rows(status))
     if status.replicas:
         lines += ["", *_aligned(_replica_rows(status.replicas))]
-    else:
+    elif not status.waiting:
         lines += ["", "no model is served"]
+    if status.waiting:
+        lines += ["", *(f"{report.model} waits for Macs: {report.reason}" for report in status.waiting)]
     return "\n".join(lines)
 
 
@@ -64,6 +67,7 @@ def document(status: RackStatus) -> dict[str, object]:
         "simulated": status.simulated,
         "macs": macs,
         "replicas": [asdict(replica) for replica in status.replicas],
+        "waiting": [asdict(report) for report in status.waiting],
     }
 
 

@@ -11,7 +11,7 @@ from pomarium.cluster.executor.environment import NODE_OWN
 from pomarium.cluster.serving.check import Found
 from pomarium.cluster.serving.engine import EngineReplica
 from pomarium.cluster.serving.ingress import IngressDeployment
-from pomarium.cluster.serving.plan import INGRESS_CPUS, REPLICA_CPUS, ModelPlan, ServePlan
+from pomarium.cluster.serving.plan import INGRESS_CPUS, REPLICA_CPUS, ModelPlan, ServePlan, deployment_name
 
 APP_NAME = "pomarium"
 MAX_REQUESTS = 10_000
@@ -67,8 +67,3 @@ def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str]) -> A
         "graceful_shutdown_timeout_s": 2,
     }
     return serve.deployment(EngineReplica, **options).bind(model, found)
-
-
-def deployment_name(model: str) -> str:
-    """Serve's name for a model's engines: slashes and hashes have meanings there."""
-    return "engine:" + model.replace("/", "--").replace("#", "-")

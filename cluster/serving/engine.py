@@ -159,12 +159,14 @@ def ask_of(plan: ModelPlan, found: Found) -> "Ask":
 
 def _assemble(plan: ModelPlan, found: Found) -> "Team | None":
     """Workers for the engine to come: they import vLLM while the replica does. None where vLLM's own CPU backend
-    serves."""
+    serves. Blocks while Macs are missing and the endpoint was up before (patience.py)."""
     if not settings.load(os.environ).use_mlx:
         return None
     from pomarium.cluster.executor.team import assemble
+    from pomarium.cluster.serving import patience
 
-    return assemble(ask_of(plan, found))
+    ask = ask_of(plan, found)
+    return patience.wait_for(lambda: assemble(ask), plan.name, _replica_id())
 
 
 async def _start(plan: ModelPlan, found: Found) -> "tuple[Team | None, Server]":

@@ -93,6 +93,11 @@ class ServePlan:
         return sum(m.replicas for m in self.models) * REPLICA_CPUS + INGRESS_CPUS + SERVE_CPUS
 
 
+def deployment_name(model: str) -> str:
+    """Serve's name for a model's engines: slashes and hashes have meanings there."""
+    return "engine:" + model.replace("/", "--").replace("#", "-")
+
+
 def served_names(models: Sequence[str], given: Sequence[str]) -> tuple[str, ...]:
     """The name of each model: the given ones, else the last part of a path, or the id as it is.
 

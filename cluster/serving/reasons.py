@@ -1,6 +1,6 @@
-"""Why a model is not served, as Serve's controller knows it: the last message about the model's deployment.
+"""Why a model is not served: what a replica that waits for Macs tells, else Serve's last message about the deployment.
 
-    controller --serve.status() in a thread, one at a time--> {deployment: message} --explain--> one sentence
+    rack.reports, Serve's controller --in a thread, one at a time--> {deployment: message} --explain--> one sentence
 
 The message about a replica that could not start quotes its StartError, hence the sentence that says what is missing.
 """
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from pomarium.cluster import faults
+from pomarium.cluster.serving.plan import deployment_name
 
 READ_S = 0.5
 """How long a caller waits for the controller."""
@@ -42,15 +43,19 @@ def explain(message: str, otherwise: str) -> str:
 
 
 def messages() -> Mapping[str, str]:
-    """Serve's message about each deployment of all applications. Blocks until the controller answers."""
+    """What there is to say about each deployment of all applications. Blocks until controller and head answer."""
     from ray import serve
 
+    from pomarium.cluster.rack import reports
+
     applications = serve.status().applications.values()
-    return {name: status.message for app in applications for name, status in app.deployments.items()}
+    said = {name: status.message for app in applications for name, status in app.deployments.items()}
+    waiting = {deployment_name(told.model): str(faults.StartError(told.reason)) for told in reports.read_waiting()}
+    return said | waiting
 
 
 class Reasons:
-    """Answers `why` within READ_S, whatever becomes of the controller: at most one thread waits for it."""
+    """Answers `why` within READ_S, whatever becomes of controller and head: at most one thread waits for them."""
 
     def __init__(self, read: Callable[[], Mapping[str, str]] = messages) -> None:
         self._read = read

@@ -82,9 +82,10 @@ def _start_serve(plan: ServePlan) -> None:
 def _deploy(plan: ServePlan, found: Sequence[Found], environ: Mapping[str, str]) -> None:
     from ray import serve
 
-    from pomarium.cluster.serving import app
+    from pomarium.cluster.serving import app, patience
 
     _start_serve(plan)
+    patience.endpoint_starts()
     try:
         serve.run(
             app.build(plan, found, app.passed_environment(environ)),
@@ -96,6 +97,7 @@ def _deploy(plan: ServePlan, found: Sequence[Found], environ: Mapping[str, str])
         messages = [d.message for d in serve.status().applications[app.APP_NAME].deployments.values()]
         sentence = faults.marked_sentence("\n".join([*messages, str(e)]))
         raise EngineStartError(sentence or f"The engine did not start: {faults.one_line(str(e))}") from e
+    patience.endpoint_is_up()
 
 
 def _remove(joined: bool) -> None:

@@ -57,8 +57,8 @@ def rack(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Rack]
 class Streaming:
     """A long request that runs while something happens."""
 
-    def __init__(self, rack: Rack) -> None:
-        self._rack = rack
+    def __init__(self, rack: Rack, tokens: int = 900) -> None:
+        self._rack, self._tokens = rack, tokens
         self.pieces = 0
         self.error: Exception | None = None
         self.ended: float | None = None
@@ -71,7 +71,7 @@ class Streaming:
             stream = self._rack.client().completions.create(
                 model="smollm2",
                 prompt="Once upon a time",
-                max_tokens=900,
+                max_tokens=self._tokens,
                 stream=True,
                 extra_body={"ignore_eos": True},
             )
@@ -116,7 +116,7 @@ def test_a_full_disk(rack: Rack, disk: Path) -> None:
     """What cannot be logged is not logged: requests are served, one that runs meanwhile among them."""
     if not os.path.ismount(disk):
         pytest.skip("a file system of its own for this test takes root")
-    streaming = Streaming(rack)
+    streaming = Streaming(rack, 400)
     ballast = disk / "ballast"
     try:
         with pytest.raises(OSError, match="No space left"):
@@ -167,8 +167,10 @@ def test_killed_macs_until_too_few_are_left_and_one_comes_back(rack: Rack) -> No
     assert second != first
     rack.simulated.kill(second)
     until(lambda: "2 stages need 2 Macs" in rack.health()[1], HEAL_S)
+    assert "2 stages need 2 Macs" in rack.status()["waiting"][0]["reason"]
     rack.simulated.rejoin(first, version="9.9.9-py3.11")
     until(lambda: f"{first} runs 9.9.9-py3.11" in rack.health()[1], HEAL_S)
     rack.simulated.kill(first)
     rack.simulated.rejoin(first)
     served_again(rack)
+    assert rack.status()["waiting"] == []

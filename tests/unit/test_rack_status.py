@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pomarium.cluster.rack import reports, status
 from pomarium.cluster.rack.labels import MacFacts
-from pomarium.cluster.rack.reports import ReplicaReport, StageReport
+from pomarium.cluster.rack.reports import ReplicaReport, StageReport, WaitingReport
 from pomarium.cluster.rack.roster import Member, members, namesake
 from pomarium.cluster.rack.status import RackStatus
 
@@ -52,6 +52,11 @@ def test_reports_survive_json(report: ReplicaReport) -> None:
     assert reports.decode(reports.encode(report)) == report
 
 
+@given(st.builds(WaitingReport, st.text(), st.text(), st.text(), st.floats(0, 4e9)))
+def test_reports_of_waiting_survive_json(report: WaitingReport) -> None:
+    assert reports.decode_waiting(reports.encode(report)) == report
+
+
 def test_a_silent_replica_is_gone() -> None:
     later = replace(REPORT, replica="r0", written=1010.0)
     assert reports.fresh([REPORT, later], 1015.0) == (later, REPORT)
@@ -69,6 +74,18 @@ def test_the_table_shows_macs_stages_and_replicas() -> None:
     assert lines[-1].split() == ["smollm2", "r1", "0-19", "on", "mac-1,", "20-29", "on", "mac-2", "3", "GiB",
                                  "3", "1", "12.5"]  # fmt: skip
     assert "no model is served" in status.text(RackStatus("a:1", True, (ONE,), (), VERSION))
+
+
+def test_a_replica_that_waits_says_for_what() -> None:
+    waiting = (WaitingReport("big", "r2", "3 stages need 3 Macs and there are 1", 1000.0),)
+    alone = RackStatus("a:1", False, (ONE,), (), VERSION, waiting)
+    assert status.text(alone).endswith("\n\nbig waits for Macs: 3 stages need 3 Macs and there are 1")
+    assert status.document(alone)["waiting"] == [
+        {"model": "big", "replica": "r2", "reason": "3 stages need 3 Macs and there are 1", "written": 1000.0}
+    ]
+    beside = status.text(RackStatus("a:1", False, (ONE,), (REPORT,), VERSION, waiting))
+    assert "smollm2" in beside
+    assert "big waits for Macs" in beside
 
 
 def test_the_document_is_json_in_bytes() -> None:

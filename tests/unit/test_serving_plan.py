@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pomarium.cluster.serving.app import deployment_name, passed_environment
-from pomarium.cluster.serving.plan import REPLICA_CPUS, ModelPlan, ServePlan, served_names
+from pomarium.cluster.serving.app import passed_environment
+from pomarium.cluster.serving.plan import REPLICA_CPUS, ModelPlan, ServePlan, deployment_name, served_names
 from pomarium.worker.errors import SettingsError
 
 

@@ -1,0 +1,59 @@
+"""When a replica that does not fit fails, and when it waits."""
+
+import pytest
+
+from pomarium.cluster.executor.bundles import PlacementError
+from pomarium.cluster.rack.reports import WaitingReport
+from pomarium.cluster.serving import patience
+
+
+class Rack:
+    """Has room at the attempt after those that are refused with `reasons`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, up: bool, *reasons: str) -> None:
+        self._reasons = list(reasons)
+        self.told: list[str] = []
+        self.withdrawn: list[str] = []
+        monkeypatch.setattr(patience, "is_up", lambda: up)
+        monkeypatch.setattr(patience, "PAUSE_S", 0.0)
+        monkeypatch.setattr(patience.reports, "publish_waiting", self._publish)
+        monkeypatch.setattr(patience.reports, "withdraw_waiting", self.withdrawn.append)
+
+    def _publish(self, report: WaitingReport) -> None:
+        assert (report.model, report.replica) == ("m", "r1")
+        self.told.append(report.reason)
+
+    def place(self) -> str:
+        if self._reasons:
+            raise PlacementError(self._reasons.pop(0))
+        return "team"
+
+
+def test_one_that_fits_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rack = Rack(monkeypatch, True)
+    assert patience.wait_for(rack.place, "m", "r1") == "team"
+    assert rack.told == rack.withdrawn == []
+
+
+def test_while_the_endpoint_starts_a_refusal_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    rack = Rack(monkeypatch, False, "2 stages need 2 Macs")
+    with pytest.raises(PlacementError, match="2 stages need 2 Macs"):
+        patience.wait_for(rack.place, "m", "r1")
+    assert rack.told == []
+
+
+def test_later_it_waits_and_tells_the_reason_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    rack = Rack(monkeypatch, True, "two are missing", "two are missing", "one is missing")
+    assert patience.wait_for(rack.place, "m", "r1") == "team"
+    assert rack.told == ["two are missing", "two are missing", "one is missing"]
+    assert rack.withdrawn == ["r1"]
+
+
+def test_other_faults_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    Rack(monkeypatch, True)
+
+    def broken() -> str:
+        raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        patience.wait_for(broken, "m", "r1")
