@@ -17,10 +17,13 @@ import mlx.core as mx
 import numpy as np
 from intervals import SLEEP, Interval
 from stage_recorder import RecordingWorker
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from pomarium.worker.handoff.outbox import Outbox
 from pomarium.worker.handoff.tensors import Expected
 from pomarium.worker.kv_cache.layout import LayerCache
+from pomarium.worker.kv_cache.paging import Paging
+from pomarium.worker.kv_cache.placement import names_of
 from pomarium.worker.models.stages import StageCut
 from pomarium.worker.pipeline.links import StageLinks
 from pomarium.worker.pipeline.stage import Stage
@@ -135,7 +138,13 @@ class SleepingStage(RecordingWorker):
         assert place is not None
         self._stage = DelayedStage(self.pace, place, SleepingModel(place.cut, self.pace, self))
         entries = range(place.cut.first, place.cut.end)
-        self._keep((LayerCache(1, WIDTH),) * len(entries), mx.float32, entries)
+        self.layers, self.kv_dtype, self.layer_names = (
+            (LayerCache(1, WIDTH),) * len(entries),
+            mx.float32,
+            names_of(entries),
+        )
+        self.states, self.state_names = (), ()
+        self._paging = Paging(self.cache_config.block_size)
 
     def set_pace(self, fixed_ms: float, token_ms: float, link_ms: float) -> None:
         """From the next step on."""
@@ -145,8 +154,9 @@ class SleepingStage(RecordingWorker):
         """Of a cache that nothing is written to."""
         return KV_BYTES
 
-    def initialize_from_config(self, kv_cache_config: object) -> None:
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Put the runner together, without a pool."""
         assert self._stage is not None
+        self._blocks = (1,) * len(kv_cache_config.kv_cache_groups)
         sampler = Sampler(WIDTH, 0)
         self.runner = self._stage.runner(NoAttention(), sampler, self._publish, None, None)

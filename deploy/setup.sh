@@ -137,7 +137,7 @@ step() { # NUMBER TEXT COMMAND ...
 
 install_torch() { # with its own dependencies: the CUDA build, which plain Linux indexes carry, cannot be imported without
     pip_install --constraint "requirements/$platform.txt" "$(grep '^torch==' "requirements/$platform.txt")"
-    if [ "$platform" = linux-x86_64 ] && compgen -G "$venv/lib/python3.*/site-packages/nvidia" >/dev/null; then
+    if [ "$platform" = linux-x86_64 ] && compgen -G "$venv/lib/python3.*/site-packages/nvidia/cudnn" >/dev/null; then
         echo "      (PyTorch's CUDA build came, 4 GB larger and not needed: docs/development.md, 'A smaller PyTorch')"
     fi
 }

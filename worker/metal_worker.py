@@ -42,10 +42,9 @@ from vllm.v1.sample.thinking_budget_state import (
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from pomarium.worker import blas, memory
-from pomarium.worker.activations import activation_bytes
+from pomarium.worker.activations import activation_bytes, layer_width
 from pomarium.worker.attention.base import AttentionBackend
-from pomarium.worker.attention.gathered import GatheredAttention
-from pomarium.worker.attention.hybrid import EagerStateBackend, HybridBackend
+from pomarium.worker.attention.choose import attention_backend, launcher_of
 from pomarium.worker.device import Device, use
 from pomarium.worker.errors import InsufficientMemoryError, UnsupportedError
 from pomarium.worker.forward import ContiguousForward, Forward, PagedForward, contiguous_layer
@@ -53,8 +52,9 @@ from pomarium.worker.kv_cache.layout import LayerCache
 from pomarium.worker.kv_cache.paging import Paging, expand, paging_of
 from pomarium.worker.kv_cache.placement import layout_of, names_of, state_layout_of
 from pomarium.worker.kv_cache.pool import PagedPool
-from pomarium.worker.kv_cache.states import StateCache, StatePool
+from pomarium.worker.kv_cache.states import StateCache
 from pomarium.worker.model_runner import ModelRunner, StepStats
+from pomarium.worker.models.gated_delta_kernels import with_states
 from pomarium.worker.models.load import LoadedModel, load
 from pomarium.worker.models.paged import PagedModel, StageModel, prepare, prepare_stage
 from pomarium.worker.models.resolve import resolve
@@ -227,12 +227,13 @@ class MetalWorker(WorkerBase):
 
     def _activation_bytes(self) -> int:
         rows = self.scheduler_config.max_num_batched_tokens
-        text = self.model_config.hf_text_config
+        config = self.loaded.config
+        hidden_size = self.model_config.get_hidden_size()
         return activation_bytes(
             rows=rows,
             sampled=min(rows, self.scheduler_config.max_num_seqs),
-            hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
+            hidden_size=hidden_size,
+            intermediate_size=layer_width(config.get("text_config", config), hidden_size),
             vocab_size=self.model_config.get_vocab_size(),
             itemsize=self.kv_dtype.size,
         )
@@ -263,17 +264,15 @@ class MetalWorker(WorkerBase):
         self.runner = ModelRunner(forward, sampler, self._publish, custom[False], custom[True])
 
     def _cache(self, kv_cache_config: KVCacheConfig) -> AttentionBackend:
-        attention = self._backend(kv_cache_config)
-        if not self.states:
-            return attention
-        states = StatePool(state_layout_of(kv_cache_config, self.states, self.state_names))
-        logger.info("State pool: %d slots, %d MiB", states.layout.num_slots, states.nbytes >> 20)
-        return HybridBackend(attention, EagerStateBackend(states))
-
-    def _backend(self, kv_cache_config: KVCacheConfig) -> AttentionBackend:
         pool = PagedPool(layout_of(kv_cache_config, self.layers, self.layer_names, self._paging.blocks), self.kv_dtype)
         logger.info("KV pool: %d blocks, %d MiB", pool.layout.num_blocks, pool.nbytes >> 20)
-        return GatheredAttention(pool)
+        attention = attention_backend(pool, self.mlx_device, mla_kernel=self.settings.mla_kernel)
+        if self.settings.debug:
+            logger.info("attention path: %s", type(attention).__name__)
+        if not self.states:
+            return attention
+        launcher = launcher_of(self.mlx_device) if self.settings.gdn_lazy_kernels else None
+        return with_states(attention, state_layout_of(kv_cache_config, self.states, self.state_names), launcher)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Nothing is compiled ahead: MLX builds its kernels at the first step."""

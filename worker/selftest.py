@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 
 import mlx.core as mx
@@ -19,7 +20,8 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from pomarium.worker import blas, parity
-from pomarium.worker.attention.gathered import GatheredAttention
+from pomarium.worker.attention.base import AttentionBackend
+from pomarium.worker.attention.choose import attention_backend
 from pomarium.worker.device import Device, use
 from pomarium.worker.forward import PagedForward
 from pomarium.worker.kv_cache.layout import single_group_layout
@@ -46,6 +48,8 @@ BLOCK_SIZE = 16
 
 Generate = Callable[[PagedModel, Sequence[Sequence[int]], int], list[list[int]]]
 """(model, prompts, new tokens) -> greedy tokens of each prompt."""
+
+MakeBackend = Callable[[PagedPool], AttentionBackend]
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,14 @@ class Report:
         return "\n".join(lines)
 
 
-def generate(model: PagedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+def generate(
+    make_backend: MakeBackend, model: PagedModel, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> list[list[int]]:
     """Greedy tokens of all prompts in one batch through runner, paged pool and sampler."""
     length = max(map(len, prompts)) + new_tokens
     per_request = -(-length // BLOCK_SIZE) * len({layer.window for layer in model.layers})
     layout = single_group_layout(model.layers, BLOCK_SIZE, 1 + per_request * len(prompts))
-    backend = GatheredAttention(PagedPool(layout, model.dtype))
+    backend = make_backend(PagedPool(layout, model.dtype))
     runner = ModelRunner(PagedForward(model, backend), Sampler(model.vocab_size, engine_seed=0), lambda stats: None)
     blocks = np.arange(1, layout.num_blocks).reshape(len(prompts), len(layout.groups), -1)
     greedy = SamplingParams(temperature=0.0)
@@ -111,11 +117,11 @@ def generate(model: PagedModel, prompts: Sequence[Sequence[int]], new_tokens: in
     return tokens
 
 
-def run(generate: Generate = generate) -> Report:
+def run(compared: Generate | None = None) -> Report:
     """Run it. Raises PomariumError if the device or the embedded model cannot be used.
 
     Args:
-        generate: what is compared with mlx-lm.
+        compared: with mlx-lm; by default this process's worker, with the attention that it takes on the device.
     """
     settings = load_settings(os.environ)
     blas.load()
@@ -127,8 +133,9 @@ def run(generate: Generate = generate) -> Report:
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     references = [parity.reference(loaded.model, prompt, NEW_TOKENS) for prompt in prompts]
     model = prepare(loaded.model, loaded.config["model_type"])
+    way = compared or partial(generate, partial(attention_backend, device=device, mla_kernel=settings.mla_kernel))
     began = time.perf_counter()
-    tokens = generate(model, prompts, NEW_TOKENS)
+    tokens = way(model, prompts, NEW_TOKENS)
     seconds = time.perf_counter() - began
     bound = parity.FLOAT32_BOUND if dtype == mx.float32 else parity.HALF_BOUND
     ties: list[str] = []

@@ -182,8 +182,9 @@ VARIABLES: tuple[Variable, ...] = (
         "auto",
         "auto, text-only-compat or multimodal-native",
         _multimodal_mode,
-        "`auto`, `text-only-compat`: multimodal checkpoints on the compatibility allowlist are served as text models. "
-        "`multimodal-native`: no fallback to the text model.",
+        "`auto`, `text-only-compat`: multimodal checkpoints on the compatibility allowlist (Gemma 4, Qwen3.5, Qwen3.6) "
+        "are served as text models; an image in a request is an error. `multimodal-native`: they are refused, for "
+        "images do not run yet.",
     ),
     Variable(
         "VLLM_USE_MODELSCOPE",
@@ -208,7 +209,8 @@ VARIABLES: tuple[Variable, ...] = (
         "1",
         _BOOLEAN,
         _boolean,
-        "Gated-delta layers keep their kernels in MLX's lazy graph. Read and validated; acts once the kernels exist.",
+        "1: on a GPU gated-delta layers whose sizes fit run through kernels over states in place, within MLX's lazy "
+        "graph. 0: mlx-lm's own modules over gathered states, with the same output, as on the CPU.",
     ),
     Variable(
         "VLLM_METAL_MLA_KERNEL",
@@ -216,7 +218,8 @@ VARIABLES: tuple[Variable, ...] = (
         "0",
         _BOOLEAN,
         _boolean,
-        "1: latent attention through its own kernel. Read and validated; acts once the kernels exist.",
+        "1: on a GPU decode rows of latent attention (rank 512 + 64, blocks of 16 or 32) go through their own kernel, "
+        "also in mixed batches. 0: MLX operations, with the same output, as on the CPU.",
     ),
     Variable(
         "VLLM_METAL_VISIBLE_DEVICES",

@@ -17,7 +17,7 @@ from wheel_build import LAYERS, build_wheel
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "requirements"
 FILES = sorted(path.name for path in REQUIREMENTS.glob("*.txt"))
-PINNED_LINE = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+( --hash=sha256:[0-9a-f]{64})?")
+PINNED_LINE = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+( --hash=sha256:[0-9a-f]{64}| ; sys_platform == \"linux\")?")
 
 # Asked for by a package we install, and left out: docs/development.md, "What is left out".
 LEFT_OUT = {
@@ -29,11 +29,12 @@ LEFT_OUT = {
 
 
 def pins(name: str) -> dict[str, str]:
-    """Canonical package name -> version of requirements/`name`."""
+    """Canonical package name -> version of requirements/`name`, on this system."""
     lines = [line for line in (REQUIREMENTS / name).read_text().splitlines() if line and not line.startswith("#")]
     for line in lines:
         assert PINNED_LINE.fullmatch(line), f"{name}: {line!r} is not a plain pin"
-    pairs = [line.split(" ")[0].split("==") for line in lines]
+    here = [line for line in lines if " ; " not in line or sys.platform == "linux"]
+    pairs = [line.split(" ")[0].split("==") for line in here]
     found = {str(canonicalize_name(package)): pinned for package, pinned in pairs}
     assert len(found) == len(pairs), f"{name} pins a package twice"
     return found

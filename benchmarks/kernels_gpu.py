@@ -1,0 +1,330 @@
+"""All that a borrowed GPU is to tell in one run: are the kernels right, how fast are they, how does a step grow.
+
+    --parts check      every case of kernels/cases against float64, outputs poisoned before (kernels/check.py)
+            models     runner and kernels on random-weight models beside mlx-lm's forward (model_parity.py)
+            attention  decode and prefill beside a device copy, MLX's and PyTorch's attention (paged_kernels.py)
+            mla        MLA decode beside MLX operations (mla_decode.py)
+            gdn        a gated-delta layer beside mlx-lm's (gated_delta_layer.py)
+            step       decode steps of Llama 3 8B's shape, batch 1 to 64 and ragged, beside mlx-lm's batch padded to
+                       the longest; 16 GB of weights with all 32 layers
+
+    python benchmarks/kernels_gpu.py [--parts check attention ...] [--layers 32]
+
+Runs from a bare checkout with mlx, mlx-lm and numpy (PyTorch's figures where it is installed): nothing is installed,
+no vLLM is needed, and of mlx-lm only its models. Prints Markdown; with the environment variable OUT also writes
+kernels_gpu.md and kernels_gpu.json into that folder. A part that fails prints its traceback, the others go on, and the
+exit code is 1. On CUDA, MLX runs with CUDA_GRAPHS, for its own figures, too; with --default-graphs it does not.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK_SIZE, CONTEXT = 16, 1024
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+RAGGED_LONGEST = 4096
+CUDA_GRAPHS = {"MLX_MAX_OPS_PER_BUFFER": "100", "MLX_MAX_MB_PER_BUFFER": "4000", "MLX_CUDA_GRAPH_CACHE_SIZE": "4000"}
+"""MLX's CUDA backend sends a graph after some operations, wherever that is in a layer, and makes one anew if it has
+none alike. With these, the graph of a layer does for the next, too."""
+ROUNDS = 30
+
+
+def prepare_imports() -> None:
+    """Make this checkout importable as `pomarium`, and mlx-lm's models without its package, which wants transformers.
+
+    Where the package is installed, or transformers is, nothing changes.
+    """
+    if importlib.util.find_spec("pomarium") is None:
+        package = ModuleType("pomarium")
+        package.__path__ = [str(ROOT)]
+        sys.modules["pomarium"] = package
+    lm = importlib.util.find_spec("mlx_lm")
+    if lm is not None and importlib.util.find_spec("transformers") is None:
+        models_only = ModuleType("mlx_lm")
+        models_only.__path__ = list(lm.submodule_search_locations or [])
+        sys.modules["mlx_lm"] = models_only
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+class Tee(io.TextIOBase):
+    """Writes to the terminal and keeps a copy."""
+
+    def __init__(self) -> None:
+        self._terminal, self._kept = sys.stdout, io.StringIO()
+
+    def write(self, text: str) -> int:
+        """See TextIOBase."""
+        self._terminal.write(text)
+        return self._kept.write(text)
+
+    def flush(self) -> None:
+        """See TextIOBase."""
+        self._terminal.flush()
+
+    @property
+    def text(self) -> str:
+        """All so far."""
+        return self._kept.getvalue()
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """The Markdown tables in `text`, each a list of rows by column."""
+    found: list[list[dict[str, str]]] = []
+    header: list[str] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
+        if len(cells) < 2:
+            header = []
+        elif not header:
+            header = cells
+            found.append([])
+        elif not all(set(cell) <= set("-: ") for cell in cells):
+            found[-1].append(dict(zip(header, cells, strict=False)))
+    return found
+
+
+@contextlib.contextmanager
+def arguments(*given: str) -> Iterator[None]:
+    """Command-line arguments of another benchmark's main."""
+    kept = sys.argv
+    sys.argv = [kept[0], *given]
+    try:
+        yield
+    finally:
+        sys.argv = kept
+
+
+def check_part(options: argparse.Namespace) -> None:
+    """Print the report. Raises RuntimeError if a case is wrong."""
+    from pomarium.kernels import check
+
+    report = check.run(check.PoisonedLauncher(), options.seed)
+    print(report.text)
+    if report.failed:
+        raise RuntimeError(f"{len(report.failed)} cases are wrong")
+
+
+def models_part(options: argparse.Namespace) -> None:
+    """See model_parity.py. Raises RuntimeError if a model is wrong."""
+    import model_parity
+
+    with arguments():
+        if model_parity.main():
+            raise RuntimeError("a model is wrong")
+
+
+def attention_part(options: argparse.Namespace) -> None:
+    """See paged_kernels.py."""
+    import paged_kernels
+
+    torch = importlib.util.find_spec("torch") is not None
+    with arguments(*(["--torch"] if torch else [])):
+        paged_kernels.main()
+
+
+def mla_part(options: argparse.Namespace) -> None:
+    """See mla_decode.py. Raises RuntimeError if a result is wrong."""
+    import mla_decode
+
+    with arguments("--repeats", "8"):
+        if mla_decode.main():
+            raise RuntimeError("a result is wrong")
+
+
+def gdn_part(options: argparse.Namespace) -> None:
+    """See gated_delta_layer.py."""
+    import gated_delta_layer
+
+    with arguments("--rounds", str(ROUNDS)):
+        gated_delta_layer.main()
+
+
+def llama(layers: int) -> Any:
+    """Llama 3 8B's shape with `layers` layers, random bfloat16 weights."""
+    import mlx.core as mx
+    from mlx.utils import tree_map
+    from mlx_lm.models.llama import Model, ModelArgs
+
+    shape = ModelArgs(
+        model_type="llama",
+        hidden_size=4096,
+        num_hidden_layers=layers,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+        vocab_size=128256,
+        rope_theta=500000.0,
+        tie_word_embeddings=False,
+    )
+    module = Model(shape)
+    module.update(tree_map(lambda w: (mx.random.normal(w.shape) * 0.02).astype(mx.bfloat16), module.parameters()))
+    mx.eval(module.parameters())
+    return module
+
+
+def median_ms(step: Callable[[], object], rounds: int = ROUNDS) -> float:
+    """Of `rounds` behind three that are not counted; `step` evaluates by itself."""
+    taken = []
+    for number in range(rounds + 3):
+        began = time.perf_counter()
+        step()
+        if number >= 3:
+            taken.append(time.perf_counter() - began)
+    return statistics.median(taken) * 1e3
+
+
+def paged_step_ms(model: Any, launcher: Any, contexts: Sequence[int]) -> float:
+    """One decode step of sequences that have so many tokens, their new one included."""
+    import numpy as np
+
+    from pomarium.kernels.gpu_family import this_gpu
+    from pomarium.worker.attention.kernels import KernelAttention
+    from pomarium.worker.batch import Batch
+    from pomarium.worker.batch import Sequence as Rows
+    from pomarium.worker.forward import PagedForward
+    from pomarium.worker.kv_cache.layout import single_group_layout
+    from pomarium.worker.kv_cache.pool import PagedPool
+
+    needed = [-(-context // BLOCK_SIZE) for context in contexts]
+    blocks = np.random.default_rng(0).permutation(sum(needed)).astype(np.int32)
+    held = np.split(blocks, np.cumsum(needed)[:-1])
+    pool = PagedPool(single_group_layout(model.layers, BLOCK_SIZE, sum(needed)), model.dtype)
+    fill(pool, sum(needed) * BLOCK_SIZE)
+    forward = PagedForward(model, KernelAttention(pool, launcher, this_gpu()))
+    sequences = tuple(
+        Rows(str(number), context - 1, 1, (tuple(table.tolist()),))
+        for number, (context, table) in enumerate(zip(contexts, held, strict=True))
+    )
+    rows = np.arange(len(contexts), dtype=np.int32)
+    positions = np.array(contexts, np.int32) - 1
+    batch = Batch(sequences, rows, positions, rows, rows, tuple(map(str, rows)), {})
+    return median_ms(lambda: forward.run(batch))
+
+
+def fill(pool: Any, tokens: int) -> None:
+    """Random keys and values in every block: zeros may be faster."""
+    import mlx.core as mx
+
+    for layer, cache in enumerate(pool.layout.layers):
+        rows = mx.arange(tokens * cache.num_kv_heads).reshape(tokens, cache.num_kv_heads)
+        keys = mx.random.normal((tokens, cache.num_kv_heads, cache.head_dim)).astype(pool.dtype)
+        pool.write(layer, rows, keys, keys)
+        mx.eval(pool.arrays)
+    mx.clear_cache()
+
+
+def padded_step_ms(module: Any, contexts: Sequence[int]) -> float:
+    """The same by mlx-lm, its batched cache padded to the longest."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import BatchKVCache, KVCache
+
+    longest, count = max(contexts), len(contexts)
+    caches: list[Any] = []
+    for _ in module.layers:
+        cache = BatchKVCache([longest - context for context in contexts]) if count > 1 else KVCache()
+        keys = mx.random.normal((count, 8, longest - 1, 128)).astype(mx.bfloat16)
+        cache.update_and_fetch(keys, keys)
+        mx.eval(cache.keys, cache.values)
+        caches.append(cache)
+    mx.clear_cache()
+    tokens = mx.zeros((count, 1), mx.int32)
+
+    def step() -> None:
+        mx.eval(module(tokens, cache=caches), [cache.keys for cache in caches], [cache.values for cache in caches])
+
+    return median_ms(step)
+
+
+def step_part(options: argparse.Namespace) -> None:
+    """Print decode steps of our path, even and ragged, and of mlx-lm."""
+    import mlx.core as mx
+    import numpy as np
+
+    from pomarium.kernels.launch import CudaLauncher, Launcher, MetalLauncher
+    from pomarium.worker.models.paged import prepare
+
+    launcher: Launcher = MetalLauncher() if mx.metal.is_available() else CudaLauncher()
+    module = llama(options.layers)
+    ragged = [int(n) for n in np.random.default_rng(0).integers(1, RAGGED_LONGEST + 1, 32)]
+    mixes = {f"{count} x {CONTEXT}": [CONTEXT] * count for count in BATCHES}
+    mixes |= {f"32 ragged, 1 to {RAGGED_LONGEST}": ragged, f"1 x {RAGGED_LONGEST}": [RAGGED_LONGEST]}
+    # Before `prepare` changes what the module calls.
+    theirs = {name: padded_step_ms(module, contexts) for name, contexts in mixes.items()}
+    model = prepare(module, "llama")
+    print(f"Llama 3 8B's shape with {options.layers} layers, bf16, decode steps without sampling\n")
+    print("| sequences x context | ours, ms | per sequence, ms | mlx-lm padded, ms | times mlx-lm |")
+    print("|---|---:|---:|---:|---:|")
+    for name, contexts in mixes.items():
+        ours = paged_step_ms(model, launcher, contexts)
+        cells = f"{ours:.3f} | {ours / len(contexts):.3f} | {theirs[name]:.3f} | {theirs[name] / ours:.2f}"
+        print(f"| {name} | {cells} |", flush=True)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "check": check_part,
+    "models": models_part,
+    "attention": attention_part,
+    "step": step_part,
+    "mla": mla_part,
+    "gdn": gdn_part,
+}
+
+
+def run_part(name: str, options: argparse.Namespace) -> dict[str, object]:
+    """Run a part; what it printed, its tables and whether it failed."""
+    tee, failure = Tee(), None
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(tee):
+        print(f"\n## {name}\n", flush=True)
+        try:
+            PARTS[name](options)
+        except Exception:  # noqa: BLE001 - the other parts' figures are wanted whatever happens
+            failure = traceback.format_exc()
+            print(f"\n```\n{failure}```")
+        print(f"\n({name}: {time.perf_counter() - began:.0f} s)", flush=True)
+    return {"part": name, "text": tee.text, "tables": tables(tee.text), "failure": failure}
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--layers", type=int, default=32, help="of the model whose steps are timed")
+    parser.add_argument("--default-graphs", action="store_true", help="leave MLX's CUDA graphs as they are")
+    parser.add_argument("--seed", type=int, default=0, help="of the checks' random inputs")
+    options = parser.parse_args()
+    # Never machine code of another text under the same name.
+    os.environ.setdefault("MLX_PTX_CACHE_DIR", tempfile.mkdtemp())
+    if not options.default_graphs:
+        os.environ.update(CUDA_GRAPHS)
+    prepare_imports()
+    import mlx.core as mx
+
+    heading = f"# {mx.device_info(mx.default_device()).get('device_name')}, MLX {mx.__version__}\n"
+    print(heading, flush=True)
+    done: list[dict[str, object]] = []
+    for name in options.parts:
+        done.append(run_part(name, options))
+        if (out := os.environ.get("OUT")) is not None:
+            text = heading + "".join(str(part["text"]) for part in done)
+            (Path(out) / "kernels_gpu.md").write_text(text, encoding="utf-8")
+            (Path(out) / "kernels_gpu.json").write_text(json.dumps(done, indent=1), encoding="utf-8")
+    return int(any(part["failure"] is not None for part in done))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

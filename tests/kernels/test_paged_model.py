@@ -1,0 +1,112 @@
+"""Tiny models served through the emulated attention kernels give the tokens of the MLX-operation path."""
+
+import logging
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from emulator.counting import CountingLauncher
+from equality import BOUND
+from step_driver import Driver
+from tiny_models import TINY, build
+
+from pomarium.kernels.gpu_family import H100, Family, Gpu
+from pomarium.worker.attention.choose import attention_backend
+from pomarium.worker.attention.gathered import GatheredAttention
+from pomarium.worker.attention.kernels import KernelAttention, group_rows
+from pomarium.worker.attention.mla import LatentKernelAttention
+from pomarium.worker.batch import Batch, Sequence
+from pomarium.worker.device import Device, GpuBackend
+from pomarium.worker.forward import PagedForward
+from pomarium.worker.kv_cache.layout import CacheGroup, LayerCache, single_group_layout
+from pomarium.worker.kv_cache.pool import PagedPool
+from pomarium.worker.models.paged import PagedModel, prepare
+from pomarium.worker.settings import DeviceKind
+
+LENGTHS = {"one": 1, "short": 5, "block": 16, "long": 43}
+NEW_TOKENS = 4
+CHUNKS = (7, 1, 16, 50)
+
+
+@cache
+def model(name: str, head_dim: int = 64) -> PagedModel:
+    return prepare(build(name, head_dim=head_dim), TINY[name]["model_type"])
+
+
+def prompts() -> dict[str, list[int]]:
+    rng = np.random.default_rng(0)
+    return {name: rng.integers(3, 120, length).tolist() for name, length in LENGTHS.items()}
+
+
+def through_kernels(paged: PagedModel, launcher: CountingLauncher, gpu: Gpu) -> Driver:
+    driver = Driver(paged, block_size=8)
+    driver.recorder.inner = PagedForward(paged, KernelAttention(PagedPool(driver.layout, paged.dtype), launcher, gpu))
+    return driver
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [("llama", Gpu(Family.APPLE, 4)), ("gpt_oss", Gpu(Family.APPLE, 1)), ("gemma2", H100)],
+    ids=["llama", "gpt_oss: windows and sinks", "gemma2: soft-cap"],
+)
+def test_the_kernels_give_the_operations_tokens(name: str, gpu: Gpu) -> None:
+    """Prompts of four lengths in chunks, beside decoding sequences, one of them preempted."""
+    launcher = CountingLauncher()
+    want = Driver(model(name), block_size=8)
+    got = through_kernels(model(name), launcher, gpu)
+
+    def preempt(step: int) -> list[str]:
+        return ["block"] if step == 4 else []
+
+    tokens = want.run(prompts(), NEW_TOKENS, chunks=CHUNKS, preempt=preempt)
+    assert got.run(prompts(), NEW_TOKENS, chunks=CHUNKS, preempt=preempt) == tokens
+    for request, logits in want.recorder.logits.items():
+        for position, row in logits.items():
+            scale = np.abs(row).max()
+            assert np.abs(got.recorder.logits[request][position] - row).max() / scale < BOUND
+    kernels = {"reshape_and_cache", "paged_attention_decode", "paged_attention_reduce", "paged_attention_prefill"}
+    assert set(launcher.launches) == kernels
+
+
+def test_a_shape_that_the_kernels_do_not_take_goes_to_operations_and_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    launcher = CountingLauncher()
+    with caplog.at_level(logging.INFO, "pomarium"):
+        got = through_kernels(model("llama", 8), launcher, H100)
+        tokens = got.run(prompts(), NEW_TOKENS, chunks=CHUNKS)
+    assert tokens == Driver(model("llama", 8), block_size=8).run(prompts(), NEW_TOKENS, chunks=CHUNKS)
+    assert not launcher.launches
+    lines = [record.getMessage() for record in caplog.records if "MLX operations" in record.getMessage()]
+    assert lines == [
+        "attention of some layers is left to MLX operations: head size 8 is not one of 64, 80, 96, 112, 128, 192, "
+        "256, 512 (4 layers from 0)"
+    ]
+
+
+@pytest.mark.parametrize("backend", [None, *GpuBackend])
+def test_a_gpu_takes_the_kernels_and_the_cpu_operations(backend: GpuBackend | None) -> None:
+    kind = DeviceKind.CPU if backend is None else DeviceKind.GPU
+    device = Device(kind, backend, "some device", ("float32",))
+    pool = PagedPool(single_group_layout([LayerCache(2, 64)], 8, 4), mx.float32)
+    chosen = attention_backend(pool, device, mla_kernel=True)
+    assert type(chosen) is (GatheredAttention if backend is None else KernelAttention)
+    latent = PagedPool(single_group_layout([LayerCache(1, 576, None, 512, latent=True)], 16, 4), mx.float32)
+    kernel = LatentKernelAttention if backend else GatheredAttention
+    assert type(attention_backend(latent, device, mla_kernel=True)) is kernel
+    assert type(attention_backend(latent, device, mla_kernel=False)) is GatheredAttention
+
+
+def test_a_table_that_does_not_hold_its_sequence_is_refused_when_the_step_is_prepared() -> None:
+    group = CacheGroup((0,), 8, None, 0)
+
+    def batch(blocks: tuple[int, ...]) -> Batch:
+        rows = np.arange(3, dtype=np.int32)
+        return Batch((Sequence("r", 6, 3, (blocks,)),), rows, rows + 6, rows, rows, ("r",), {})
+
+    assert group_rows(batch((5, 2)), group, 6).slots.tolist()[:3] == [46, 47, 16]
+    with pytest.raises(ValueError, match=r"context of 9 tokens is longer than its block table: 1 blocks of 8"):
+        group_rows(batch((5,)), group, 6)
+    with pytest.raises(ValueError, match=r"names block 6 at \[0, 1\], outside a pool of 6"):
+        group_rows(batch((5, 6)), group, 6)

@@ -1,0 +1,27 @@
+"""Which attention backend a device and a model take."""
+
+from pomarium.kernels.gpu_family import this_gpu
+from pomarium.kernels.launch import CudaLauncher, Launcher, MetalLauncher
+from pomarium.worker.attention.base import AttentionBackend
+from pomarium.worker.attention.gathered import GatheredAttention
+from pomarium.worker.attention.kernels import KernelAttention
+from pomarium.worker.attention.mla import LatentKernelAttention
+from pomarium.worker.device import Device, GpuBackend
+from pomarium.worker.kv_cache.pool import PagedPool
+
+
+def launcher_of(device: Device) -> Launcher | None:
+    """What runs kernels on `device`; None on the CPU."""
+    if device.backend is None:
+        return None
+    return MetalLauncher() if device.backend is GpuBackend.METAL else CudaLauncher()
+
+
+def attention_backend(pool: PagedPool, device: Device, *, mla_kernel: bool) -> AttentionBackend:
+    """MLX operations on the CPU; on a GPU kernels, for latents only if `mla_kernel` (VLLM_METAL_MLA_KERNEL)."""
+    launcher = launcher_of(device)
+    if launcher is None:
+        return GatheredAttention(pool)
+    if any(layer.latent for layer in pool.layout.layers):
+        return LatentKernelAttention(pool, launcher, this_gpu()) if mla_kernel else GatheredAttention(pool)
+    return KernelAttention(pool, launcher, this_gpu())

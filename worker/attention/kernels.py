@@ -1,0 +1,292 @@
+"""Paged attention by kernels: the backend of a GPU.
+
+    Batch --KernelAttention.prepare--> spans, block tables, slots (host, checked once per step)
+          --KernelStep.attend, per layer--> reshape_and_cache into the pool, in place
+                |-- sequences of one row, and those of few rows: paged_attention_decode
+                `-- prompt chunks: paged_attention_prefill, or MLX's attention where that is faster (paged_tuning)
+
+Kernels write the pool in place, so each of its buffers belongs to an `Ordered` that puts every access behind the one
+before. Layers that the kernels do not take attend as in `gathered`, over the same pool; one log line says why. All
+layers of a buffer have one shape, so no buffer is written both ways.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from pomarium.kernels.cache_writes import BlockShape, reshape_and_cache, slot_indices
+from pomarium.kernels.contiguous_prefill import (
+    ContiguousPlan,
+    contiguous_prefill,
+    contiguous_refusal,
+    plan_contiguous,
+)
+from pomarium.kernels.gpu_family import Family, Gpu
+from pomarium.kernels.launch import Launcher
+from pomarium.kernels.ordered import Ordered
+from pomarium.kernels.paged_attention import (
+    MOST_DECODE_ROWS,
+    AttentionShape,
+    DecodePlan,
+    PrefillPlan,
+    decode,
+    plan_decode,
+    plan_prefill,
+    prefill,
+)
+from pomarium.kernels.paged_plan import Span, checked_tables
+from pomarium.kernels.paged_tuning import PREFILL
+from pomarium.kernels.reference import Scoring
+from pomarium.worker.attention.gathered import GatheredStep, plan_group
+from pomarium.worker.batch import Batch
+from pomarium.worker.kv_cache.layout import CacheGroup
+from pomarium.worker.kv_cache.pool import PagedPool
+
+logger = logging.getLogger(__name__)
+
+LAYERS_PER_START: Mapping[Family, int] = {Family.APPLE: 4, Family.CUDA: 1}
+"""Layers that are built before their evaluation begins, while Python builds the next ones. Apple's is not measured."""
+
+
+def starts_behind(layer: int, gpu: Gpu) -> bool:
+    """Whether evaluation of what was built begins behind this layer."""
+    layers = LAYERS_PER_START[gpu.family]
+    return layer % layers == layers - 1
+
+
+@dataclass(frozen=True)
+class GroupRows:
+    """The rows of a step as one cache group sees them; host data.
+
+    Attributes:
+        spans: of the sequences, in row order. tables: int32 (blocks,) of each. slots: of every row, on the device.
+    """
+
+    spans: tuple[Span, ...]
+    tables: tuple[np.ndarray, ...]
+    slots: mx.array
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Who computes which rows of a layer.
+
+    Attributes:
+        parts: cover each row once. order: int32 (T,), where each row stands in the parts' outputs; None if in order.
+    """
+
+    parts: tuple[DecodePlan | PrefillPlan | ContiguousPlan, ...]
+    order: mx.array | None
+
+
+def group_rows(batch: Batch, group: CacheGroup, num_blocks: int) -> GroupRows:
+    """The step's rows for `group`.
+
+    Raises:
+        ValueError: if a block table does not hold its sequence, or names a block outside the pool.
+    """
+    first_rows = np.cumsum([0, *(sequence.length for sequence in batch.sequences)])
+    spans = tuple(
+        Span(int(first), sequence.length, sequence.start + sequence.length)
+        for first, sequence in zip(first_rows[:-1], batch.sequences, strict=True)
+    )
+    tables = tuple(np.array(sequence.block_tables[group.table], np.int32) for sequence in batch.sequences)
+    stacked = checked_tables(spans, tables, num_blocks, group.block_size, group.window)
+    row_of = np.repeat(np.arange(len(spans)), [span.tokens for span in spans])
+    block, offset = np.divmod(batch.positions, group.block_size)
+    slots = stacked[row_of, block] * group.block_size + offset
+    return GroupRows(spans, tables, slot_indices(slots, num_blocks * group.block_size))
+
+
+_Part = DecodePlan | PrefillPlan | ContiguousPlan
+_Planner = Callable[[Sequence[Span], Sequence[np.ndarray], AttentionShape, int | None, Gpu], _Part]
+
+
+def plan_attention(
+    rows: GroupRows, shape: AttentionShape, window: int | None, softcap: float | None, gpu: Gpu
+) -> AttentionPlan:
+    """Share the rows out: sequences of one row, of few, and prompt chunks. One row among many would share few loads."""
+
+    def plan_chunks(
+        spans: Sequence[Span], tables: Sequence[np.ndarray], shape: AttentionShape, window: int | None, gpu: Gpu
+    ) -> PrefillPlan | ContiguousPlan:
+        refusal = contiguous_refusal(spans, shape.head_dim, shape.dtype, window, softcap)
+        if PREFILL[gpu.family].contiguous and refusal is None:
+            return plan_contiguous(spans, tables, shape.num_kv_heads, shape.block_size, window)
+        return plan_prefill(spans, tables, shape, window, gpu)
+
+    kinds: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for index, span in enumerate(rows.spans):
+        few = span.tokens * shape.group <= MOST_DECODE_ROWS
+        kinds[0 if span.tokens == 1 else 1 if few else 2].append(index)
+    planners: tuple[_Planner, ...] = (plan_decode, plan_decode, plan_chunks)
+    parts: list[_Part] = []
+    computed: list[np.ndarray] = []
+    for kind, plan in zip(kinds, planners, strict=True):
+        if kind:
+            spans = [rows.spans[index] for index in kind]
+            parts.append(plan(spans, [rows.tables[index] for index in kind], shape, window, gpu))
+            computed += [np.arange(span.first_token, span.first_token + span.tokens) for span in spans]
+    place = np.concatenate(computed)
+    in_order = bool((place == np.arange(len(place))).all())
+    return AttentionPlan(tuple(parts), None if in_order else mx.array(np.argsort(place).astype(np.int32)))
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """What all steps share.
+
+    Attributes:
+        blocks: of each layer that kernels take. ordered: of each such layer's buffer, by the buffer's number.
+    """
+
+    pool: PagedPool
+    launcher: Launcher
+    gpu: Gpu
+    blocks: dict[int, BlockShape]
+    ordered: dict[int, Ordered]
+
+
+class KernelStep:
+    """Attention of one step (see `base.StepAttention`)."""
+
+    def __init__(self, kernels: _Kernels, batch: Batch) -> None:
+        """Raises ValueError as `group_rows` does."""
+        self._kernels = kernels
+        self._batch = batch
+        self._layout = kernels.pool.layout
+        self._group_index = self._layout.group_index
+        self._rows = [group_rows(batch, group, self._layout.num_blocks) for group in self._layout.groups]
+        self._plans: dict[tuple[int, AttentionShape, float | None], AttentionPlan] = {}
+        self._gathered: GatheredStep | None = None
+
+    def attend(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array, scoring: Scoring) -> mx.array:
+        """See `base.StepAttention.attend`."""
+        blocks = self._kernels.blocks.get(layer)
+        if blocks is None:
+            return self._by_operations().attend(layer, queries, keys, values, scoring)
+        dtype, slots = self._kernels.pool.dtype, self._rows[self._group_index[layer]].slots
+        stored = keys.astype(dtype), values.astype(dtype)
+        reshape_and_cache(self._kernels.launcher, self._ordered(layer), blocks, *stored, slots)
+        return self._attend_stored(layer, blocks, queries, *stored, scoring)
+
+    def attend_shared(
+        self, layer: int, queries: mx.array, keys: mx.array, values: mx.array, scoring: Scoring
+    ) -> mx.array:
+        """See `base.StepAttention.attend_shared`."""
+        blocks = self._kernels.blocks.get(layer)
+        if blocks is None:
+            return self._by_operations().attend_shared(layer, queries, keys, values, scoring)
+        return self._attend_stored(layer, blocks, queries, keys, values, scoring)
+
+    def _attend_stored(
+        self, layer: int, blocks: BlockShape, queries: mx.array, keys: mx.array, values: mx.array, scoring: Scoring
+    ) -> mx.array:
+        """Attend over the pool, which holds the step's K and V already; `keys` and `values` are the same once more."""
+        launcher, dtype = self._kernels.launcher, self._kernels.pool.dtype
+        rows = queries.astype(dtype), keys.astype(dtype), values.astype(dtype)
+        plan = self._plan(self._group_index[layer], attention_shape(blocks, queries.shape[1]), scoring.softcap)
+
+        def read(arrays: tuple[mx.array, ...], token: mx.array) -> tuple[mx.array, mx.array]:
+            outputs = []
+            for part in plan.parts:
+                if isinstance(part, DecodePlan):
+                    output, token = decode(launcher, part, rows[0], arrays, scoring, token)
+                elif isinstance(part, PrefillPlan):
+                    output, token = prefill(launcher, part, rows[0], arrays, scoring, token)
+                else:
+                    output, token = contiguous_prefill(part, rows, arrays, scoring, token)
+                outputs.append(output)
+            joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+            return joined if plan.order is None else joined[plan.order], token
+
+        out = self._ordered(layer).access(read).astype(queries.dtype)
+        if starts_behind(layer, self._kernels.gpu):
+            mx.async_eval(out)  # type: ignore[no-untyped-call]
+        return out
+
+    def _ordered(self, layer: int) -> Ordered:
+        return self._kernels.ordered[self._layout.buffer_of_layer[layer]]
+
+    def attend_latents(self, layer: int, queries: mx.array, latents: mx.array, rank: int, scoring: Scoring) -> mx.array:
+        """See `base.StepAttention.attend_latents`."""
+        return self._by_operations().attend_latents(layer, queries, latents, rank, scoring)
+
+    def _plan(self, group: int, shape: AttentionShape, softcap: float | None) -> AttentionPlan:
+        key = (group, shape, softcap)
+        if key not in self._plans:
+            window = self._layout.groups[group].window
+            self._plans[key] = plan_attention(self._rows[group], shape, window, softcap, self._kernels.gpu)
+        return self._plans[key]
+
+    def _by_operations(self) -> GatheredStep:
+        if self._gathered is None:
+            plans = [plan_group(self._batch, group) for group in self._layout.groups]
+            self._gathered = GatheredStep(self._kernels.pool, plans)
+        return self._gathered
+
+
+class KernelAttention:
+    """Backend over a PagedPool (see `base.AttentionBackend`)."""
+
+    def __init__(self, pool: PagedPool, launcher: Launcher, gpu: Gpu) -> None:
+        """Take over the buffers of `pool` that the kernels take; nobody else may read or write them."""
+        layout = pool.layout
+        reasons = {layer: unsupported(pool, layer) for layer in range(len(layout.layers))}
+        taken = [layer for layer, reason in reasons.items() if reason is None]
+        layer_of_buffer = {layout.buffer_of_layer[layer]: layer for layer in taken}
+        ordered = {buffer: Ordered(*pool.keys_and_values(layer)) for buffer, layer in layer_of_buffer.items()}
+        blocks = {layer: block_shape(pool, layer) for layer in taken}
+        self._kernels = _Kernels(pool, launcher, gpu, blocks, ordered)
+        _log_unsupported(reasons)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """See `base.AttentionBackend.arrays`."""
+        tokens = [array for ordered in self._kernels.ordered.values() for array in ordered.arrays]
+        return [*self._kernels.pool.arrays, *tokens]
+
+    def prepare(self, batch: Batch) -> KernelStep:
+        """See `base.AttentionBackend.prepare`. Raises ValueError if a block table does not hold its sequence."""
+        return KernelStep(self._kernels, batch)
+
+
+def block_shape(pool: PagedPool, layer: int) -> BlockShape:
+    """Of the buffer that holds `layer`."""
+    cache, block_size = pool.layout.layers[layer], pool.layout.group_of(layer).block_size
+    value_dim = 0 if cache.latent else cache.value_dim
+    return BlockShape(pool.layout.num_blocks, cache.num_kv_heads, block_size, cache.head_dim, value_dim, pool.dtype)
+
+
+def attention_shape(blocks: BlockShape, num_heads: int) -> AttentionShape:
+    """Of a layer with `num_heads` query heads whose values are as wide as its keys."""
+    return AttentionShape(
+        num_heads, blocks.num_kv_heads, blocks.key_dim, blocks.num_blocks, blocks.block_size, blocks.dtype
+    )
+
+
+def unsupported(pool: PagedPool, layer: int) -> str | None:
+    """Why the kernels do not take a layer; None if they do."""
+    cache = pool.layout.layers[layer]
+    if cache.latent or cache.value_dim != cache.head_dim:
+        kept = "latents" if cache.latent else f"values of {cache.value_dim} elements to keys of {cache.head_dim}"
+        return f"it keeps {kept}"
+    blocks = block_shape(pool, layer)
+    return attention_shape(blocks, cache.num_kv_heads).unsupported or blocks.unsupported
+
+
+def _log_unsupported(reasons: dict[int, str | None]) -> None:
+    found: dict[str, list[int]] = {}
+    for layer, reason in reasons.items():
+        if reason is not None:
+            found.setdefault(reason, []).append(layer)
+    if found:
+        parts = [f"{reason} ({_layers(layers)})" for reason, layers in found.items()]
+        logger.info("attention of some layers is left to MLX operations: %s", "; ".join(parts))
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers from {layers[0]}"
