@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from pomarium.worker.errors import UnsupportedError
+from pomarium.worker.models.wrappers import WRAPPERS
 from pomarium.worker.settings import DeviceKind, MultimodalMode
 
 BLOCK_SIZES = (8, 16, 32)
 LOAD_FORMATS = frozenset({"auto", "hf", "safetensors", "gguf"})
-HYBRIDS = frozenset({"Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"})
+HYBRIDS = frozenset({"Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"}) | {
+    architecture for architecture, wrapper in WRAPPERS.items() if wrapper.hybrid
+}
 """Architectures with gated-delta layers that the worker runs (worker.models.gated_delta)."""
 
 
@@ -38,6 +41,8 @@ class EngineFacts:
         holds_device: that actor or task was itself given the resource `mlx`.
         device, device_dtypes: of the settings and the machine, dtypes preferred first.
         hf_overrides: keys of the overrides; "<callable>" for a function.
+        cache_laid_out: vLLM has grouped the layers, and `block_size` is not what was asked for any more but what its
+            groups got, such as 1056 in a hybrid; an engine in a process of its own is then admitted once more.
         kv_events_endpoint: None unless KV-cache events are published.
         default_attention, default_kernels: no backend was asked for by name.
     """
@@ -80,6 +85,7 @@ class EngineFacts:
     load_format: str = "auto"
 
     block_size: int = 16
+    cache_laid_out: bool = False
     cache_dtype: str = "auto"
     kv_offloading: bool = False
     kv_sharing_fast_prefill: bool = False
@@ -214,6 +220,13 @@ _MODEL = (
         lambda f: f"Diffusion language models such as {f.architectures[0]} are not supported; serve another model.",
     ),
     _refuse_if(
+        lambda f: f.multimodal_mode is MultimodalMode.NATIVE and not WRAPPERS.keys().isdisjoint(f.architectures),
+        lambda f: (
+            f"VLLM_METAL_MULTIMODAL_MODE=multimodal-native asks for images and audio, which do not run yet; set it to "
+            f"auto or text-only-compat, and {f.architectures[0]} is served as a text model."
+        ),
+    ),
+    _refuse_if(
         lambda f: f.is_multimodal and f.multimodal_mode is MultimodalMode.NATIVE,
         lambda f: (
             f"VLLM_METAL_MULTIMODAL_MODE=multimodal-native asks for images and audio, which do not run yet "
@@ -223,8 +236,8 @@ _MODEL = (
     _refuse_if(
         lambda f: f.is_multimodal,
         lambda f: (
-            f"{f.architectures[0]} is multimodal and not on the allowlist of models that are served as text; "
-            "serve the text-only checkpoint of the family."
+            f"{f.architectures[0]} is multimodal and not on the allowlist of models that are served as text "
+            f"({', '.join(WRAPPERS)}); serve one of these or the text-only checkpoint of the family."
         ),
     ),
     _refuse_if(
@@ -273,7 +286,7 @@ _MODEL = (
 
 _CACHE = (
     _refuse_if(
-        lambda f: f.block_size not in BLOCK_SIZES,
+        lambda f: f.block_size not in BLOCK_SIZES and not f.cache_laid_out,
         lambda f: f"block_size={f.block_size} is not supported; set --block-size to 8, 16 or 32.",
     ),
     _refuse_if(

@@ -9,6 +9,7 @@ from vllm.config import AttentionConfig, KernelConfig, ModelConfig, ParallelConf
 
 from pomarium.cluster.admission import EngineFacts
 from pomarium.cluster.executor.environment import RESOURCE
+from pomarium.cluster.model_registry import REFUSED_MULTIMODAL
 from pomarium.worker.device import Device
 from pomarium.worker.settings import Settings
 
@@ -40,7 +41,7 @@ def extract(config: VllmConfig, settings: Settings, device: Device) -> EngineFac
         device_ids=_tuple_or_none(parallel.assigned_physical_gpu_ids),
         architectures=tuple(model.architectures),
         runner_type=model.runner_type,
-        is_multimodal=model.is_multimodal_model,
+        is_multimodal=model.is_multimodal_model or not REFUSED_MULTIMODAL.isdisjoint(model.architectures),
         is_encoder_decoder=model.is_encoder_decoder,
         is_diffusion=model.is_diffusion,
         has_inner_state=model.has_inner_state,
@@ -56,6 +57,7 @@ def extract(config: VllmConfig, settings: Settings, device: Device) -> EngineFac
         enable_trace_replay=model.enable_trace_replay,
         load_format=str(config.load_config.load_format),
         block_size=cache.block_size,
+        cache_laid_out=cache.num_gpu_blocks is not None,
         cache_dtype=cache.cache_dtype,
         kv_offloading=cache.kv_offloading_size is not None,
         kv_sharing_fast_prefill=cache.kv_sharing_fast_prefill,

@@ -21,7 +21,7 @@ from typing import Any
 from gguf import GGMLQuantizationType
 
 from pomarium.cluster.placement_model import LayerProfile, ModelProfile
-from pomarium.worker.activations import activation_bytes
+from pomarium.worker.activations import activation_bytes, layer_width
 from pomarium.worker.errors import CheckpointError, UnsupportedError
 from pomarium.worker.models import embedded
 from pomarium.worker.models.gguf.families import ROPE_FREQS, family_of, mlx_name, model_config
@@ -32,12 +32,14 @@ from pomarium.worker.models.gguf.reader import TensorInfo, read_header
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _EXPERTS = re.compile(r"\.(?:experts|switch_mlp)\.")
 _NOT_LOADED = re.compile(
-    r"(?:^|\.)(?:vision\w*|visual\w*|audio\w*|multi_modal_projector|mm_projector|mtp\w*|nextn)\.|rotary_emb\.inv_freq$"
+    r"(?:^|\.)(?:vision\w*|visual\w*|audio\w*|embed_vision|embed_audio|multi_modal_projector|mm_projector|mtp\w*|nextn)\."
+    r"|rotary_emb\.inv_freq$"
 )
 _EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings"})
 _HEADS = frozenset({"lm_head", "embed_out", "output"})
 _WINDOWED = frozenset({
-    "llama", "mistral", "ministral3", "gemma3", "gemma3_text", "gpt_oss", "olmo3", "cohere2", "exaone4",
+    "llama", "mistral", "ministral3", "gemma3", "gemma3_text", "gemma4_text", "gpt_oss", "olmo3", "cohere2",
+    "exaone4",
 })  # fmt: skip
 """Model types whose windowed layers mlx-lm gives a RotatingKVCache; a test compares them with the worker's cache."""
 
@@ -203,7 +205,7 @@ def _converted_bytes(info: TensorInfo, norms_plus_one: bool) -> int:
 
 
 def _weights(name: str, dtype: str, size: int, bits: int) -> float:
-    if name.endswith((".scales", ".biases", "_scales", ".weight_scale", ".weight_scale_inv", ".scale", ".qzeros")):
+    if name.endswith((".scales", ".biases", "_scales", ".weight_scale", "_scale_inv", ".scale", ".qzeros")):
         return 0.0
     return size / _ITEM[dtype] if dtype in _ITEM else size * 8 / bits
 
@@ -249,7 +251,7 @@ def profile_of(headers: Headers) -> Profile:
         left_out_bytes=sum(t.stored for t in ends["left out"]),
         dtype=dtype,
         hidden_size=hidden,
-        intermediate_size=int(facts.get("intermediate_size") or facts.get("n_inner") or 4 * hidden),
+        intermediate_size=layer_width(facts, hidden),
         vocab_size=_size(facts, ("vocab_size",), where),
         longest_context=facts.get("max_position_embeddings"),
     )
@@ -268,7 +270,7 @@ def _layer(index: int, held: list[Tensor], facts: Mapping[str, Any], dtype: str,
     experts = [t for t in held if _EXPERTS.search(t.name)]
     share = _active_share(facts) if experts else 1.0
     heads = _size(facts, ("num_attention_heads", "n_heads", "n_head"), where)
-    kept, multiplied = _attention_elements(facts, heads, where)
+    kept, multiplied = _attention_elements(index, facts, heads, where)
     used = sum(t.weights for t in held) - (1 - share) * sum(t.weights for t in experts)
     return LayerProfile(
         weight_bytes=_memory(held),
@@ -281,7 +283,7 @@ def _layer(index: int, held: list[Tensor], facts: Mapping[str, Any], dtype: str,
     )
 
 
-def _attention_elements(facts: Mapping[str, Any], heads: int, where: str) -> tuple[int, int]:
+def _attention_elements(index: int, facts: Mapping[str, Any], heads: int, where: str) -> tuple[int, int]:
     """Elements that a layer caches per token, and those of K and V together that a query head is multiplied with."""
     hidden = _size(facts, ("hidden_size", "n_embd", "d_model"), where)
     if facts["model_type"] in _LATENT | _EXPANDED:
@@ -293,8 +295,22 @@ def _attention_elements(facts: Mapping[str, Any], heads: int, where: str) -> tup
         value = facts.get("v_head_dim") if facts["model_type"] != "minicpm3" else None  # mlx-lm does not read it there
         both = width + int(value or hidden // heads)
         return heads * both, both
+    if facts["model_type"] == "gemma4_text":
+        return _gemma4_elements(index, facts, where)
     width = int(facts.get("head_dim") or hidden // heads)
     return 2 * int(facts.get("num_key_value_heads") or heads) * width, 2 * width
+
+
+def _gemma4_elements(index: int, facts: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """As above: full layers have heads of their own size, the last ones share K and V of earlier ones."""
+    width, key_heads = (_size(facts, (name,), where) for name in ("head_dim", "num_key_value_heads"))
+    kinds = facts.get("layer_types")
+    if isinstance(kinds, list) and index < len(kinds) and kinds[index] == "full_attention":
+        width = int(facts.get("global_head_dim") or width)
+        if facts.get("attention_k_eq_v"):
+            key_heads = int(facts.get("num_global_key_value_heads") or key_heads)
+    shared = index >= _size(facts, ("num_hidden_layers",), where) - int(facts.get("num_kv_shared_layers") or 0)
+    return 0 if shared else 2 * key_heads * width, 2 * width
 
 
 def _active_share(facts: Mapping[str, Any]) -> float:

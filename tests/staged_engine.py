@@ -47,12 +47,12 @@ class StageThread:
 
     def end(self) -> None:
         """A process would just end; a thread that waits for a neighbour has to be told."""
-        links = self.host.worker._stage.links
         over = LinkClosedError("the engine is over")
-        for outbox in (links._next, links._first):
-            if outbox is not None:
-                outbox.fail(over)
-        links._server.fail(over)
+        if (stage := self.host.worker._stage) is not None:  # None if its model was refused
+            for outbox in (stage.links._next, stage.links._first):
+                if outbox is not None:
+                    outbox.fail(over)
+            stage.links._server.fail(over)
         self._service.calls.put(None)
         self._thread.join(30)
         self._server.stop(0).wait(5)

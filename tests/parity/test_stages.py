@@ -247,14 +247,15 @@ class Odd(nn.Module):
         self.layers = [OddLayer(oddity), OddLayer(oddity)]
 
     def __call__(self, tokens: mx.array, cache: object = None) -> mx.array:
-        hidden = self.embed(tokens)
+        hidden, handed = self.embed(tokens), None
         for _ in range(2 if self.oddity == "loop" else 1):
             for layer in [] if self.oddity == "none" else self.layers:
-                hidden = layer(hidden, self.extra(tokens) if self.oddity == "tokens" else None)
+                hidden = layer(hidden, self.extra(tokens) if self.oddity == "tokens" else handed)
                 if self.oddity == "between":
                     hidden *= 2.0
-                if self.oddity == "tuple":
-                    hidden, _ = hidden
+                if self.oddity in ("tuple", "beside"):
+                    hidden, beside = hidden
+                    handed = beside if self.oddity == "tuple" else None
         return hidden
 
 
@@ -266,7 +267,7 @@ class OddLayer(nn.Module):
 
     def __call__(self, hidden: mx.array, extra: mx.array | None) -> object:
         out = self.proj(hidden if extra is None else hidden + extra)
-        return (out, out) if self.oddity == "tuple" else out
+        return (out, out) if self.oddity in ("tuple", "beside") else out
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ class OddLayer(nn.Module):
         ("none", "runs 0 of its 2 layers"),
         ("between", "changes the hidden state between layers 0 and 1"),
         ("tokens", "layer 0 is given more of the tokens"),
-        ("tuple", "layer 0 hands on more than the hidden state"),
+        ("tuple", "layer 1 is given what an earlier one hands on beside the hidden state"),
     ],
 )
 @pytest.mark.parametrize("cut", [StageCut(0, 1, 2), StageCut(1, 2, 2)])
@@ -285,7 +286,8 @@ def test_what_a_cut_would_compute_wrongly_is_refused_by_name(oddity: str, reason
         foreign_parameters(Odd(oddity), cut, "odd")
 
 
-def test_a_model_like_it_without_an_oddity_is_cut() -> None:
-    assert foreign_parameters(Odd("no"), StageCut(0, 1, 2), "odd") == {
+@pytest.mark.parametrize("harmless", ["no", "beside"])
+def test_a_model_like_it_without_an_oddity_is_cut(harmless: str) -> None:
+    assert foreign_parameters(Odd(harmless), StageCut(0, 1, 2), "odd") == {
         "extra.weight", "layers.1.proj.weight", "layers.1.proj.bias",
     }  # fmt: skip

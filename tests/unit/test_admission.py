@@ -34,6 +34,10 @@ REFUSED = {
     "encoder-decoder": ({"is_encoder_decoder": True}, "decoder-only"),
     "diffusion": ({"is_diffusion": True}, "another model"),
     "multimodal": ({"is_multimodal": True}, "text-only checkpoint"),
+    "a wrapper whose images are wanted": (
+        {"architectures": ("Gemma4ForConditionalGeneration",), "multimodal_mode": MultimodalMode.NATIVE},
+        "auto or text-only-compat",
+    ),
     "multimodal native": (
         {"is_multimodal": True, "multimodal_mode": MultimodalMode.NATIVE},
         "VLLM_METAL_MULTIMODAL_MODE=multimodal-native",
@@ -100,6 +104,11 @@ def test_every_rule_is_broken_by_exactly_the_cases_that_name_it() -> None:
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_supported_block_sizes(block_size: int) -> None:
     assert admit(dataclasses.replace(PLAIN, block_size=block_size)) is None
+
+
+def test_what_vllm_made_of_the_block_size_is_admitted() -> None:
+    """A hybrid's blocks are as large as a state, and an engine in a process of its own is admitted after that."""
+    assert admit(dataclasses.replace(PLAIN, block_size=1056, cache_laid_out=True)) is None
 
 
 def test_half_precision_is_the_gpus() -> None:

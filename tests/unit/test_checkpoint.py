@@ -136,6 +136,16 @@ def test_weights_that_do_not_fit(directory: Path) -> None:
         ({"quantization_config": {"quant_method": "awq", "bits": 8}}, "'awq' \\(8 bits\\)"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq' \\(4 bits\\)"),
         ({"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, "'fp8'"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 0]}}, "'fp8'"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 64]}},
+            Quantisation("fp8", None, (128, 64)),
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [32, 32]}},
+            Quantisation("fp8", None),
+        ),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "'bitsandbytes'"),
         (
             {"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"}},

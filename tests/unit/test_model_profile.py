@@ -16,6 +16,7 @@ from mlx_lm.utils import save_config
 from safetensors.numpy import save_file
 from tiny_gguf import write_gguf
 from tiny_models import TINY, build, write_checkpoint
+from wrapper_models import GEMMA4, WRAPPED, build_text, write_wrapper
 
 from pomarium.cluster.model_profile import (
     Profile,
@@ -162,6 +163,19 @@ def test_multimodal_parts_and_speculation_layers_are_left_out(tmp_path: Path) ->
     assert profile.left_out_bytes == 2 * 256 + 64
     assert profile.model.weight_bytes == sum(a.nbytes for a in weights.values())
     assert profile.model.layers[0].window == 4
+
+
+@pytest.mark.parametrize("name", GEMMA4)
+def test_gemma_4_in_its_wrapper_agrees_with_the_worker(name: str, tmp_path: Path) -> None:
+    """Layers with heads of two sizes, and such as keep nothing; towers are left out."""
+    profile = of_directory(write_wrapper(name, tmp_path))
+    towers = len(WRAPPED[name].towers) * 32 * 32 * 4
+    assert profile.left_out_bytes == towers
+    assert total(profile) == profile.stored_bytes
+    cached = [(cache.elements * 4, cache.window) for cache in prepare(build_text(name), "gemma4_text").layers]
+    counted = [(layer.kv_bytes, layer.window) for layer in profile.model.layers]
+    assert counted[: len(cached)] == cached
+    assert all(kv_bytes == 0 for kv_bytes, _ in counted[len(cached) :])
 
 
 def test_fp8_counts_twice_in_memory(tmp_path: Path) -> None:

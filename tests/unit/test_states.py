@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pomarium.worker.batch import Batch, Sequence
-from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.kv_cache.layout import LayerCache
 from pomarium.worker.kv_cache.paging import Paging, expand, paging_of
 from pomarium.worker.kv_cache.placement import layout_of, state_layout_of
+from pomarium.worker.kv_cache.pool import PagedPool
 from pomarium.worker.kv_cache.states import (
     CHEAP_ROWS,
     MAX_PADDING,
@@ -160,7 +160,25 @@ def test_placement_of_a_hybrid_model() -> None:
     assert [(group.layers, group.table) for group in states.groups] == [((0, 2), 1), ((1, 3), 2)]
 
 
-def test_placement_refuses_buffers_of_two_shapes() -> None:
-    tensors = [SimpleNamespace(layers=[name], layer_stride=0, offset=0) for name in ("layers.2", "layers.5")]
-    with pytest.raises(UnsupportedError, match="disable-hybrid-kv-cache-manager"):
-        layout_of(config(kv_cache_tensors=tensors), [LayerCache(2, 8), LayerCache(4, 8)], ["layers.2", "layers.5"], 6)
+def test_layers_of_two_shapes_at_one_address_get_a_buffer_each() -> None:
+    """As Gemma 4's: vLLM gives the smaller heads more tokens per block, so that pages are of one size."""
+    groups = [
+        SimpleNamespace(layer_names=["layers.0", "layers.3"], kv_cache_spec=SimpleNamespace(block_size=32)),
+        SimpleNamespace(layer_names=["layers.1", "layers.4"], kv_cache_spec=SimpleNamespace(block_size=32)),
+        SimpleNamespace(layer_names=["layers.2", "layers.5"], kv_cache_spec=SimpleNamespace(block_size=16)),
+    ]
+    tensors = [SimpleNamespace(layers=group.layer_names, layer_stride=4096, offset=0) for group in groups]
+    layers = [LayerCache(1, 8, 4), LayerCache(1, 8, 4), LayerCache(1, 16)] * 2
+    layout = layout_of(
+        config(kv_cache_groups=groups, kv_cache_tensors=tensors), layers, [f"layers.{index}" for index in range(6)], 1
+    )
+    assert layout.buffer_of_layer == (0, 0, 1, 2, 2, 3)
+    assert [group.block_size for group in layout.groups] == [32, 32, 16]
+    paging = paging_of(layers, [], 2, 16)
+    counted = 10 * 2 * 16 * 2 * 16 * 2  # ten blocks at two addresses, of 16 tokens with K and V of 16 elements each
+    assert paging.physical(counted) == PagedPool(layout, mx.bfloat16).nbytes
+    assert paging.reported(2 * counted) == counted
+
+
+def test_layers_of_one_window_never_share_an_address() -> None:
+    assert paging_of([LayerCache(1, 8), LayerCache(2, 8)], [], 2, 16) == Paging(16)

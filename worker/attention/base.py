@@ -38,6 +38,22 @@ class StepAttention(Protocol):
         """
         ...
 
+    def attend_shared(
+        self,
+        layer: int,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scoring: Scoring,
+    ) -> mx.array:
+        """As `attend`, of a layer that keeps nothing and attends over what `layer` keeps.
+
+        Args:
+            layer: the owner, whose `attend` of this step came before. keys, values: the same that it was given, for
+                backends that read the step's own rows there; storing them again would change nothing.
+        """
+        ...
+
     def attend_latents(
         self,
         layer: int,

@@ -129,6 +129,17 @@ class GatheredStep:
         self._pool.write(layer, self._head_slots(self._group_index[layer], keys.shape[1]), keys, values)
         return self.attend_cached(layer, queries, scoring)
 
+    def attend_shared(
+        self,
+        layer: int,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scoring: Scoring,
+    ) -> mx.array:
+        """See `base.StepAttention.attend_shared`."""
+        return self.attend_cached(layer, queries, scoring)
+
     def attend_latents(
         self,
         layer: int,

@@ -121,6 +121,12 @@ class HybridStep:
         """See `base.StepAttention.attend`."""
         return self.attention.attend(layer, queries, keys, values, scoring)
 
+    def attend_shared(
+        self, layer: int, queries: mx.array, keys: mx.array, values: mx.array, scoring: Scoring
+    ) -> mx.array:
+        """See `base.StepAttention.attend_shared`."""
+        return self.attention.attend_shared(layer, queries, keys, values, scoring)
+
     def attend_latents(self, layer: int, queries: mx.array, latents: mx.array, rank: int, scoring: Scoring) -> mx.array:
         """See `base.StepAttention.attend_latents`."""
         return self.attention.attend_latents(layer, queries, latents, rank, scoring)

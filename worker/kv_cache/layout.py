@@ -4,7 +4,7 @@
 
 vLLM groups layers of one kind (full attention, or one sliding window) into cache groups; each group has its own block
 table per request. Block ids are global: a block belongs to one group at a time, so layers of different groups may share
-one buffer and never overwrite each other. `buffer_of_layer` says which.
+one buffer and never overwrite each other, if they are of one shape. `buffer_of_layer` says which.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,6 +38,11 @@ class LayerCache:
     def value_dim(self) -> int:
         """Width of a value."""
         return self.head_dim if self.value_width is None else self.value_width
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(num_kv_heads, width of K, width of V as it is kept): layers that differ in it cannot share a buffer."""
+        return self.num_kv_heads, self.head_dim, 0 if self.latent else self.value_dim
 
     @property
     def elements(self) -> int:
@@ -78,8 +83,7 @@ class CacheLayout:
     def __post_init__(self) -> None:
         shapes: dict[int, tuple[int, int, int, int]] = {}
         for layer, cache in enumerate(self.layers):
-            kept = 0 if cache.latent else cache.value_dim
-            shape = (cache.num_kv_heads, cache.head_dim, kept, self.group_of(layer).block_size)
+            shape = (*cache.shape, self.group_of(layer).block_size)
             if shapes.setdefault(self.buffer_of_layer[layer], shape) != shape:
                 raise ValueError(
                     f"layers of one KV buffer differ in shape: {shapes[self.buffer_of_layer[layer]]}, {shape}"

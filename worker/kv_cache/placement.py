@@ -3,13 +3,13 @@
     KVCacheConfig --layout_of--> CacheLayout (K and V)      --state_layout_of--> StateLayout
 
 vLLM places layers at addresses of one allocation; layers of different groups may be at the same address, since a block
-belongs to one group at a time. Here each address is a buffer. Read structurally: this module does not import vLLM.
+belongs to one group at a time. Here each address is a buffer, or several where the layers at it differ in shape (Gemma
+4's sliding and full layers): an MLX array is of one shape. Read structurally: this module does not import vLLM.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
-from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.kv_cache.layout import CacheGroup, CacheLayout, LayerCache
 from pomarium.worker.kv_cache.states import StateCache, StateGroup, StateLayout
 
@@ -85,9 +85,6 @@ def layout_of(config: Config, layers: Sequence[LayerCache], names: Sequence[str]
 
     Args:
         layers, names: this worker's attention layers. blocks: of the pool's in one of vLLM's (kv_cache.paging).
-
-    Raises:
-        UnsupportedError: if layers of one buffer differ in shape.
     """
     groups = []
     for table, group in enumerate(config.kv_cache_groups):
@@ -96,12 +93,9 @@ def layout_of(config: Config, layers: Sequence[LayerCache], names: Sequence[str]
         for window in dict.fromkeys(layers[index].window for index in members):
             own = tuple(index for index in members if layers[index].window == window)
             groups.append(CacheGroup(own, group.kv_cache_spec.block_size // blocks, window, table))
-    try:
-        return CacheLayout(tuple(layers), tuple(groups), _buffers(config, names), config.num_blocks * blocks)
-    except ValueError as error:
-        raise UnsupportedError(
-            f"the KV cache cannot be laid out ({error}): set --disable-hybrid-kv-cache-manager"
-        ) from error
+    sizes = {index: group.block_size for group in groups for index in group.layers}
+    shapes = [(*layer.shape, sizes[index]) for index, layer in enumerate(layers)]
+    return CacheLayout(tuple(layers), tuple(groups), _buffers(config, names, shapes), config.num_blocks * blocks)
 
 
 def state_layout_of(config: Config, states: Sequence[StateCache], names: Sequence[str]) -> StateLayout:
@@ -115,7 +109,7 @@ def state_layout_of(config: Config, states: Sequence[StateCache], names: Sequenc
         for table, group in enumerate(config.kv_cache_groups)
         if (own := _members(group, names))
     ]
-    return StateLayout(tuple(states), tuple(groups), _buffers(config, names), config.num_blocks)
+    return StateLayout(tuple(states), tuple(groups), _buffers(config, names, states), config.num_blocks)
 
 
 def _members(group: Group, names: Sequence[str]) -> tuple[int, ...]:
@@ -123,12 +117,13 @@ def _members(group: Group, names: Sequence[str]) -> tuple[int, ...]:
     return tuple(index_of[name] for name in group.layer_names if name in index_of)
 
 
-def _buffers(config: Config, names: Sequence[str]) -> tuple[int, ...]:
-    """For each layer the number of the address that vLLM puts it at."""
+def _buffers(config: Config, names: Sequence[str], shapes: Sequence[Hashable]) -> tuple[int, ...]:
+    """For each layer the number of its buffer: of the address that vLLM puts it at, and of its shape."""
     addresses = {
         name: tensor.offset + place * tensor.layer_stride
         for tensor in config.kv_cache_tensors
         for place, name in enumerate(tensor.layers)
     }
-    number = {address: index for index, address in enumerate(dict.fromkeys(addresses[name] for name in names))}
-    return tuple(number[addresses[name]] for name in names)
+    places = [(addresses[name], shape) for name, shape in zip(names, shapes, strict=True)]
+    number = {place: index for index, place in enumerate(dict.fromkeys(places))}
+    return tuple(number[place] for place in places)

@@ -19,7 +19,9 @@ from typing import Any
 from mlx_lm.utils import MODEL_REMAPPING, load_config
 
 from pomarium.worker.errors import CheckpointError, UnsupportedError
+from pomarium.worker.models.config_forms import completed
 from pomarium.worker.models.quantisation import Quantisation, quantisation_of
+from pomarium.worker.models.wrappers import check_text_model
 
 _MAX_HEADER = 100 << 20  # the safetensors library's own limit
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
@@ -38,7 +40,7 @@ class Checkpoint:
         dtype: "float32", "float16" or "bfloat16": what config.json names, else that of most floating tensors.
         quantisation: None for dense weights.
         files: the weight files.
-        config: config.json.
+        config: config.json, in the form that mlx-lm reads.
     """
 
     path: Path
@@ -54,7 +56,7 @@ def inspect(directory: Path) -> Checkpoint:
     """Check `directory` without reading a weight.
 
     Raises:
-        CheckpointError: a file is missing, truncated or malformed.
+        CheckpointError: a file is missing, truncated or malformed, or a multimodal checkpoint holds no text model.
         UnsupportedError: mlx-lm has no such model type, or does not load this quantisation.
     """
     config = read_config(directory)
@@ -70,11 +72,12 @@ def inspect(directory: Path) -> Checkpoint:
             total += nbytes
             held.add(name)
     _check_index(directory, held)
+    check_text_model(directory, config, held)
     return Checkpoint(directory, model_type, total, _dtype(config, dtypes), quantisation, files, config)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json (with the end-of-text ids of generation_config.json, as mlx-lm reads it)."""
+    """config.json (with the end-of-text ids of generation_config.json, as mlx-lm reads it), see config_forms."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a folder.")
     if not (directory / "config.json").is_file():
@@ -85,7 +88,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory / 'config.json'} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{directory / 'config.json'} does not hold a JSON object.")
-    return config
+    return completed(directory, config)
 
 
 def _model_type(directory: Path, config: Mapping[str, Any]) -> str:

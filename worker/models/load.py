@@ -1,13 +1,15 @@
 """An mlx-lm directory -> a model in memory.
 
     inspect (headers) -> mlx_lm.load_model, lazily -> layer by layer: dequantise (dense) or cast, evaluate
+                            '- before its `sanitize`: FP8 blocks made dense (fp8), experts stacked (experts)
 
 Nothing is read before its own layer's turn, so the peak is the finished model plus about one layer as stored. `dense`
 is for the CPU device, where MLX multiplies quantised matrices on one thread and dense float32 through BLAS. Of a stage
 only its own layers are read, with embedding or head if it has them; the rest is blank before anything is evaluated.
 """
 
-from collections.abc import Set
+from collections.abc import Callable, Mapping, Set
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,10 +22,12 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import _get_classes, load_model
 
 from pomarium.worker.errors import CheckpointError, UnsupportedError
+from pomarium.worker.models import experts, fp8
 from pomarium.worker.models.checkpoint import Checkpoint, inspect
 from pomarium.worker.models.stage_weights import blank, foreign_parameters
-from pomarium.worker.models.stages import StageCut, layers_of
+from pomarium.worker.models.stages import StageCut, layers_of, subclass
 
+_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear, QuantizedMultiLinear)
 
 
@@ -42,6 +46,17 @@ class _CastsSelectively(Protocol):
 
     @property
     def cast_predicate(self) -> Any: ...
+
+
+@runtime_checkable
+class _Sanitises(Protocol):
+    """mlx-lm models that rename or change the tensors of a checkpoint."""
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]: ...
+
+
+Conversion = Callable[[Mapping[str, mx.array]], dict[str, mx.array]]
+"""From the tensors of a checkpoint to those that mlx-lm's `sanitize` knows; all lazy."""
 
 
 def load(directory: Path, *, dense: bool, dtype: mx.Dtype | None, cut: StageCut | None = None) -> LoadedModel:
@@ -63,7 +78,13 @@ def load(directory: Path, *, dense: bool, dtype: mx.Dtype | None, cut: StageCut 
     except (ValueError, AttributeError) as error:
         raise UnsupportedError(f"{directory}: mlx-lm has no model type {checkpoint.model_type!r}.") from error
     try:
-        model, config = load_model(directory, lazy=True, strict=True)
+        model, config = load_model(
+            directory,
+            lazy=True,
+            strict=True,
+            model_config=deepcopy(dict(checkpoint.config)),  # mlx-lm's classes change what they are given
+            get_model_classes=_classes_after(_conversions(checkpoint, dtype)),
+        )
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
@@ -73,9 +94,39 @@ def load(directory: Path, *, dense: bool, dtype: mx.Dtype | None, cut: StageCut 
     model.update(tree_unflatten([(path, blank(p)) for path, p in tree_flatten(model.parameters()) if path in foreign]))
     if dense:
         dequantise(model, dtype or mx.float32, foreign)
-    _cast_and_evaluate(model, dtype, foreign)
+    _cast_and_evaluate(model, dtype, foreign, checkpoint)
     weight_bytes = sum(array.nbytes for path, array in tree_flatten(model.parameters()) if path not in foreign)
     return LoadedModel(model, config, weight_bytes)
+
+
+def _conversions(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> tuple[Conversion, ...]:
+    """What to do with the tensors of `checkpoint` before mlx-lm's definition sees them, in order."""
+    conversions: list[Conversion] = []
+    if (quantisation := checkpoint.quantisation) is not None and quantisation.blocks is not None:
+        blocks, target = fp8.Blocks(*quantisation.blocks), dtype or _DTYPES[checkpoint.dtype]
+        conversions.append(lambda weights: fp8.dequantised(weights, blocks, target, str(checkpoint.path)))
+    if checkpoint.model_type in experts.MODEL_TYPES:
+        conversions.append(experts.stacked)
+    return tuple(conversions)
+
+
+def _classes_after(conversions: tuple[Conversion, ...]) -> Callable[[dict[str, Any]], tuple[type[nn.Module], type]]:
+    """mlx-lm's choice of classes, the model's `sanitize` preceded by `conversions`."""
+
+    def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+        model_class, args_class = _get_classes(config)
+        if not conversions:
+            return model_class, args_class
+        original = model_class.sanitize if issubclass(model_class, _Sanitises) else None
+
+        def sanitize(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            for conversion in conversions:
+                weights = conversion(weights)
+            return weights if original is None else original(model, weights)
+
+        return subclass(model_class, {"sanitize": sanitize}), args_class
+
+    return classes
 
 
 def _foreign(model: nn.Module, cut: StageCut, checkpoint: Checkpoint) -> frozenset[str]:
@@ -128,7 +179,8 @@ def _dense(layer: Any, dtype: mx.Dtype, foreign: bool) -> nn.Module:
     return replacement.eval()
 
 
-def _cast_and_evaluate(model: nn.Module, dtype: mx.Dtype | None, foreign: Set[str]) -> None:
+def _cast_and_evaluate(model: nn.Module, dtype: mx.Dtype | None, foreign: Set[str], checkpoint: Checkpoint) -> None:
+    scaled = checkpoint.quantisation is not None and checkpoint.quantisation.blocks is not None
     castable = model.cast_predicate if isinstance(model, _CastsSelectively) and dtype != mx.float32 else None
     paths = [path for path, _ in tree_flatten(model.parameters())]  # names alone: arrays would stay alive, as stored
     for path in paths:
@@ -144,3 +196,8 @@ def _cast_and_evaluate(model: nn.Module, dtype: mx.Dtype | None, foreign: Set[st
                 parameter = blank(parameter)
             owner[name] = parameter
         mx.eval(parameter)
+        if scaled and floating and path not in foreign and not mx.isfinite(parameter).all().item():
+            raise CheckpointError(
+                f"{checkpoint.path}: {path} holds values that are not finite, so its FP8 scales are damaged; "
+                "download the checkpoint again."
+            )

@@ -5,9 +5,9 @@
 
 Both find the facts by asking the model: the kinds of cache it makes tell the windows and which layers keep a state
 (models.gated_delta), and a lazy dry run of two rows, which computes nothing, tells the shapes of K, V and states and
-that every layer goes through its seam exactly once. A stage's
-dry run goes through all layers, whoever owns them, and also tells which cache entries are its own. What fails is
-refused by name.
+that every layer that keeps something goes through its seam exactly once; others may attend over what it keeps
+(models.shared_kv). A stage's dry run goes through all layers, whoever owns them, and also tells which cache entries are
+its own. What fails is refused by name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,6 +35,7 @@ from pomarium.worker.models.gated_delta import (
 from pomarium.worker.models.inline_attention import reroute_inline_attention
 from pomarium.worker.models.mla import reroute_latent_attention
 from pomarium.worker.models.rows import HeadRows, RowCache, route_attention
+from pomarium.worker.models.shared_kv import reroute_shared_attention
 from pomarium.worker.models.stages import (
     LayerHooks,
     LayerTrace,
@@ -93,6 +94,7 @@ class StageModel:
             window. state_entries: entry of the cache list -> index in `states`, or None if foreign.
         vocab_size, hidden_size: widths of logits and hidden states. dtype: of K and V.
         received: dtype of the hidden states that enter the stage; None where token ids do.
+        beside: what each of the model's layers returns beside the hidden state (see stages.LayerTrace).
         whole: what all stages together keep.
     """
 
@@ -106,6 +108,7 @@ class StageModel:
     received: mx.Dtype | None
     head: HeadRows
     hooks: LayerHooks
+    beside: tuple[int, ...]
     whole: PagedModel
     states: tuple[StateCache, ...] = ()
     state_entries: Mapping[int, int | None] = field(default_factory=dict)
@@ -133,7 +136,7 @@ class StageModel:
             token_ids, received = mx.array(inputs)[:, None], None
         else:
             token_ids, received = mx.zeros((len(positions), 1), mx.int32), mx.array(inputs)[:, None]
-        passage = Passage(self.cut, received)
+        passage = Passage(self.cut, received, self.beside)
         with self.hooks.visited_by(passage):
             if self.cut.has_head:
                 return self.head.run(self.module, token_ids, caches, mx.array(rows))[:, 0]
@@ -168,6 +171,12 @@ class _Foreign:
     """StepAttention of layers that another stage computes: their caches lend positions to masks, nothing attends."""
 
     def attend(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array, scoring: Scoring) -> mx.array:
+        """Raises RuntimeError."""
+        raise RuntimeError(f"cache entry {layer} belongs to another stage")
+
+    def attend_shared(
+        self, layer: int, queries: mx.array, keys: mx.array, values: mx.array, scoring: Scoring
+    ) -> mx.array:
         """Raises RuntimeError."""
         raise RuntimeError(f"cache entry {layer} belongs to another stage")
 
@@ -210,6 +219,13 @@ class _DryRun:
         if values.shape[:2] != keys.shape[:2]:
             raise UnsupportedError(f"layer {layer} caches keys {keys.shape[1:]} and values {values.shape[1:]}")
         self._keep(layer, _Kept(keys.shape[1], keys.shape[2], values.shape[2], False, keys.dtype))
+        return mx.zeros((*queries.shape[:2], values.shape[-1]), queries.dtype)
+
+    def attend_shared(
+        self, layer: int, queries: mx.array, keys: mx.array, values: mx.array, scoring: Scoring
+    ) -> mx.array:
+        if layer not in self.seen:
+            raise UnsupportedError(f"layer {layer} is attended to before it stores its keys and values")
         return mx.zeros((*queries.shape[:2], values.shape[-1]), queries.dtype)
 
     def attend_latents(self, layer: int, queries: mx.array, latents: mx.array, rank: int, scoring: Scoring) -> mx.array:
@@ -269,6 +285,7 @@ def prepare_stage(module: nn.Module, model_type: str, cut: StageCut) -> StageMod
         received,
         whole.head,
         hooks,
+        tuple(trace.beside),
         whole,
         states,
         state_entries,
@@ -284,6 +301,7 @@ def _prepare(module: nn.Module, model_type: str, dry: _DryRun, dry_states: State
     route_attention(module)
     reroute_inline_attention(module)
     reroute_latent_attention(module)
+    reroute_shared_attention(module)
     reroute_gated_delta(module)
     head = HeadRows(module)
     caches = _row_caches(

@@ -2,8 +2,9 @@
 
     config.json (or hf_quant_config.json) --quantisation_of--> Quantisation, None for dense, or a refusal by name
 
-The cases are those of mlx_lm/utils.py, `load_model`. GPTQ is refused although it gets through there: mlx-lm unpacks it
-in AutoAWQ's order, which is not how GPTQ packs.
+The cases are those of mlx_lm/utils.py, `load_model`, and FP8 with a scale per block, which our own loader makes dense
+where mlx-lm's definition does not (fp8.py). GPTQ is refused although it gets through there: mlx-lm unpacks it in
+AutoAWQ's order, which is not how GPTQ packs.
 """
 
 import json
@@ -17,7 +18,7 @@ from pomarium.worker.errors import CheckpointError, UnsupportedError
 _MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 _PACKED_FORMATS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "pack-quantized")
-_FP8_DEQUANTISING = {  # mlx-lm's definitions whose `sanitize` turns fp8 blocks into dense weights
+_FP8_DEQUANTISING = {  # mlx-lm's definitions whose `sanitize` turns fp8 blocks into dense weights; for others fp8.py
     "deepseek_v3",
     "deepseek_v32",
     "kimi_k2",
@@ -35,10 +36,16 @@ _CURE = "use a dense checkpoint or one converted by mlx_lm.convert"
 
 @dataclass(frozen=True)
 class Quantisation:
-    """Attributes: method: "mlx" or the foreign scheme that mlx-lm repacks. bits: the usual width, where it is known."""
+    """How weights are stored.
+
+    Attributes:
+        method: "mlx" or the foreign scheme. bits: the usual width, where it is known.
+        blocks: rows and columns that share a scale, of FP8 weights that our loader makes dense; None if mlx-lm does.
+    """
 
     method: str
     bits: int | None
+    blocks: tuple[int, int] | None = None
 
 
 def quantisation_of(directory: Path, config: Mapping[str, Any], model_type: str) -> Quantisation | None:
@@ -59,7 +66,8 @@ def quantisation_of(directory: Path, config: Mapping[str, Any], model_type: str)
     bits = foreign.get("bits")
     if not _loads(method, foreign, model_type):
         raise UnsupportedError(f"{directory}: quantisation {_described(method, foreign)} is not supported; {_CURE}.")
-    return Quantisation(method, bits if isinstance(bits, int) else None)
+    blocks = _blocks(foreign) if method == "fp8" and not _mlx_lm_takes_fp8(foreign, model_type) else None
+    return Quantisation(method, bits if isinstance(bits, int) else None, blocks)
 
 
 def _mlx(directory: Path, entry: Any) -> Quantisation:
@@ -93,14 +101,25 @@ def _loads(method: str, entry: Mapping[str, Any], model_type: str) -> bool:
     if method == "awq":
         return bool(entry.get("bits", 4) == 4 and entry.get("version", "gemm") == "gemm")
     if method == "fp8":
-        blocks = entry.get("weight_block_size") or ()
-        packed = entry.get("scale_fmt") == "ue8m0" and list(blocks) == [32, 32]
-        return packed or model_type in _FP8_DEQUANTISING
+        return _mlx_lm_takes_fp8(entry, model_type) or _blocks(entry) is not None
     if method == "compressed-tensors":
         return entry.get("format") in _PACKED_FORMATS
     if method == "modelopt":
         return bool(entry.get("quantization", entry).get("quant_algo") == "NVFP4")
     return False
+
+
+def _mlx_lm_takes_fp8(entry: Mapping[str, Any], model_type: str) -> bool:
+    """It keeps blocks of 32 x 32 with powers of two for scales as they are, and makes others dense in some models."""
+    packed = entry.get("scale_fmt") == "ue8m0" and _blocks(entry) == (32, 32)
+    return packed or model_type in _FP8_DEQUANTISING
+
+
+def _blocks(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    blocks = entry.get("weight_block_size")
+    if not isinstance(blocks, list) or len(blocks) != 2 or not all(type(edge) is int and edge > 0 for edge in blocks):
+        return None
+    return blocks[0], blocks[1]
 
 
 def _described(method: str, entry: Mapping[str, Any]) -> str:

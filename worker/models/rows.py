@@ -59,9 +59,28 @@ class RowCache:
         out: mx.array = self._step.attend(self._layer, q, k, v, scoring)
         return out[:, :, None]
 
+    def reader(self) -> "RowCache":
+        """The cache of a layer that attends over what this one's layer keeps, and keeps nothing itself."""
+        return _Reader(self._layer, self._window, self.offset, self._step)
+
     def attend_latents(self, queries: mx.array, latents: mx.array, rank: int, scoring: Scoring) -> mx.array:
         """See StepAttention.attend_latents."""
         return self._step.attend_latents(self._layer, queries, latents, rank, scoring)
+
+
+class _Reader(RowCache):
+    """See RowCache.reader."""
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scoring: Scoring,
+    ) -> mx.array:
+        """As RowCache.attend; the owner has stored `keys` and `values`."""
+        q, k, v = (array.squeeze(2) for array in (queries, keys, values))
+        return self._step.attend_shared(self._layer, q, k, v, scoring)[:, :, None]
 
 
 def _dispatching_attention(

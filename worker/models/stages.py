@@ -12,7 +12,7 @@ and head before the last. `stage_weights` says which parameters those are.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -58,17 +58,17 @@ class StageCut:
 
 
 class NotCuttableError(UnsupportedError):
-    """A model that cannot run in stages; the message names it and says why."""
+    """A model that cannot run in stages; the message names it and says why.
 
-    def __init__(self, model_type: str, reason: str) -> None:
-        super().__init__(f"model type {model_type!r} cannot be cut into stages: {reason}; serve it with one stage.")
+    Made of its message alone, as the executor makes it again in the engine (executor.codec).
+    """
 
 
 class Visitor(Protocol):
     """What a run does at each layer in place of calling it."""
 
-    def __call__(self, index: int, hidden: mx.array, extras: object, layer: Callable[[mx.array], Any]) -> mx.array:
-        """What the model gets as the output of layer `index`.
+    def __call__(self, index: int, hidden: mx.array, extras: object, layer: Callable[[mx.array], Any]) -> object:
+        """What the model gets as the output of layer `index`: the hidden state, or a tuple that begins with it.
 
         Args:
             hidden: what the model gave it, (rows, length, hidden_size). extras: its other arguments.
@@ -108,7 +108,7 @@ class LayerHooks:
 def _hooked(base: type[nn.Module], index: int, post: _Post) -> type[nn.Module]:
     forward: Callable[..., Any] = base.__call__
 
-    def call(layer: nn.Module, hidden: mx.array, *args: object, **kwargs: object) -> mx.array:
+    def call(layer: nn.Module, hidden: mx.array, *args: object, **kwargs: object) -> object:
         assert post.visitor is not None
         return post.visitor(index, hidden, (args, kwargs), lambda state: forward(layer, state, *args, **kwargs))
 
@@ -146,21 +146,31 @@ class Passage:
         handed_on: output of the last own layer, (rows, length, hidden_size), once it ran.
     """
 
-    def __init__(self, cut: StageCut, received: mx.array | None) -> None:
-        """`received` is the hidden state that enters the first own layer; None where the embedding is owned."""
+    def __init__(self, cut: StageCut, received: mx.array | None, beside: Sequence[int]) -> None:
+        """Args:
+        received: the hidden state that enters the first own layer; None where the embedding is owned.
+        beside: of each layer, see LayerTrace.
+        """
         self._cut = cut
         self._received = received
+        self._beside = beside
         self.handed_on: mx.array | None = None
 
-    def __call__(self, index: int, hidden: mx.array, extras: object, layer: Callable[[mx.array], Any]) -> mx.array:
+    def __call__(self, index: int, hidden: mx.array, extras: object, layer: Callable[[mx.array], Any]) -> object:
         """See Visitor."""
+        count = self._beside[index]
         if not self._cut.owns(index):
-            return hidden
+            return (hidden, *[None] * count) if count else hidden
         entering = self._received if index == self._cut.first and self._received is not None else hidden
-        output: mx.array = layer(entering)
+        output = layer(entering)
         if index == self._cut.end - 1:
-            self.handed_on = mx.array(output)  # a handle of its own: models may go on in place (`h *= ...`)
+            # A handle of its own: models may go on in place (`h *= ...`).
+            self.handed_on = mx.array(output[0] if count else output)
         return output
+
+
+class _Beside:
+    """Stands for what a layer hands on beside the hidden state, so that it shows if another layer is given it."""
 
 
 class LayerTrace:
@@ -168,40 +178,49 @@ class LayerTrace:
 
     Each layer hands on a constant of its own, so that it shows whether the next layer gets exactly that; the embedding
     gives not-a-numbers (`unknown_embeddings`), so that it shows whether a layer is given anything else made of tokens.
+    Layers may hand on more than the hidden state if no other layer is given it (Gemma 4 without shared K and V).
 
     Attributes:
         current: the layer that is being computed, None outside of all.
         dtypes: of the hidden states that the layers handed on so far, by layer.
+        beside: how many things each of them hands on beside it, in a tuple; 0 for those that return an array.
     """
 
     def __init__(self, num_layers: int, model_type: str) -> None:
         self.current: int | None = None
         self.dtypes: list[mx.Dtype] = []
+        self.beside: list[int] = []
         self._num_layers = num_layers
         self._model_type = model_type
         self._done = 0
         self._width: int | None = None
         self._state: mx.array | None = None
 
-    def __call__(self, index: int, hidden: mx.array, extras: object, layer: Callable[[mx.array], Any]) -> mx.array:
+    def __call__(self, index: int, hidden: mx.array, extras: object, layer: Callable[[mx.array], Any]) -> object:
         """See Visitor."""
         if index != self._done:
             raise self._refusal(f"layer {index} runs where layer {self._done} was expected")
         state = hidden if self._state is None else self._state
         if index and (hidden.shape != state.shape or not mx.all(hidden == _mark(index)).item()):
             raise self._refusal(f"it changes the hidden state between layers {index - 1} and {index}")
-        arrays = [value for _, value in tree_flatten(extras) if isinstance(value, mx.array)]
+        given = [value for _, value in tree_flatten(extras)]
+        if any(isinstance(value, _Beside) for value in given):
+            raise self._refusal(f"layer {index} is given what an earlier one hands on beside the hidden state")
+        arrays = [value for value in given if isinstance(value, mx.array)]
         if any(mx.issubdtype(a.dtype, mx.floating) and mx.any(mx.isnan(a)).item() for a in arrays):
             raise self._refusal(f"layer {index} is given more of the tokens than the hidden state")
         self.current = index
-        output = layer(state)
+        returned = layer(state)
         self.current = None
+        output, *others = returned if isinstance(returned, tuple) else (returned,)
         if not isinstance(output, mx.array) or output.shape != hidden.shape:
-            raise self._refusal(f"layer {index} hands on more than the hidden state")
+            raise self._refusal(f"layer {index} does not hand on the hidden state")
+        self.beside.append(len(others))
         self._done, self._width = index + 1, output.shape[-1]
         self.dtypes.append(output.dtype)
         self._state = None if self.after else output  # else the graph behind it would keep all weights, as stored
-        return mx.full(output.shape, _mark(index + 1), output.dtype)
+        mark = mx.full(output.shape, _mark(index + 1), output.dtype)
+        return (mark, *(_Beside() for _ in others)) if others else mark
 
     @property
     def before(self) -> bool:
@@ -224,7 +243,9 @@ class LayerTrace:
         return self._width
 
     def _refusal(self, reason: str) -> NotCuttableError:
-        return NotCuttableError(self._model_type, reason)
+        return NotCuttableError(
+            f"model type {self._model_type!r} cannot be cut into stages: {reason}; serve it with one stage."
+        )
 
 
 def _mark(index: int) -> int:

@@ -28,12 +28,12 @@ from pomarium.worker.models.stages import Passage
 
 PROVEN = frozenset({
     "apertus", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "gemma2",
-    "gemma3_text", "glm", "glm4", "glm4_moe_lite", "gpt_neox", "gpt_oss", "granite", "granitemoe", "helium",
-    "hunyuan_v1_dense", "internlm3", "llama", "mimo", "minicpm3", "ministral3", "mistral", "mixtral", "nemotron",
-    "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
-    "stablelm", "starcoder2", "youtu_llm",
+    "gemma3_text", "gemma4", "gemma4_text", "glm", "glm4", "glm4_moe_lite", "gpt_neox", "gpt_oss", "granite",
+    "granitemoe", "helium", "hunyuan_v1_dense", "internlm3", "llama", "mimo", "minicpm3", "ministral3", "mistral",
+    "mixtral", "nemotron", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "seed_oss", "smollm3", "stablelm", "starcoder2", "youtu_llm",
 })  # fmt: skip
-"""Model types of tests/parity/test_families.py."""
+"""Model types of tests/parity/test_families.py, and Gemma 4's of test_wrappers.py."""
 
 CHUNKS = (17, 7)
 BLOCK_SIZE = 16
@@ -67,7 +67,7 @@ def verify_stage(stage: StageModel, model_type: str) -> None:
     rng, length = np.random.default_rng(0), sum(CHUNKS)
     tokens = rng.integers(0, stage.vocab_size, length).astype(np.int32)
     made_up = mx.array(rng.standard_normal((length, stage.hidden_size)), stage.received or mx.float32)
-    passage = Passage(stage.cut, None if stage.cut.has_embedding else made_up[None])
+    passage = Passage(stage.cut, None if stage.cut.has_embedding else made_up[None], stage.beside)
     with stage.hooks.visited_by(passage):
         output = stage.module(mx.array(tokens)[None], cache=make_prompt_cache(stage.module))
     handed_on = output if stage.cut.has_head else passage.handed_on
