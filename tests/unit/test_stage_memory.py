@@ -21,7 +21,7 @@ CONSTANT = 48 * MIB
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 1024, 4096, 8, 32768
 
 LOAD_AND_MEASURE = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 import mlx.core as mx
 from pomarium.worker.models.load import load
@@ -42,7 +42,11 @@ for directory, first, end, layers, dense in json.loads(sys.argv[1]):
     loaded = load(Path(directory), dense=dense, dtype=mx.float32, cut=StageCut(first, end, layers))
     mx.synchronize()
     peak, read = 1024 * (of("/proc/self/status", "VmHWM:") - without_weights), of("/proc/self/io", "rchar:") - read
-    print(json.dumps([peak, mx.get_active_memory(), read, loaded.weight_bytes, open_files(directory)]))
+    held = mx.get_active_memory()
+    deadline = time.monotonic() + 5  # MLX's reading threads close a file a moment after its last array is there
+    while (still_open := open_files(directory)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    print(json.dumps([peak, held, read, loaded.weight_bytes, still_open]))
     del loaded
 """
 
