@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 from pomarium.worker.errors import PomariumError
 
-COMMANDS = ("serve", "plan", "rack", "env", "doctor", "selftest")
+COMMANDS = ("serve", "batch", "plan", "rack", "env", "doctor", "selftest")
 
 EXIT_FAULT = 1
 EXIT_INTERRUPTED = 130

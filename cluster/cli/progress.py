@@ -18,30 +18,30 @@ NAME_WIDTH = 8
 
 
 class Terminal:
-    """What the user sees. `log`: where the rest goes."""
+    """What the user sees, written to `out`. `log`: where the rest goes."""
 
     def __init__(self, out: TextIO, log: Path) -> None:
-        self._out = out
+        self.out = out
         self.log = log
         self._live = out.isatty()
 
     def say(self, text: str) -> None:
         """One or more lines."""
-        self._out.write(f"{text}\n")
-        self._out.flush()
+        self.out.write(f"{text}\n")
+        self.out.flush()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """`name` while the phase runs, its duration once it is done; nothing more if it fails."""
         started = time.monotonic()
         if self._live:
-            self._out.write(f"{name:<{NAME_WIDTH}} ...")
-            self._out.flush()
+            self.out.write(f"{name:<{NAME_WIDTH}} ...")
+            self.out.flush()
         try:
             yield
         except BaseException:
             if self._live:
-                self._out.write("\n")
+                self.out.write("\n")
             raise
         self.say(f"{chr(13) if self._live else ''}{name:<{NAME_WIDTH}} {time.monotonic() - started:5.1f} s")
 

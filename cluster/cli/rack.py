@@ -7,6 +7,7 @@ import argparse
 import importlib
 import json
 import os
+import shlex
 from pathlib import Path
 
 from pomarium.cluster.cli import rack_options
@@ -54,6 +55,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     status = commands.add_parser("status", help="show the Macs, their stages, the replicas, memory and tokens/s")
     status.add_argument("--json", action="store_true", help="as JSON: sizes in bytes")
     status.set_defaults(run=run_status)
+    env = commands.add_parser("env", help='print what Ray\'s own commands need: eval "$(pomarium rack env)"')
+    env.set_defaults(run=run_env)
     down = commands.add_parser("down", help="end what this machine runs for the rack; nothing is left")
     down.set_defaults(run=run_down)
     importlib.import_module("pomarium.cluster.cli.rack_probe").add_parser(commands)
@@ -129,6 +132,16 @@ def run_status(args: argparse.Namespace) -> int:
     found = status.RackStatus(rack.address, rack.simulated, members, serving, own_version(), waiting)
     print(json.dumps(status.document(found), indent=1) if args.json else status.text(found))
     return 0 if all(mac.alive for mac in found.macs) else 1
+
+
+def run_env(_: argparse.Namespace) -> int:
+    """`rack env`: lines for a shell, the rack's token among them. Raises PomariumError."""
+    rack = current.current(os.environ)
+    if rack is None:
+        raise SettingsError(current.NO_RACK)
+    for name, value in current.for_ray_commands(rack).items():
+        print(f"export {name}={shlex.quote(value)}")
+    return 0
 
 
 def run_down(_: argparse.Namespace) -> int:

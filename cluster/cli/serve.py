@@ -121,6 +121,12 @@ def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:
         CheckpointError: a model is named by a path where nothing is.
     """
     settings.load(environ)
+    check_port(args.host, args.port)
+    return ServePlan(tuple(models_of(args, environ)), args.host, args.port, api_keys(args, environ))
+
+
+def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[ModelPlan]:
+    """The models of `plan_of`, whatever serves them. Raises as it does."""
     models, engine_tokens = split_extra(args.extra)
     if args.max_model_len is not None and args.max_model_len < 1:
         raise SettingsError(f"--max-model-len {args.max_model_len} admits no prompt: give at least 1.")
@@ -128,7 +134,6 @@ def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:
         raise SettingsError(f"--replicas {args.replicas} serves nothing: give at least 1.")
     on_rack = bool(environ.get("RAY_ADDRESS"))
     stages = _stages(args, on_rack)
-    check_port(args.host, args.port)
     for model in models:
         check_path(model)
     from pomarium.cluster.serving.engine_args import parse
@@ -151,7 +156,7 @@ def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:
                 f"{plan.name} is to run on {plan.stages} Macs and this is one: start a rack with `pomarium rack up`, "
                 "or add --share-macs to run all stages here."
             )
-    return ServePlan(tuple(plans), args.host, args.port, api_keys(args, environ))
+    return plans
 
 
 def _names(models: Sequence[str], given: Sequence[str]) -> Sequence[str]:

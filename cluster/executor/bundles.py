@@ -3,13 +3,16 @@
 Slots, with the configured or surrounding placement group or none --reserve--> Reservation --> `launch`
 """
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
 from ray.util.placement_group import (
     PlacementGroup,
+    get_placement_group,
     placement_group,
+    placement_group_table,
     remove_placement_group,
 )
 
@@ -52,17 +55,25 @@ def worker_bundles(specs: Sequence[Mapping[str, float]]) -> tuple[int, ...]:
     return offering
 
 
-def reserve(slots: Sequence[Slot], given: PlacementGroup | None, timeout_s: float) -> Reservation | None:
+def reserve(
+    slots: Sequence[Slot], given: PlacementGroup | None, timeout_s: float, owner: str = ""
+) -> Reservation | None:
     """Bundles for workers on `slots`, by rank: of the `given` group, or of a new one on just these nodes.
 
     None if Ray does not place the new group in time: a node is lost or has been taken meanwhile.
+
+    Args:
+        owner: whoever may have to `release_of` it; "" for nobody.
     """
     nodes = tuple(slot.node.id for slot in slots)
     if given is not None:
         indices = tuple(slot.bundle for slot in slots if slot.bundle is not None)
         return Reservation(given, indices, nodes, owned=False)
     group = placement_group(
-        [{RESOURCE: 1}] * len(slots), strategy="PACK", bundle_label_selector=[{NODE_LABEL: node} for node in nodes]
+        [{RESOURCE: 1}] * len(slots),
+        strategy="PACK",
+        name=f"{owner}:{secrets.token_hex(4)}" if owner else "",
+        bundle_label_selector=[{NODE_LABEL: node} for node in nodes],
     )
     if not group.wait(timeout_s):
         remove_placement_group(group)
@@ -74,6 +85,14 @@ def release(reservation: Reservation) -> None:
     """Give back what `reserve` took."""
     if reservation.owned and ray.is_initialized():
         remove_placement_group(reservation.group)
+
+
+def release_of(owner: str) -> None:
+    """Give back what a process reserved as `owner` that died: Ray keeps a group as long as its job lives."""
+    names = [info["name"] for info in placement_group_table().values() if info["state"] != "REMOVED"]
+    for name in names:
+        if name.startswith(f"{owner}:"):
+            remove_placement_group(get_placement_group(name))
 
 
 def no_room(count: int, waited_s: float) -> str:

@@ -45,8 +45,11 @@ class Team:
         _dissolve(self.processes, self.reservation)
 
 
-def assemble(ask: Ask, configured: PlacementGroup | None = None) -> Team:
+def assemble(ask: Ask, configured: PlacementGroup | None = None, owner: str = "") -> Team:
     """Start workers for `ask` on the rack, or on the bundles of the `configured` or surrounding placement group.
+
+    Args:
+        owner: see bundles.reserve.
 
     Raises:
         PlacementError: it does not fit; says what is missing.
@@ -61,7 +64,7 @@ def assemble(ask: Ask, configured: PlacementGroup | None = None) -> Team:
     while True:
         nodes, left_out = of_version(survey(), own_version())
         staging = planner.staging(*_slots(nodes, group, ask), left_out)
-        reservation = None if staging is None else bundles.reserve(staging.slots, group, GROUP_TIMEOUT_S)
+        reservation = None if staging is None else bundles.reserve(staging.slots, group, GROUP_TIMEOUT_S, owner)
         if staging is not None and reservation is not None:
             processes = launch.start(reservation)
             try:

@@ -123,6 +123,12 @@ def environment(rack: CurrentRack) -> dict[str, str]:
     return rack.membership.variables() | {"RAY_ADDRESS": rack.address}
 
 
+def for_ray_commands(rack: CurrentRack) -> dict[str, str]:
+    """What Ray's own commands (`ray status`, `ray job submit`) need on this machine."""
+    jobs = f"http://{rack.address.rpartition(':')[0]}:{node.JOBS_PORT}"
+    return environment(rack) | {"RAY_API_SERVER_ADDRESS": jobs}
+
+
 def _rack(data: dict[str, Any]) -> CurrentRack:
     membership, network = data["membership"], data["network"]
     tls = membership.pop("tls")

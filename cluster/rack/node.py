@@ -5,6 +5,7 @@ NodeSpec, Membership --command, environment--> `ray start` (starting.py)
 """
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ OBJECT_STORE_BYTES = 128 << 20
 
 GCS_PORT = 6379
 """Ray's head. The same default as in rack.yaml."""
+
+JOBS_PORT = 8265
+"""Of the head, for `ray job submit` and `pomarium batch submit`. Ray's own default."""
 
 SYSTEM_CONFIG: Mapping[str, int] = {
     # Ray would run workers at nice 15: behind the engine that waits for them.
@@ -115,7 +119,9 @@ def command(spec: NodeSpec, membership: Membership, python: str = sys.executable
         options += [
             "--head",
             f"--port={membership.address.rpartition(':')[2]}",
-            "--include-dashboard=false",
+            "--include-dashboard=true",  # takes jobs, from whoever has the token
+            f"--dashboard-host={spec.address}",
+            f"--dashboard-port={JOBS_PORT}",
             "--no-monitor",
             f"--system-config={json.dumps(dict(SYSTEM_CONFIG))}",
         ]
@@ -143,7 +149,12 @@ def _port_options(ports: Ports) -> list[str]:
 def environment(spec: NodeSpec, membership: Membership, base: Mapping[str, str]) -> dict[str, str]:
     """Variables of the node's processes, workers and engines among them."""
     kept = {name: value for name, value in base.items() if name not in _LEFT_OUT}
-    own = {MARKER: marker(membership.session, spec.name), "RAY_START_HOOK": START_HOOK}
+    own = {
+        MARKER: marker(membership.session, spec.name),
+        "RAY_START_HOOK": START_HOOK,
+        # `python` in a job's command line is the rack's.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)]),
+    }
     if spec.memory is not None:
         own[MACHINE_MEMORY] = str(spec.memory)
     return kept | membership.variables() | own

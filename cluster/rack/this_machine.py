@@ -22,7 +22,7 @@ from pomarium.cluster.rack.inventory import Inventory
 from pomarium.cluster.rack.labels import check_name, labels_of
 from pomarium.cluster.rack.machine_facts import Known
 from pomarium.cluster.rack.membership import Membership
-from pomarium.cluster.rack.node import GCS_PORT, NodeSpec, Ports
+from pomarium.cluster.rack.node import GCS_PORT, JOBS_PORT, NodeSpec, Ports
 from pomarium.cluster.rack.starting import Say
 from pomarium.cluster.serving.local_ray import session_folder
 from pomarium.cluster.state import state_folder
@@ -56,6 +56,8 @@ def up(machine: Machine, port: int, key: RackKey, environ: MutableMapping[str, s
     address = own_address(machine.address, TEST_ADDRESS)
     if not ports.is_free(address, port):
         raise SettingsError(f"Port {port} of {address} is in use: end what listens there, or choose another --port.")
+    if not ports.is_free(address, JOBS_PORT):
+        raise SettingsError(f"Port {JOBS_PORT} of {address}, for jobs, is in use: end what listens there.")
     ports.require(machine.ports)
     spec = _spec(machine, address, environ, say)
     return _start(replace(spec, head=True), f"{address}:{port}", machine, key, environ, say)

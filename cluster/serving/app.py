@@ -1,5 +1,6 @@
 """The Ray Serve application: one deployment per model behind the ingress."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,15 @@ from pomarium.cluster.executor.environment import NODE_OWN
 from pomarium.cluster.serving.check import Found
 from pomarium.cluster.serving.engine import EngineReplica
 from pomarium.cluster.serving.ingress import IngressDeployment
-from pomarium.cluster.serving.plan import INGRESS_CPUS, REPLICA_CPUS, ModelPlan, ServePlan, deployment_name
+from pomarium.cluster.serving.plan import INGRESS_CPUS, REPLICA_CPUS, Batches, ModelPlan, ServePlan, deployment_name
+from pomarium.cluster.state import state_folder
 
 APP_NAME = "pomarium"
 MAX_REQUESTS = 10_000
 """Requests that Serve hands to one replica at once: vLLM's scheduler queues them, Serve must not."""
+
+HEAD = "node:__internal_head__"
+"""Ray's resource of its head: files and batches are on that machine's disk."""
 
 ROUTER = "pomarium.cluster.serving.prefix_router.PrefixRouter"
 """How Serve chooses among a model's engines."""
@@ -37,16 +42,18 @@ def build(plan: ServePlan, found: Sequence[Found], environment: Mapping[str, str
         environment: what replicas get beyond what their Ray has.
     """
     engines = {m.name: _engine(m, f, environment) for m, f in zip(plan.models, found, strict=True)}
+    # Of an endpoint's own: two on one machine have different ports.
+    batches = Batches(str(state_folder(os.environ) / f"batches-{plan.port}"), plan.url)
     ingress = serve.deployment(
         IngressDeployment,
         name="ingress",
         num_replicas=1,
         max_ongoing_requests=MAX_REQUESTS,
-        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        ray_actor_options={"num_cpus": INGRESS_CPUS, "resources": {HEAD: 0.001}},
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=1,
     )
-    return ingress.bind(engines, plan.api_keys)
+    return ingress.bind(engines, plan.api_keys, batches)
 
 
 def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str]) -> Application:

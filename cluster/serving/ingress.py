@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,7 +22,9 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from pomarium.cluster.serving import metrics, openai_errors
+from pomarium.cluster.serving import batch_api, metrics, openai_errors
+from pomarium.cluster.serving.batch_store import BatchStore
+from pomarium.cluster.serving.plan import Batches
 from pomarium.cluster.serving.reasons import SILENT, Reasons
 from pomarium.cluster.serving.relay import RefusalError, Relay
 from pomarium.cluster.serving.routing import NoReplicaError
@@ -59,14 +62,25 @@ async def _answer_fault(request: Request, fault: Exception) -> Response:
 class Ingress:
     """Serve deployment class of the endpoint.
 
-    `engines`: one handle per model name. `api_keys`: accepted bearer tokens; empty admits everybody.
+    `engines`: one handle per model name. `api_keys`: accepted bearer tokens; empty admits everybody. `batches`: where
+    uploaded files and batches are kept; None: there are none.
     """
 
-    def __init__(self, engines: Mapping[str, DeploymentHandle], api_keys: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        engines: Mapping[str, DeploymentHandle],
+        api_keys: frozenset[str] = frozenset(),
+        batches: Batches | None = None,
+    ) -> None:
         self._engines = dict(engines)
         self._keys = tuple(key.encode() for key in api_keys)
         self._created = int(time.time())
         self._reasons = Reasons()
+        self._batches = batches
+        self._store = None if batches is None else BatchStore(Path(batches.folder))
+        self._runner: Any = None
+        if self._store is not None and any(not batch.status.over for batch in self._store.batches()):
+            self._start_runner()
 
     @api.get("/health")
     async def health(self) -> Response:
@@ -117,6 +131,68 @@ class Ingress:
         except BaseException:
             relay.cancel()
             raise
+
+    @api.post("/v1/files")
+    async def upload_file(self, request: Request) -> Response:
+        """Keep a file for batches."""
+        return await batch_api.upload(self._stored(request), request)
+
+    @api.get("/v1/files")
+    async def list_files(self, request: Request) -> Response:
+        """All files."""
+        return await batch_api.files(self._stored(request), request)
+
+    @api.get("/v1/files/{name}")
+    async def file(self, request: Request, name: str) -> Response:
+        """One file."""
+        return await batch_api.file(self._stored(request), name)
+
+    @api.get("/v1/files/{name}/content")
+    async def file_content(self, request: Request, name: str) -> Response:
+        """What is in it."""
+        return await batch_api.content(self._stored(request), name)
+
+    @api.delete("/v1/files/{name}")
+    async def delete_file(self, request: Request, name: str) -> Response:
+        """Forget it."""
+        return await batch_api.delete(self._stored(request), name)
+
+    @api.post("/v1/batches")
+    async def create_batch(self, request: Request) -> Response:
+        """Have a file's requests answered."""
+        created = await batch_api.create(self._stored(request), request)
+        if self._runner is None:
+            self._start_runner()
+        return created
+
+    @api.get("/v1/batches")
+    async def list_batches(self, request: Request) -> Response:
+        """All batches."""
+        return await batch_api.batches(self._stored(request), request)
+
+    @api.get("/v1/batches/{name}")
+    async def batch(self, request: Request, name: str) -> Response:
+        """One batch."""
+        return await batch_api.batch(self._stored(request), name)
+
+    @api.post("/v1/batches/{name}/cancel")
+    async def cancel_batch(self, request: Request, name: str) -> Response:
+        """End it; what is answered is kept."""
+        return await batch_api.cancel(self._stored(request), name)
+
+    def _stored(self, request: Request) -> BatchStore:
+        self._authorise(request)
+        if self._store is None:
+            raise RefusalError(*openai_errors.http(404, f"{request.method} {request.url.path}: there are no batches."))
+        return self._store
+
+    def _start_runner(self) -> None:
+        from pomarium.cluster.serving import batch_runner
+
+        assert self._store is not None
+        assert self._batches is not None
+        key = next((key.decode() for key in self._keys), None)
+        self._runner = batch_runner.start(self._store, self._batches.url, key)
 
     def _authorise(self, request: Request) -> None:
         """Raises RefusalError (401) without a valid key."""

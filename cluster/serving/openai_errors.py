@@ -14,6 +14,16 @@ def invalid_json(reason: str) -> tuple[int, dict[str, Any]]:
     return _error(HTTPStatus.BAD_REQUEST, f"The request body is not valid JSON: {reason}.", "BadRequestError")
 
 
+def invalid(message: str, param: str | None) -> tuple[int, dict[str, Any]]:
+    """400 for a value that is not accepted."""
+    return _error(HTTPStatus.BAD_REQUEST, message, "BadRequestError", param)
+
+
+def unknown(message: str) -> tuple[int, dict[str, Any]]:
+    """404 for an object that there is not."""
+    return _error(HTTPStatus.NOT_FOUND, message, "NotFoundError")
+
+
 def unknown_model(name: object, served: list[str]) -> tuple[int, dict[str, Any]]:
     """404 for a model that is not served here."""
     message = f"The model `{name}` does not exist. Served here: {', '.join(served)}."

@@ -15,6 +15,9 @@ from pomarium.worker.errors import SettingsError
 RESOURCE = "mlx"
 """Ray resource that a machine offers once per worker it can run."""
 
+ENDPOINT = "endpoint"
+"""The group of engines that the endpoint has (patience.py)."""
+
 REPLICA_CPUS = 1.0
 INGRESS_CPUS = 0.5
 SERVE_CPUS = 2.0
@@ -91,6 +94,18 @@ class ServePlan:
     def cpus(self) -> float:
         """Logical CPUs that a Ray of our own must offer for all actors to be placed."""
         return sum(m.replicas for m in self.models) * REPLICA_CPUS + INGRESS_CPUS + SERVE_CPUS
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Where the endpoint keeps files and batches, and how they reach its engines.
+
+    Attributes:
+        folder: on the head's machine. url: of the endpoint, as seen from there.
+    """
+
+    folder: str
+    url: str
 
 
 def deployment_name(model: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pomarium.cluster import faults
 from pomarium.cluster.serving import local_ray
 from pomarium.cluster.serving.check import Check, Found
-from pomarium.cluster.serving.plan import ServePlan
+from pomarium.cluster.serving.plan import ENDPOINT, ServePlan
 from pomarium.worker.errors import PomariumError
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -43,7 +43,7 @@ def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.envir
     check = Check([model.source for model in plan.models])
     with ExitStack() as stack:
         stack.callback(check.abandon)
-        stack.enter_context(_ray(plan, phase, environ))
+        stack.enter_context(ray_running(plan, phase, environ))
         if not joined:  # an own Ray takes Serve with it, should a model turn out to be faulty
             with phase("serve"):
                 _start_serve(plan)
@@ -58,7 +58,12 @@ def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.envir
 
 
 @contextmanager
-def _ray(plan: ServePlan, phase: Phase, environ: Mapping[str, str]) -> Iterator[None]:
+def ray_running(plan: ServePlan, phase: Phase, environ: Mapping[str, str]) -> Iterator[None]:
+    """This process is connected to Ray while the context is open: to RAY_ADDRESS's, or to one of its own.
+
+    Raises:
+        SettingsError: RAY_ADDRESS names a Ray that does not answer or is too small for `plan`.
+    """
     if address := environ.get("RAY_ADDRESS"):
         with phase("ray"):
             local_ray.join(address, plan)
@@ -85,7 +90,7 @@ def _deploy(plan: ServePlan, found: Sequence[Found], environ: Mapping[str, str])
     from pomarium.cluster.serving import app, patience
 
     _start_serve(plan)
-    patience.endpoint_starts()
+    patience.starts(ENDPOINT)
     try:
         serve.run(
             app.build(plan, found, app.passed_environment(environ)),
@@ -97,7 +102,7 @@ def _deploy(plan: ServePlan, found: Sequence[Found], environ: Mapping[str, str])
         messages = [d.message for d in serve.status().applications[app.APP_NAME].deployments.values()]
         sentence = faults.marked_sentence("\n".join([*messages, str(e)]))
         raise EngineStartError(sentence or f"The engine did not start: {faults.one_line(str(e))}") from e
-    patience.endpoint_is_up()
+    patience.came_up(ENDPOINT)
 
 
 def _remove(joined: bool) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pomarium.cluster.serving.check import Found
-from pomarium.cluster.serving.engine import ask_of
+from pomarium.cluster.serving.hosting import ask_of
 from pomarium.cluster.serving.llm_server import engine_kwargs
 from pomarium.cluster.serving.plan import STEP_REQUESTS, STEP_TOKENS, ModelPlan
 

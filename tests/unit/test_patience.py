@@ -14,7 +14,7 @@ class Rack:
         self._reasons = list(reasons)
         self.told: list[str] = []
         self.withdrawn: list[str] = []
-        monkeypatch.setattr(patience, "is_up", lambda: up)
+        monkeypatch.setattr(patience, "is_up", lambda group: up and group == "g")
         monkeypatch.setattr(patience, "PAUSE_S", 0.0)
         monkeypatch.setattr(patience.reports, "publish_waiting", self._publish)
         monkeypatch.setattr(patience.reports, "withdraw_waiting", self.withdrawn.append)
@@ -31,20 +31,20 @@ class Rack:
 
 def test_one_that_fits_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rack = Rack(monkeypatch, True)
-    assert patience.wait_for(rack.place, "m", "r1") == "team"
+    assert patience.wait_for(rack.place, "m", "r1", "g") == "team"
     assert rack.told == rack.withdrawn == []
 
 
 def test_while_the_endpoint_starts_a_refusal_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     rack = Rack(monkeypatch, False, "2 stages need 2 Macs")
     with pytest.raises(PlacementError, match="2 stages need 2 Macs"):
-        patience.wait_for(rack.place, "m", "r1")
+        patience.wait_for(rack.place, "m", "r1", "g")
     assert rack.told == []
 
 
 def test_later_it_waits_and_tells_the_reason_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     rack = Rack(monkeypatch, True, "two are missing", "two are missing", "one is missing")
-    assert patience.wait_for(rack.place, "m", "r1") == "team"
+    assert patience.wait_for(rack.place, "m", "r1", "g") == "team"
     assert rack.told == ["two are missing", "two are missing", "one is missing"]
     assert rack.withdrawn == ["r1"]
 
@@ -56,4 +56,4 @@ def test_other_faults_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no")
 
     with pytest.raises(OSError, match="no"):
-        patience.wait_for(broken, "m", "r1")
+        patience.wait_for(broken, "m", "r1", "g")

@@ -42,7 +42,8 @@ def test_a_mac_offers_one_worker_and_no_gpu() -> None:
 
 def test_a_head_without_a_worker_offers_none_and_sets_ray_for_all() -> None:
     command = node.command(HEAD_NODE, MEMBERSHIP)
-    assert {"--head", "--port=6379", "--resources={}", "--include-dashboard=false"} <= {*command}
+    assert {"--head", "--port=6379", "--resources={}", "--include-dashboard=true"} <= {*command}
+    assert f"--dashboard-host={HEAD_NODE.address}" in command, "the job server listens on the rack's address only"
     (config,) = [option.partition("=")[2] for option in command if option.startswith("--system-config=")]
     limits = json.loads(config)
     assert limits["worker_niceness"] == 0
@@ -62,7 +63,7 @@ def test_a_node_has_its_rack_s_environment_and_nothing_that_contradicts_it() -> 
     base = {"PATH": "/bin", "RAY_ADDRESS": "elsewhere:1", "RAY_AUTH_MODE": "disabled", "POMARIUM_RACK_KEY": "secret",
             "POMARIUM_TLS": "/other", "POMARIUM_ALLOW_PLAINTEXT": "1", "POMARIUM_MACHINE_MEMORY": "1"}  # fmt: skip
     found = node.environment(MAC, MEMBERSHIP, base)
-    assert found["PATH"] == "/bin"
+    assert found["PATH"] == f"{Path(sys.executable).parent}:/bin", "a job's `python` is the rack's"
     assert (found["RAY_AUTH_MODE"], found["RAY_AUTH_TOKEN"]) == ("token", "f" * 64)
     assert found["POMARIUM_TLS"] == "/state/tls"
     assert found["POMARIUM_MACHINE_MEMORY"] == str(5 * GIB)

@@ -1,0 +1,113 @@
+"""Engines of a batch job: Ray actors, each with its own workers on the rack, in stages where the plan says so.
+
+    RayEngine (driver) --start, answer--> EngineActor (Ray places it) --serving.hosting--> workers on Macs
+         ^------------- the actor is lost: another one is made, which plans on the Macs that are left
+
+An actor's process ends with its engine, so there is one kind of loss, whatever died. Actors end with their job.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from pomarium.cluster import faults
+from pomarium.cluster.batch.dispatch import EngineLostError
+from pomarium.cluster.batch.lines import Answer, Request
+from pomarium.cluster.executor import bundles
+from pomarium.cluster.serving import patience
+from pomarium.cluster.serving.asgi_bridge import Head
+from pomarium.cluster.serving.check import Found
+from pomarium.cluster.serving.hosting import EngineFaultError, Hosted, Name, as_text
+from pomarium.cluster.serving.plan import REPLICA_CPUS, ModelPlan
+from pomarium.worker.errors import PomariumError
+
+logger = logging.getLogger(__name__)
+
+HEADERS = (("content-type", "application/json"),)
+STARTS = 5
+"""Attempts to start an engine whose machine is lost meanwhile."""
+
+
+class EngineStartError(PomariumError):
+    """An engine of the job did not start; says why."""
+
+
+class EngineActor:
+    """What runs in the actor's process."""
+
+    def __init__(self, plan: ModelPlan, found: Found, name: Name) -> None:
+        self._plan, self._found, self._name = plan, found, name
+
+    async def start(self) -> None:
+        """Start the engine. Raises faults.StartError."""
+        self._hosted = await Hosted.start(self._plan, self._found, self._name)
+
+    async def answer(self, url: str, body: bytes) -> tuple[int, bytes]:
+        """Status and body.
+
+        Raises:
+            EngineFaultError: the engine is dead.
+        """
+        status, pieces = 500, []
+        try:
+            with as_text():
+                async for item in self._hosted.answer("POST", url, body, HEADERS):
+                    if isinstance(item, Head):
+                        status = item.status
+                    else:
+                        pieces.append(item)
+        except EngineFaultError as error:
+            await self._hosted.check_health()
+            logger.exception("A request failed.")
+            return 500, json.dumps({"error": {"message": str(error), "type": "server_error", "code": 500}}).encode()
+        if status >= 500:
+            await self._hosted.check_health()
+        return status, b"".join(pieces)
+
+
+class RayEngine:
+    """A dispatch.Engine in an actor.
+
+    Attributes:
+        room: as many requests as fit into a step of the engine, and half as many that wait there.
+    """
+
+    def __init__(self, plan: ModelPlan, found: Found, job: str, index: int, environment: Mapping[str, str]) -> None:
+        """`environment`: variables that the actor gets beside its node's."""
+        self.room = plan.step_requests * 3 // 2
+        self._plan, self._found, self._environment = plan, found, dict(environment)
+        self._name = Name(f"{job}#{index}", job)
+        self._actor: Any = None
+
+    async def start(self) -> None:
+        """See dispatch.Engine. Raises EngineStartError."""
+        options: dict[str, Any] = {"num_cpus": REPLICA_CPUS, "max_restarts": 0, "max_concurrency": self.room + 8}
+        if self._environment:
+            options["runtime_env"] = {"env_vars": self._environment}
+        for _ in range(STARTS):
+            if self._actor is not None:
+                ray.kill(self._actor)
+                bundles.release_of(self._name.replica)
+            self._actor = ray.remote(EngineActor).options(**options).remote(self._plan, self._found, self._name)
+            try:
+                await self._actor.start.remote()
+            except RayActorError as error:
+                logger.warning("An engine was lost while it started: %s", error)
+                continue
+            except faults.StartError as error:
+                raise EngineStartError(faults.marked_sentence(str(error)) or faults.one_line(str(error))) from None
+            patience.came_up(self._name.group)
+            return
+        raise EngineStartError(f"{STARTS} engines in a row were lost while they started; the log says how.")
+
+    async def answer(self, request: Request) -> Answer:
+        """See dispatch.Engine."""
+        try:
+            status, body = await self._actor.answer.remote(request.url, request.body)
+        except (RayActorError, EngineFaultError) as error:
+            raise EngineLostError(faults.one_line(str(error))[:300]) from None
+        return Answer(status, body)

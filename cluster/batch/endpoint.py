@@ -1,0 +1,98 @@
+"""A running OpenAI endpoint as the engine of a batch job: `pomarium serve`'s, whose replicas the job then uses.
+
+Request --POST url/v1/...--> Answer          no connection, 429, 502 to 504: again, with pauses, for OUTAGE_S
+"""
+
+import asyncio
+import json
+import time
+
+import httpx
+
+from pomarium.cluster.batch.lines import Answer, Request
+from pomarium.worker.errors import PomariumError
+
+ROOM = 64
+OUTAGE_S = 900.0
+"""An endpoint that starts a lost engine anew is back within minutes."""
+PAUSES_S = (0.5, 30.0)
+"""First and longest pause between two attempts."""
+ANSWER_S = 3600.0
+AGAIN = frozenset({429, 502, 503, 504})
+
+
+class EndpointError(PomariumError):
+    """The endpoint does not answer; says what was seen."""
+
+
+class HttpEngine:
+    """A dispatch.Engine at a URL."""
+
+    def __init__(
+        self, url: str, key: str | None, room: int = ROOM, start_s: float = 0.0, outage_s: float = OUTAGE_S
+    ) -> None:
+        """`url`: with or without /v1 at its end. `key`: a bearer token.
+
+        start_s, outage_s: how long it may be away at the start, and later.
+        """
+        self.room, self._start_s, self._outage_s = room, start_s, outage_s
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(ANSWER_S, connect=10.0),
+            limits=httpx.Limits(max_connections=room, max_keepalive_connections=room),
+        )
+
+    async def start(self) -> None:
+        """See dispatch.Engine. Raises EndpointError if nothing that serves models answers."""
+        deadline = time.monotonic() + self._start_s
+        while (fault := await self._fault()) is not None:
+            if time.monotonic() >= deadline:
+                raise EndpointError(fault)
+            await asyncio.sleep(PAUSES_S[0])
+
+    async def _fault(self) -> str | None:
+        """Why it cannot be asked; None if it can."""
+        try:
+            response = await self._client.get(f"{self._url}/v1/models", timeout=10.0)
+        except httpx.HTTPError as error:
+            return f"No endpoint answers at {self._url} ({type(error).__name__}: {error})."
+        if response.status_code != httpx.codes.OK:
+            return f"{self._url}/v1/models answers {response.status_code}: {response.text[:200]}"
+        return None
+
+    async def answer(self, request: Request) -> Answer:
+        """See dispatch.Engine.
+
+        Raises:
+            EndpointError: it gave no answer for too long; what is not answered can be asked with --resume.
+        """
+        deadline, pause = time.monotonic() + self._outage_s, PAUSES_S[0]
+        while True:
+            try:
+                response = await self._client.post(
+                    f"{self._url}{request.url}", content=request.body, headers={"Content-Type": "application/json"}
+                )
+                if response.status_code not in AGAIN:
+                    return Answer(response.status_code, _json(response))
+                seen = f"{response.status_code} {response.text[:200]}"
+            except httpx.TransportError as error:
+                seen = f"{type(error).__name__}: {error}"
+            if time.monotonic() > deadline:
+                raise EndpointError(f"{self._url} was away for {self._outage_s:g} s ({seen}): go on with --resume.")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, PAUSES_S[1])
+
+    async def close(self) -> None:
+        """Give back connections."""
+        await self._client.aclose()
+
+
+def _json(response: httpx.Response) -> bytes:
+    """The body; what is no JSON object comes from something between us and the endpoint, and is quoted in one."""
+    try:
+        if isinstance(response.json(), dict):
+            return response.content
+    except ValueError:
+        pass
+    return json.dumps({"error": {"message": response.text[:1000], "code": response.status_code}}).encode()

@@ -1,0 +1,128 @@
+"""The endpoint's batches, one after another, answered through the endpoint itself: an actor beside the ingress.
+
+    BatchStore (files on disk) --next batch that is not over--> batch.job over HttpEngine --> output and error file
+         ^--- ingress: new batches, cancellations                      http://127.0.0.1:PORT, as any client
+
+It keeps no state of its own: after a restart it goes on from what the batch's files hold, as `pomarium batch --resume`
+does. The ingress starts it with the first batch, on its own machine, since both use one folder, and it ends with it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pomarium.cluster.batch import job
+from pomarium.cluster.batch.endpoint import HttpEngine
+from pomarium.cluster.batch.job import Files, Job
+from pomarium.cluster.batch.progress import Tally
+from pomarium.cluster.serving.batch_store import Batch, BatchStore, Counts, State, new_id
+from pomarium.worker.errors import PomariumError
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.5
+"""How often it is looked for new batches and cancellations: the folder is on this machine's disk."""
+
+ROOM = 64
+"""Requests of batches at the engines at once; interactive ones queue beside them."""
+
+
+class BatchRunner:
+    """Ray actor class. `folder`: of the store. `url`, `key`: of the endpoint."""
+
+    def __init__(self, folder: str, url: str, key: str | None) -> None:
+        self._store, self._url, self._key = BatchStore(Path(folder)), url, key
+
+    async def run_for_ever(self) -> None:
+        """Bring one batch after another to its end, the oldest first."""
+        while True:
+            waiting = [batch for batch in self._store.batches() if not batch.status.over]
+            if waiting:
+                await self._run(waiting[-1])
+            else:
+                await asyncio.sleep(LOOK_S)
+
+    async def _run(self, shown: Batch) -> None:
+        """Bring one batch to its end."""
+        batch = shown if shown.output_file_id else self._begin(shown)
+        tally = Tally()
+        try:
+            with self._open(batch) as files:
+                batch = replace(batch.entered(State.IN_PROGRESS), counts=Counts(total=files.total))
+                self._store.put_batch(batch)
+                finished = await self._answer(batch, files, tally)
+                counts = self._counts(files, tally)
+        except PomariumError as error:
+            logger.warning("Batch %s failed: %s", batch.id, error)
+            self._store.put_batch(replace(batch.entered(State.FAILED), error=str(error)))
+            return
+        batch = replace(batch.entered(State.FINALIZING), counts=counts)
+        self._store.put_batch(batch)
+        self._store.put_batch(self._register(batch).entered(State.COMPLETED if finished else State.CANCELLED))
+
+    def _begin(self, batch: Batch) -> Batch:
+        """Give it its result files, before anything is written to them."""
+        begun = replace(batch, status=State.VALIDATING, output_file_id=new_id("file-"), error_file_id=new_id("file-"))
+        self._store.put_batch(begun)
+        return begun
+
+    def _open(self, batch: Batch) -> Files:
+        self._store.file(batch.input_file_id)  # raises if it was deleted
+        source, out, errors = (
+            str(self._store.content(name or ""))
+            for name in (batch.input_file_id, batch.output_file_id, batch.error_file_id)
+        )
+        return Files.open(Job(source, out, errors, resume=True))
+
+    async def _answer(self, batch: Batch, files: Files, tally: Tally) -> bool:
+        """False if it was cancelled."""
+        # An endpoint that lacks its Macs is waited for, however long: the batch is the endpoint's own.
+        engine = HttpEngine(self._url, self._key, ROOM, math.inf, math.inf)
+        work = asyncio.create_task(job.run(files, [engine], tally, lambda: None, lambda: None))
+        try:
+            while not work.done():
+                if self._store.cancel_wanted(batch.id):
+                    return False
+                self._store.put_batch(replace(batch, counts=self._counts(files, tally)))
+                await asyncio.wait({work}, timeout=LOOK_S)
+            work.result()
+            return True
+        finally:
+            work.cancel()
+            with contextlib.suppress(asyncio.CancelledError, PomariumError):
+                await work
+            await engine.close()
+
+    def _counts(self, files: Files, tally: Tally) -> Counts:
+        """What is in the files, by this run and those before it."""
+        return Counts(files.total, files.answered + tally.results, files.refused + tally.errors)
+
+    def _register(self, batch: Batch) -> Batch:
+        """Make files of the results; one that is empty is none."""
+        output = self._kept(batch.output_file_id, f"{batch.id}_output.jsonl")
+        errors = self._kept(batch.error_file_id, f"{batch.id}_error.jsonl")
+        return replace(batch, output_file_id=output, error_file_id=errors)
+
+    def _kept(self, name: str | None, filename: str) -> str | None:
+        assert name is not None  # `_begin` gave it
+        path = self._store.content(name)
+        if not path.stat().st_size:
+            path.unlink()
+            return None
+        return self._store.register_file(name, filename, "batch_output").id
+
+
+def start(store: BatchStore, url: str, key: str | None) -> Any:
+    """The runner as an actor on this machine; it ends with the last handle to it, and is started anew if it is lost."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    runner = ray.remote(BatchRunner).options(**options).remote(str(store.folder), url, key)
+    runner.run_for_ever.remote()
+    return runner

@@ -1,0 +1,46 @@
+"""An OpenAI endpoint that computes nothing, on a real socket."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+
+class Stub:
+    """Answers with `answers` in turn, then with what it was asked."""
+
+    def __init__(self, *answers: Response) -> None:
+        self.answers = list(answers)
+        self.keys: list[str | None] = []
+
+    async def complete(self, request: HttpRequest) -> Response:
+        self.keys.append(request.headers.get("authorization"))
+        if self.answers:
+            return self.answers.pop(0)
+        return JSONResponse({"id": "cmpl-1", "got": await request.json()})
+
+    async def models(self, request: HttpRequest) -> Response:
+        return JSONResponse({"data": []})
+
+
+@contextmanager
+def serving(stub: Stub) -> Iterator[str]:
+    app = Starlette(routes=[
+        Route("/v1/completions", stub.complete, methods=["POST"]), Route("/v1/models", stub.models)
+    ])  # fmt: skip
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -1,0 +1,95 @@
+"""What the lines of a batch file ask for, and the lines that answer them."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pomarium.cluster.batch import lines
+from pomarium.cluster.batch.lines import Answer, Rejection, Request, parse
+
+GOOD: dict[str, Any] = {
+    "custom_id": "r1",
+    "method": "POST",
+    "url": "/v1/completions",
+    "body": {"prompt": "a", "max_tokens": 1},
+}
+
+
+def text(**changes: Any) -> bytes:
+    return json.dumps({**GOOD, **changes}).encode() + b"\n"
+
+
+def test_a_request() -> None:
+    asked = parse(7, text())
+    assert isinstance(asked, Request)
+    assert (asked.line, asked.custom_id, asked.url) == (7, "r1", "/v1/completions")
+    assert json.loads(asked.body) == GOOD["body"]
+
+
+@pytest.mark.parametrize(
+    ("line", "custom_id", "code"),
+    [
+        (b"{broken", None, "invalid_json"),
+        (b"\xff\xfe", None, "invalid_json"),
+        (b"[" * 100_000, None, "invalid_json"),
+        (b"[1]", None, "invalid_json"),
+        (text(custom_id=None), None, "missing_custom_id"),
+        (text(custom_id=""), None, "missing_custom_id"),
+        (text(custom_id=5), None, "missing_custom_id"),
+        (text(method="GET"), "r1", "invalid_method"),
+        (text(url="/v1/embeddings"), "r1", "invalid_url"),
+        (text(url=["/v1/completions"]), "r1", "invalid_url"),
+        (text(body="a"), "r1", "invalid_body"),
+        (text(body={"stream": True}), "r1", "invalid_body"),
+    ],
+)
+def test_a_line_that_asks_for_nothing(line: bytes, custom_id: str | None, code: str) -> None:
+    asked = parse(3, line)
+    assert isinstance(asked, Rejection)
+    assert (asked.line, asked.custom_id, asked.code) == (3, custom_id, code)
+    written = json.loads(lines.rejection_line(asked))
+    assert (written["custom_id"], written["line"], written["response"]) == (custom_id, 3, None)
+    assert written["error"] == {"code": code, "message": asked.message}
+
+
+def test_a_line_of_another_kind_of_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "MOST_BYTES", 10)
+    assert parse(1, text()) == Rejection(1, None, "line_too_long", "The line is longer than 10 bytes.")
+
+
+@given(st.binary(max_size=200))
+def test_no_line_raises(line: bytes) -> None:
+    parse(1, line)
+
+
+@given(st.text(min_size=1), st.dictionaries(st.text(), st.integers() | st.text() | st.none()))
+def test_whatever_it_is_called(custom_id: str, body: dict[str, Any]) -> None:
+    body.pop("stream", None)
+    asked = parse(1, text(custom_id=custom_id, body=body))
+    assert isinstance(asked, Request)
+    assert (asked.custom_id, json.loads(asked.body)) == (custom_id, body)
+    line = lines.result_line(asked, Answer(200, b'{"id": "cmpl-1", "choices": []}'))
+    assert line.count(b"\n") == 1, "a result is one line"
+    written = json.loads(line)
+    assert written["custom_id"] == custom_id
+    assert written["response"] == {"status_code": 200, "request_id": "cmpl-1", "body": {"id": "cmpl-1", "choices": []}}
+    assert written["error"] is None
+
+
+def test_a_refused_request_has_its_line_and_the_answer() -> None:
+    asked = parse(12, text())
+    assert isinstance(asked, Request)
+    written = json.loads(lines.refusal_line(asked, Answer(400, b'{"error": {"message": "too long"}}')))
+    assert (written["line"], written["response"]["status_code"]) == (12, 400)
+    assert written["response"]["body"] == {"error": {"message": "too long"}}
+
+
+def test_ids_are_the_same_whenever_a_request_is_asked() -> None:
+    asked = parse(1, text())
+    assert isinstance(asked, Request)
+    first, second = (json.loads(lines.result_line(asked, Answer(200, b"{}"))) for _ in range(2))
+    assert first == second
+    assert first["id"].startswith("batch_req_")

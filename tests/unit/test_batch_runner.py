@@ -1,0 +1,152 @@
+"""Batches of the endpoint: their records on disk, and the runner that brings them to their end, over real HTTP."""
+
+import asyncio
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from endpoint_stub import Stub, serving
+from starlette.responses import JSONResponse
+
+from pomarium.cluster.batch import endpoint
+from pomarium.cluster.serving import batch_store
+from pomarium.cluster.serving.batch_runner import BatchRunner
+from pomarium.cluster.serving.batch_store import Batch, BatchStore, FileTooLargeError, State, UnknownIdError, new_id
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BatchStore:
+    return BatchStore(tmp_path / "store")
+
+
+def upload(store: BatchStore, count: int, *more: str) -> str:
+    lines = [
+        json.dumps({"custom_id": f"r{n}", "method": "POST", "url": "/v1/completions", "body": {"prompt": str(n)}})
+        for n in range(count)
+    ]
+    content = "\n".join([*lines, *more]).encode()
+    return store.add_file("in.jsonl", "batch", io.BytesIO(content)).id
+
+
+def create(store: BatchStore, source: str) -> str:
+    return store.add_batch(Batch(new_id("batch_"), "/v1/completions", source, "24h", 1000)).id
+
+
+def run(store: BatchStore, url: str, until: Callable[[], bool], key: str | None = None) -> None:
+    """The runner, until something is so; then it is killed."""
+
+    async def both() -> None:
+        task = asyncio.create_task(BatchRunner(str(store.folder), url, key).run_for_ever())
+        async with asyncio.timeout(30):
+            while not until():
+                assert not task.done(), task.exception()
+                await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(both())
+
+
+def ids(store: BatchStore, name: str | None) -> list[str]:
+    assert name is not None
+    return sorted(json.loads(line)["custom_id"] for line in store.content(name).read_text().splitlines())
+
+
+def test_a_batch_comes_to_its_end(store: BatchStore) -> None:
+    name = create(store, upload(store, 5, "{broken"))
+    assert store.batch(name).status is State.VALIDATING
+    stub = Stub()
+    with serving(stub) as url:
+        run(store, url, lambda: store.batch(name).status.over, "secret")
+    batch = store.batch(name)
+    assert (batch.status, batch.counts.total, batch.counts.completed, batch.counts.failed) == ("completed", 6, 5, 1)
+    assert ids(store, batch.output_file_id) == [f"r{n}" for n in range(5)]
+    assert batch.error_file_id is not None
+    assert json.loads(store.content(batch.error_file_id).read_text())["line"] == 6
+    assert set(stub.keys) == {"Bearer secret"}
+    card = batch.card()
+    assert card["completed_at"] >= card["finalizing_at"] >= card["in_progress_at"] > 0
+    assert card["errors"] is card["failed_at"] is None
+    assert store.file(batch.output_file_id or "").purpose == "batch_output"
+
+
+def test_without_errors_there_is_no_error_file(store: BatchStore) -> None:
+    name = create(store, upload(store, 1))
+    with serving(Stub()) as url:
+        run(store, url, lambda: store.batch(name).status.over)
+    assert store.batch(name).error_file_id is None
+    assert len(list(store.folder.glob("file-*"))) == 4, "two files, each with its record"
+
+
+def test_batches_run_in_the_order_of_their_coming(store: BatchStore) -> None:
+    source = upload(store, 1)
+    first = store.add_batch(Batch(new_id("batch_"), "/v1/completions", source, "24h", 1000)).id
+    second = store.add_batch(Batch(new_id("batch_"), "/v1/completions", source, "24h", 2000)).id
+    with serving(Stub()) as url:
+        run(store, url, lambda: store.batch(first).status.over)
+        assert not store.batch(second).status.over
+        run(store, url, lambda: store.batch(second).status.over)
+    assert [batch.id for batch in store.batches()] == [second, first], "the latest is listed first"
+
+
+def test_a_runner_that_was_killed_is_resumed_and_nothing_is_asked_twice(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "PAUSES_S", (30.0, 30.0))
+    name = create(store, upload(store, 3))
+    away = Stub(JSONResponse({"id": "x"}), JSONResponse({}, 503), JSONResponse({}, 503))
+    with serving(away) as url:
+        run(store, url, lambda: store.batch(name).counts.completed == 1)
+    assert store.batch(name).status is State.IN_PROGRESS
+    back = Stub()
+    with serving(back) as url:
+        run(store, url, lambda: store.batch(name).status.over)
+    batch = store.batch(name)
+    assert (batch.status, batch.counts.completed, len(back.keys)) == ("completed", 3, 2)
+    assert ids(store, batch.output_file_id) == ["r0", "r1", "r2"]
+
+
+def test_a_cancelled_batch_keeps_what_is_answered(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "PAUSES_S", (30.0, 30.0))
+    name = create(store, upload(store, 2))
+    with serving(Stub(JSONResponse({"id": "x"}), JSONResponse({}, 503))) as url:
+        run(store, url, lambda: store.batch(name).counts.completed == 1)
+        assert store.cancel(name).status is State.CANCELLING
+        run(store, url, lambda: store.batch(name).status.over)
+    batch = store.batch(name)
+    assert (batch.status, batch.counts.completed) == ("cancelled", 1)
+    assert len(ids(store, batch.output_file_id)) == 1
+    assert store.cancel(name).status is State.CANCELLED, "what is over stays so"
+
+
+def test_a_batch_whose_file_is_gone_fails_and_says_so(store: BatchStore) -> None:
+    source = upload(store, 1)
+    name = create(store, source)
+    store.delete_file(source)
+    with serving(Stub()) as url:
+        run(store, url, lambda: store.batch(name).status.over)
+    card = store.batch(name).card()
+    assert card["status"] == "failed"
+    assert source in card["errors"]["data"][0]["message"]
+
+
+@pytest.mark.parametrize("name", ["file-../../etc/passwd", "file-1", "", "batch_" + "0" * 24, "file-" + "0" * 24])
+def test_what_is_no_id_names_nothing(store: BatchStore, name: str) -> None:
+    with pytest.raises(UnknownIdError):
+        store.file(name)
+
+
+def test_an_upload_that_is_too_large_leaves_nothing(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_store, "MOST_FILE_BYTES", 10)
+    with pytest.raises(FileTooLargeError):
+        store.add_file("big", "batch", io.BytesIO(bytes(11)))
+    assert list(store.folder.iterdir()) == []
+
+
+def test_records_come_back_as_they_were(store: BatchStore) -> None:
+    batch = Batch(new_id("batch_"), "/v1/completions", "file-1", "24h", 5, metadata={"a": "b"}).entered(State.FAILED)
+    store.put_batch(replace(batch, error="no"))
+    assert store.batch(batch.id) == replace(batch, error="no")
