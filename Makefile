@@ -6,11 +6,11 @@ ARGS ?=
 # Set-up leaves compiling to the first import of a module: a Python that keeps nothing would compile at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install install-dev serve test test-full test-fast lint lint-style lint-types lint-layers format proto bench clean
+.PHONY: help install install-dev serve test test-full test-fast lint lint-style lint-types lint-layers format proto bench bench-batch mutants clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
-	@echo "  PYTHON=/path/to/python3 chooses the interpreter; ARGS=... is passed on by serve, test, test-fast and bench"
+	@echo "  PYTHON=/path/to/python3 chooses the interpreter; ARGS=... is passed on by serve, test, test-fast, bench and mutants"
 
 install: ## set up .venv, so that .venv/bin/pomarium works
 	@deploy/setup.sh
@@ -23,13 +23,13 @@ serve: install ## set up if needed, then serve the embedded model at http://127.
 
 test: install-dev lint ## set up if needed, then lint, types, layers and the tests: about half an hour on two cores
 	@echo "[test] all tests but the long forms"
-	@$(BIN)/python -m pytest -m "not full" $(ARGS)
+	@deploy/test.sh "not full" $(ARGS)
 
 test-full: install-dev lint ## the same with the long forms: more families, cuts and replicas
 	@echo "[test] all tests"
-	@$(BIN)/python -m pytest $(ARGS)
+	@deploy/test.sh "" $(ARGS)
 
-test-fast: install-dev ## the tests that start no server: under three minutes on two cores
+test-fast: install-dev ## the tests that start no server: about five minutes on two cores
 	@$(BIN)/python -m pytest -m "not e2e" $(ARGS)
 
 lint: lint-style lint-types lint-layers ## style, types and the layer rule
@@ -58,6 +58,12 @@ proto: install-dev ## generate the gRPC stubs from proto/*.proto
 
 bench: install-dev ## measure our engine, mlx-lm and vLLM's CPU backend (docs/benchmarks.md)
 	@$(BIN)/python benchmarks/engine.py $(ARGS)
+
+mutants: install-dev ## plant faults in every kernel, and count those that its cases see (docs/kernels.md)
+	@PYTHONPATH=tests $(BIN)/python -m emulator.mutants $(ARGS)
+
+bench-batch: install-dev ## a million lines against an engine that answers at once (docs/benchmarks.md)
+	@$(BIN)/python benchmarks/batch_rows.py $(ARGS)
 
 clean: ## remove .venv, caches and build output
 	rm -rf .venv build dist pomarium.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# All tests in two halves at once: those that start no server keep one core busy, the others mostly wait.
+#   deploy/test.sh MARKERS [pytest arguments]        MARKERS: as for pytest's -m, "" for all tests
+# The first half's output comes when it is done. Exit code: pytest's; 5 only if neither half had a test to run.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+markers=${1:+" and ($1)"}
+shift
+log=$(mktemp)
+nice -n 5 .venv/bin/python -m pytest -m "not e2e$markers" "$@" >"$log" 2>&1 &
+half=$!
+trap 'kill "$half" 2>/dev/null; rm -f "$log"' EXIT
+
+.venv/bin/python -m pytest -m "e2e$markers" "$@"
+servers=$?
+wait "$half"
+others=$?
+echo "[test] the tests that start no server"
+cat "$log"
+case "$servers $others" in
+    "5 "*) exit "$others" ;;
+    *" 5") exit "$servers" ;;
+    "0 "*) exit "$others" ;;
+    *) exit "$servers" ;;
+esac
