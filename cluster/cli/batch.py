@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import os
 import secrets
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -101,6 +100,8 @@ def job_of(args: argparse.Namespace) -> "Job":
     from pomarium.cluster.batch.job import Job
     from pomarium.cluster.batch.output import errors_beside
 
+    if args.extra and not args.extra[0].startswith("-"):
+        raise SettingsError(f"{args.extra[0]!r} is one file too many: give IN and OUT, and a model with --model.")
     if args.resume and args.overwrite:
         raise SettingsError("--resume keeps earlier results and --overwrite drops them: give one.")
     if args.endpoint:
@@ -120,6 +121,9 @@ def _answer(args: argparse.Namespace, job: "Job", files: "Files", terminal: Term
     from pomarium.cluster.batch.progress import Tally
 
     tally = Tally()
+    if files.before >= files.total:
+        terminal.say(f"all {files.total} lines of {job.source} have their answers")
+        return
     if args.endpoint:
         _ask_endpoint(args, files, tally, terminal)
     else:
@@ -229,7 +233,7 @@ def run_submit(args: argparse.Namespace) -> int:
     from pomarium.cluster.batch import jobs
 
     job_of(args)
-    name = jobs.submit(sys.argv[sys.argv.index("submit") + 1 :])
+    name = jobs.submit(args.argv[args.argv.index("submit") + 1 :])
     print(f"{name}\nfollow it with `pomarium batch logs --follow {name}`")
     return 0
 

@@ -1,7 +1,8 @@
 """`pomarium`: finds the subcommand, runs it, turns a PomariumError into one line on stderr and exit code 1.
 
 A subcommand is a module with `add_parser(subparsers)`; its parser sets `run(args) -> int`. A parser that sets
-`passes_through` gets the arguments that it does not know as `args.extra`. Only the module asked for is imported.
+`passes_through` gets the arguments that it does not know as `args.extra`. All of them are in `args.argv`, as they were
+given. Only the module asked for is imported.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     args, extra = parser.parse_known_args(list(arguments))
     if extra and not args.passes_through:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    args.extra = extra
+    args.extra, args.argv = extra, list(arguments)
     return args
 
 
