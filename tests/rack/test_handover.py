@@ -49,7 +49,7 @@ from pomarium.cluster.executor.codec import WorkerLostError
 try:
     launch.connect(team.members, lambda rank, error: None)
 except WorkerLostError as error:
-    print("LOST", error)
+    print(f"LOST {error}")  # in one piece: Ray prints beside it
 """
 
 ORPHANED = """

@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pomarium.cluster.batch import dispatch, job
@@ -121,7 +121,7 @@ def test_every_line_is_answered_once(tmp_path: Path) -> None:
     st.integers(0, 60),
     st.integers(0, 1 << 32),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_kills_at_random_moments_lose_and_double_nothing(
     tmp_path_factory: pytest.TempPathFactory, losses: list[frozenset[int]], cuts: list[int], tail: int, seed: int
 ) -> None:
