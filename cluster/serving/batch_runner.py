@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pomarium.cluster import faults
 from pomarium.cluster.batch import job
 from pomarium.cluster.batch.endpoint import HttpEngine
 from pomarium.cluster.batch.job import Files, Job
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 LOOK_S = 0.5
 """How often it is looked for new batches and cancellations: the folder is on this machine's disk."""
 
+DISK_S = 10.0
+"""Pause after a record could not be read or written, such as on a full disk."""
+
 ROOM = 64
 """Requests of batches at the engines at once; interactive ones queue beside them."""
 
@@ -41,16 +45,23 @@ class BatchRunner:
         self._store, self._url, self._key = BatchStore(Path(folder)), url, key
 
     async def run_for_ever(self) -> None:
-        """Bring one batch after another to its end, the oldest first."""
+        """Bring one batch after another to its end, the oldest first. A fault of ours ends a batch, never the loop."""
+        over: set[str] = set()
         while True:
-            waiting = [batch for batch in self._store.batches() if not batch.status.over]
-            if waiting:
-                await self._run(waiting[-1])
-            else:
+            found = self._store.batches(over)
+            over |= {batch.id for batch in found if batch.status.over}
+            waiting = [batch for batch in found if not batch.status.over]
+            if not waiting:
                 await asyncio.sleep(LOOK_S)
+                continue
+            try:
+                await self._run(waiting[-1])
+            except OSError:
+                logger.exception("Batch %s waits for its disk, and goes on from its files.", waiting[-1].id)
+                await asyncio.sleep(DISK_S)
 
     async def _run(self, shown: Batch) -> None:
-        """Bring one batch to its end."""
+        """Bring one batch to its end. Raises OSError if its record cannot be read or written."""
         batch = shown if shown.output_file_id else self._begin(shown)
         tally = Tally()
         try:
@@ -59,9 +70,11 @@ class BatchRunner:
                 self._store.put_batch(batch)
                 finished = await self._answer(batch, files, tally)
                 counts = self._counts(files, tally)
-        except PomariumError as error:
-            logger.warning("Batch %s failed: %s", batch.id, error)
-            self._store.put_batch(replace(batch.entered(State.FAILED), error=str(error)))
+        except OSError:
+            raise
+        except Exception as error:
+            logger.exception("Batch %s failed.", batch.id)
+            self._store.put_batch(replace(batch.entered(State.FAILED), error=faults.sentence(error)))
             return
         batch = replace(batch.entered(State.FINALIZING), counts=counts)
         self._store.put_batch(batch)
@@ -90,7 +103,9 @@ class BatchRunner:
             while not work.done():
                 if self._store.cancel_wanted(batch.id):
                     return False
-                self._store.put_batch(replace(batch, counts=self._counts(files, tally)))
+                if (counts := self._counts(files, tally)) != batch.counts:
+                    batch = replace(batch, counts=counts)
+                    self._store.put_batch(batch)
                 await asyncio.wait({work}, timeout=LOOK_S)
             work.result()
             return True

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -189,9 +189,9 @@ class BatchStore:
             return replace(found, status=State.CANCELLING)
         return found
 
-    def batches(self) -> list[Batch]:
-        """All, the latest first."""
-        return self._all("batch_", self.batch, lambda batch: (batch.created_at, batch.id))
+    def batches(self, but: Collection[str] = ()) -> list[Batch]:
+        """All `but` those of these ids, the latest first."""
+        return self._all("batch_", self.batch, lambda batch: (batch.created_at, batch.id), but)
 
     def cancel(self, name: str) -> Batch:
         """Ask for its end. Raises UnknownIdError."""
@@ -203,9 +203,11 @@ class BatchStore:
         """Whether somebody asked for its end."""
         return (self.folder / f"{name}.cancel").exists()
 
-    def _all(self, prefix: str, read: Callable[[str], Record], order: Callable[[Record], Any]) -> list[Record]:
+    def _all(
+        self, prefix: str, read: Callable[[str], Record], order: Callable[[Record], Any], but: Collection[str] = ()
+    ) -> list[Record]:
         found = []
-        for path in self.folder.glob(f"{prefix}*.json"):
+        for path in (path for path in self.folder.glob(f"{prefix}*.json") if path.stem not in but):
             with contextlib.suppress(UnknownIdError):  # deleted meanwhile
                 found.append(read(path.stem))
         return sorted(found, key=order, reverse=True)

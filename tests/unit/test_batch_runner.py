@@ -12,7 +12,7 @@ from endpoint_stub import Stub, serving
 from starlette.responses import JSONResponse
 
 from pomarium.cluster.batch import endpoint
-from pomarium.cluster.serving import batch_store
+from pomarium.cluster.serving import batch_runner, batch_store
 from pomarium.cluster.serving.batch_runner import BatchRunner
 from pomarium.cluster.serving.batch_store import Batch, BatchStore, FileTooLargeError, State, UnknownIdError, new_id
 
@@ -131,6 +131,41 @@ def test_a_batch_whose_file_is_gone_fails_and_says_so(store: BatchStore) -> None
     card = store.batch(name).card()
     assert card["status"] == "failed"
     assert source in card["errors"]["data"][0]["message"]
+
+
+def test_a_fault_of_ours_ends_its_batch_and_the_next_one_runs(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = create(store, upload(store, 1)), create(store, upload(store, 1))
+    begin = BatchRunner._open
+
+    def broken(runner: BatchRunner, batch: Batch) -> object:
+        if batch.id == first:
+            raise ZeroDivisionError("a fault")
+        return begin(runner, batch)
+
+    monkeypatch.setattr(BatchRunner, "_open", broken)
+    with serving(Stub()) as url:
+        run(store, url, lambda: store.batch(first).status.over and store.batch(second).status.over)
+    assert (store.batch(first).status, store.batch(second).status) == ("failed", "completed")
+    assert store.batch(first).error == "ZeroDivisionError: a fault"
+
+
+def test_a_disk_that_is_full_for_a_while_delays_a_batch(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = create(store, upload(store, 1))
+    monkeypatch.setattr(batch_runner, "DISK_S", 0.01)
+    write, full = BatchStore._write, [True, True]
+
+    def written(store: BatchStore, record: str, fields: dict[str, object]) -> None:
+        if full:
+            full.pop()
+            raise OSError(28, "No space left on device")
+        write(store, record, fields)
+
+    monkeypatch.setattr(BatchStore, "_write", written)
+    with serving(Stub()) as url:
+        run(store, url, lambda: store.batch(name).status.over)
+    assert store.batch(name).status is State.COMPLETED
 
 
 @pytest.mark.parametrize("name", ["file-../../etc/passwd", "file-1", "", "batch_" + "0" * 24, "file-" + "0" * 24])
