@@ -11,12 +11,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from pomarium.kernels.launch import KernelSource, Launch, Launcher, call, cuda_body, cuda_header, metal_kernel
+from pomarium.kernels.launch import KernelSource, Launch, Launcher, MlxLauncher, call, cuda_kernel, metal_kernel
 
 
 @dataclass(frozen=True)
@@ -124,24 +123,12 @@ def _outcome(case: Case, launcher: Launcher) -> Outcome:
         return Outcome(case.name, float("nan"), case.bound, time.perf_counter() - began, traceback.format_exc())
 
 
-class PoisonedLauncher:
+class PoisonedLauncher(MlxLauncher):
     """This machine's GPU, with every output full of not-a-numbers before a kernel writes it. For checks: slower."""
 
     def __init__(self) -> None:
-        self._kernels: dict[str, Any] = {}
+        super().__init__(metal_kernel if mx.metal.is_available() else cuda_kernel)
 
     def launch(self, source: KernelSource, launch: Launch) -> list[mx.array]:
         """See Launcher."""
-        if source.name not in self._kernels:
-            self._kernels[source.name] = metal_kernel(source) if mx.metal.is_available() else _cuda_kernel(source)
-        return call(partial(self._kernels[source.name], init_value=float("nan")), launch)
-
-
-def _cuda_kernel(source: KernelSource) -> Any:
-    return mx.fast.cuda_kernel(
-        name=source.name,
-        input_names=list(source.inputs),
-        output_names=list(source.outputs),
-        header=cuda_header(),
-        source=cuda_body(source.text),
-    )
+        return call(partial(self.kernel(source), init_value=float("nan")), launch)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from pomarium.kernels.cache_writes import DTYPES, padded_ints
 from pomarium.kernels.launch import KernelSource, Launch, Launcher, Scalar
 from pomarium.kernels.ordered import Ordered
 
@@ -28,7 +29,6 @@ RECURRENT_DECODE = KernelSource("gdn_recurrent_decode", _RECURRENT_INPUTS, ("y",
 RECURRENT_PREFILL = KernelSource("gdn_recurrent_prefill", _RECURRENT_INPUTS, ("y", "token"), ("states",))
 SOURCES: tuple[KernelSource, ...] = (CONV_DECODE, CONV_PREFILL, RECURRENT_DECODE, RECURRENT_PREFILL)
 
-DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 CONV_TILE = 64
 """Tokens per thread of the convolution: enough that its first inputs, read once more, do not count."""
 CONV_THREADS = 256
@@ -125,8 +125,8 @@ def plan(lengths: np.ndarray, slots: np.ndarray, num_slots: int) -> GatedDeltaPl
         int(lengths.sum()),
         len(lengths),
         bool((lengths == 1).all()),
-        _ints(sequences),
-        _ints(np.array(tiles)),
+        padded_ints(sequences),
+        padded_ints(np.array(tiles)),
         len(tiles),
     )
 
@@ -237,12 +237,6 @@ def tile_tokens(key_dim: int, rows: int) -> int:
     """Tokens that the prefill recurrence brings into threadgroup memory at once: 4, 8 or 16."""
     per_token = 4 * (2 * key_dim + rows + 2)
     return next(tokens for tokens in (16, 8, 4) if tokens * per_token <= THREADGROUP_BYTES)
-
-
-def _ints(values: np.ndarray) -> mx.array:
-    """int32, flat, of at least 8 elements: MLX declares smaller inputs in another address space."""
-    flat = np.ascontiguousarray(values, np.int32).reshape(-1)
-    return mx.array(flat if flat.size >= 8 else np.concatenate([flat, np.zeros(8 - flat.size, np.int32)]))
 
 
 def _check_shape(shape: GatedDeltaShape, plan: GatedDeltaPlan) -> None:

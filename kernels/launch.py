@@ -17,6 +17,7 @@ inputs are references on Metal and pointers on CUDA. The grid is a multiple of t
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -110,36 +111,36 @@ class Launcher(Protocol):
         ...
 
 
-class MetalLauncher:
-    """On an Apple GPU. MLX compiles a kernel once for each template and keeps it."""
+class MlxLauncher:
+    """Through a maker of MLX's kernel objects. MLX compiles a kernel once for each template and keeps it."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[KernelSource], Any]) -> None:
+        self._make = make
         self._kernels: dict[str, Any] = {}
+
+    def kernel(self, source: KernelSource) -> Any:
+        """MLX's kernel object of `source`, made once."""
+        if source.name not in self._kernels:
+            self._kernels[source.name] = self._make(source)
+        return self._kernels[source.name]
 
     def launch(self, source: KernelSource, launch: Launch) -> list[mx.array]:
         """See Launcher."""
-        if source.name not in self._kernels:
-            self._kernels[source.name] = metal_kernel(source)
-        return call(self._kernels[source.name], launch)
+        return call(self.kernel(source), launch)
 
 
-class CudaLauncher:
-    """On an NVIDIA GPU through MLX's CUDA backend. MLX compiles a kernel once for each template and keeps it."""
+class MetalLauncher(MlxLauncher):
+    """On an Apple GPU."""
 
     def __init__(self) -> None:
-        self._kernels: dict[str, Any] = {}
+        super().__init__(metal_kernel)
 
-    def launch(self, source: KernelSource, launch: Launch) -> list[mx.array]:
-        """See Launcher."""
-        if source.name not in self._kernels:
-            self._kernels[source.name] = mx.fast.cuda_kernel(
-                name=source.name,
-                input_names=list(source.inputs),
-                output_names=list(source.outputs),
-                header=cuda_header(),
-                source=cuda_body(source.text),
-            )
-        return call(self._kernels[source.name], launch)
+
+class CudaLauncher(MlxLauncher):
+    """On an NVIDIA GPU through MLX's CUDA backend."""
+
+    def __init__(self) -> None:
+        super().__init__(cuda_kernel)
 
 
 def metal_kernel(source: KernelSource) -> Any:
@@ -150,6 +151,17 @@ def metal_kernel(source: KernelSource) -> Any:
         output_names=list(source.outputs),
         header=common_text(),
         source=source.text,
+    )
+
+
+def cuda_kernel(source: KernelSource) -> Any:
+    """The same behind the prelude, for MLX's CUDA backend."""
+    return mx.fast.cuda_kernel(
+        name=source.name,
+        input_names=list(source.inputs),
+        output_names=list(source.outputs),
+        header=cuda_header(),
+        source=cuda_body(source.text),
     )
 
 

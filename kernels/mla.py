@@ -17,7 +17,7 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from pomarium.kernels.cache_writes import padded_ints
+from pomarium.kernels.cache_writes import DTYPES, padded_ints
 from pomarium.kernels.gpu_family import Family, Gpu
 from pomarium.kernels.launch import KernelSource, Launch, Launcher
 
@@ -25,7 +25,6 @@ RANK, ROPE = 512, 64
 """Elements of a latent's value part and of its rotated key: DeepSeek-V2, -V3, GLM-4 MoE Lite."""
 
 BLOCK_SIZES = (16, 32)
-DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 _INPUTS = ("q", "latents", "block_tables", "tasks", "iparams", "fparams")
 _PARTIAL = ("po", "pm", "pl")

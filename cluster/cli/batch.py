@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pomarium.cluster.batch.progress import Series, Tally
 
 EXIT_INTERRUPTED = 130
-KEY_VARIABLE = "POMARIUM_API_KEY"
 PLAIN_S = 10.0
 """How often progress is told where there is no terminal to show a bar on."""
 
@@ -134,6 +133,7 @@ def _answer(args: argparse.Namespace, job: "Job", files: "Files", terminal: Term
 
 def _ask_endpoint(args: argparse.Namespace, files: "Files", tally: "Tally", terminal: Terminal) -> None:
     from pomarium.cluster.batch.endpoint import ROOM, HttpEngine
+    from pomarium.cluster.cli.serve import KEY_VARIABLE
 
     async def ask() -> None:
         engine = HttpEngine(args.endpoint, os.environ.get(KEY_VARIABLE), args.concurrency or ROOM)
