@@ -45,9 +45,17 @@ class Rack:
         found: dict[str, Any] = json.loads(command(self.environ, "status", "--json"))
         return found
 
+    def until(self, found: Callable[[], Any], seconds: float) -> Any:
+        """As the function; a failure tells how the rack was."""
+        return until(found, seconds, self.describe)
+
+    def describe(self) -> str:
+        """Health, members, and what the server has logged of late."""
+        return f"health {self.health()}\nstatus {json.dumps(self.status())}\nlog ... {self.server.log()[-3000:]}"
+
     def stages(self) -> list[dict[str, Any]]:
         """Of the one replica, once it has reported."""
-        replicas = until(lambda: self.status()["replicas"], 60)
+        replicas = self.until(lambda: self.status()["replicas"], 60)
         stages: list[dict[str, Any]] = replicas[0]["stages"]
         return stages
 
@@ -65,10 +73,11 @@ def command(environ: dict[str, str], *arguments: str) -> str:
     return done.stdout
 
 
-def until(found: Callable[[], Any], seconds: float) -> Any:
+def until(found: Callable[[], Any], seconds: float, describe: Callable[[], str] = str) -> Any:
+    """What `found` gives, once it is true; a failure quotes `describe`."""
     deadline = time.monotonic() + seconds
     while not (value := found()):
-        assert time.monotonic() < deadline, "not in time"
+        assert time.monotonic() < deadline, f"not in time: {describe()}"
         time.sleep(0.5)
     return value
 
@@ -104,5 +113,5 @@ def answer(rack: Rack) -> str:
 
 
 def served_again(rack: Rack) -> None:
-    until(lambda: rack.health()[0] == 200, HEAL_S)
+    rack.until(lambda: rack.health()[0] == 200, HEAL_S)
     assert "Paris" in answer(rack)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 import httpx
 import psutil
 from openai import OpenAI
+
+from pomarium.cluster.rack import ports
 
 MODEL = "smollm2"
 CONTEXT = 1024
@@ -44,9 +45,7 @@ class Server:
     def ensure(self) -> None:
         if self.process is not None and self.process.poll() is None:
             return
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = ports.free(1)[0]
         self.start(["--port", str(self.port), "--max-model-len", str(CONTEXT), *self.arguments])
         assert self.process is not None
         deadline = time.monotonic() + READY_S

@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 from openai import APIError
-from rack_serving import HEAL_S, Rack, answer, served_again, serving, until
+from rack_serving import HEAL_S, Rack, answer, served_again, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -64,7 +64,7 @@ class Streaming:
         self.ended: float | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        until(lambda: self.pieces > 2 or self.error, 60)
+        rack.until(lambda: self.pieces > 2 or self.error, 60)
 
     def _run(self) -> None:
         try:
@@ -124,7 +124,7 @@ def test_a_full_disk(rack: Rack, disk: Path) -> None:
         assert shutil.disk_usage(disk).free < 1 << 20
         assert answer(rack) == "The capital of France is Paris."
         before = streaming.pieces
-        until(lambda: streaming.pieces > before, 20)
+        rack.until(lambda: streaming.pieces > before, 20)
         assert rack.health()[0] == 200
         streaming.finishes()
     finally:
@@ -136,7 +136,7 @@ def test_a_killed_worker(rack: Rack) -> None:
     psutil.Process(victim).kill()
     killed = time.monotonic()
     streaming.ends_within(FAULT_S, killed)
-    _, reason = until(lambda: (now := rack.health())[0] == 503 and now, FAULT_S)
+    _, reason = rack.until(lambda: (now := rack.health())[0] == 503 and now, FAULT_S)
     assert json.loads(reason)["models"]["smollm2"] != "ok"
     served_again(rack)
     assert victim not in [stage["pid"] for stage in rack.stages()]
@@ -153,24 +153,34 @@ def test_a_frozen_mac_is_left_and_comes_back_once(rack: Rack) -> None:
     assert victim not in [stage["mac"] for stage in rack.stages()]
     rack.simulated.kill(victim)
     rack.simulated.rejoin(victim)
-    until(lambda: sum(mac["alive"] for mac in rack.status()["macs"]) == 3, 60)
+    rack.until(lambda: sum(mac["alive"] for mac in rack.status()["macs"]) == 3, 60)
     assert [mac["name"] for mac in rack.status()["macs"] if mac["alive"]].count(victim) == 1
 
 
-def test_killed_macs_until_too_few_are_left_and_one_comes_back(rack: Rack) -> None:
+def test_a_killed_mac_is_replaced(rack: Rack) -> None:
     served_again(rack)
-    first, streaming = rack.stages()[0]["mac"], Streaming(rack)
-    rack.simulated.kill(first)
+    victim, streaming = rack.stages()[0]["mac"], Streaming(rack)
+    rack.simulated.kill(victim)
     streaming.ends_within(FAULT_S, time.monotonic())
     served_again(rack)
-    second = rack.stages()[0]["mac"]
-    assert second != first
-    rack.simulated.kill(second)
-    until(lambda: "2 stages need 2 Macs" in rack.health()[1], HEAL_S)
+    assert victim not in [stage["mac"] for stage in rack.stages()]
+
+
+def test_too_few_macs_are_left(rack: Rack) -> None:
+    rack.simulated.kill(rack.stages()[0]["mac"])
+    rack.until(lambda: "2 stages need 2 Macs" in rack.health()[1], HEAL_S)
     assert "2 stages need 2 Macs" in rack.status()["waiting"][0]["reason"]
-    rack.simulated.rejoin(first, version="9.9.9-py3.11")
-    until(lambda: f"{first} runs 9.9.9-py3.11" in rack.health()[1], HEAL_S)
-    rack.simulated.kill(first)
-    rack.simulated.rejoin(first)
+
+
+def test_a_mac_of_another_version_does_not_help(rack: Rack) -> None:
+    lost = next(mac["name"] for mac in rack.status()["macs"] if not mac["alive"])
+    rack.simulated.rejoin(lost, version="9.9.9-py3.11")
+    rack.until(lambda: f"{lost} runs 9.9.9-py3.11" in rack.health()[1], HEAL_S)
+    rack.simulated.kill(lost)
+    rack.until(lambda: lost not in [mac["name"] for mac in rack.status()["macs"] if mac["alive"]], 30)
+
+
+def test_a_mac_that_comes_back_is_used(rack: Rack) -> None:
+    rack.simulated.rejoin(next(mac["name"] for mac in rack.status()["macs"] if not mac["alive"]))
     served_again(rack)
     assert rack.status()["waiting"] == []

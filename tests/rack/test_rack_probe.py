@@ -6,7 +6,6 @@ Both run in one fixture; their workers get certificates through POMARIUM_TLS, as
 import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from hypothesis import strategies as st
 from pomarium.cluster.cli.rack_probe import names_of
 from pomarium.cluster.executor.survey import RackNode
 from pomarium.cluster.placement_model import Mac
-from pomarium.cluster.rack import inventory
+from pomarium.cluster.rack import inventory, ports
 from pomarium.cluster.rack.identity import RackKey, ray_token, write_tls
 from pomarium.cluster.rack.labels import MacFacts, labels_of
 from pomarium.cluster.rack.link_report import Measured, directions, duration, entry, header, rate, row
@@ -139,7 +138,7 @@ class Rack:
 @pytest.fixture(scope="module")
 def rack() -> Iterator[Rack]:
     with tempfile.TemporaryDirectory(prefix="pm", dir="/tmp") as folder:
-        key, address = RackKey.generate(), f"127.0.0.61:{_free_port()}"
+        key, address = RackKey.generate(), f"127.0.0.61:{ports.free(1)[0]}"
         common = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "POMARIUM_"))}
         common |= {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": ray_token(key)}
         common |= {
@@ -245,12 +244,6 @@ def _stop(raylets: "list[subprocess.Popen[bytes]]") -> None:
 def _python(script: str, environ: Mapping[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-c", script, *arguments]
     return subprocess.run(command, env=dict(environ), capture_output=True, text=True, timeout=150)
-
-
-def _free_port() -> int:
-    """Above Ray's worker ports."""
-    with socket.create_server(("127.0.0.61", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 def _await_start(log: Path) -> None:
