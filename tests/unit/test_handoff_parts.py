@@ -242,6 +242,9 @@ def test_a_head_that_lies_is_refused_or_changes_nothing_sent_before(
             if step is not None:
                 out.append(values_of(step))
     except HandoffError:
+        if field == "tensor_count" and out and out[-1] != steps[len(out) - 1]:  # its first head ended the step early
+            cut = out.pop()
+            assert cut == steps[len(out)][: len(cut)]
         assert out == steps[: len(out)]
     else:  # only what the stage itself checks can differ: its own number, names, the shape of as many bytes
         assert field in ("step", "tensor", "shape", "dtype", "seq")
