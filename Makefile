@@ -6,10 +6,10 @@ ARGS ?=
 # Set-up leaves compiling to the first import of a module: a Python that keeps nothing would compile at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install install-dev serve test test-full test-fast lint lint-style lint-types lint-layers format proto bench bench-batch mutants clean
+.PHONY: help install install-dev serve test test-full test-fast lint lint-style lint-types lint-layers format proto bench bench-batch bench-autoscale rack-simulation mutants clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 	@echo "  PYTHON=/path/to/python3 chooses the interpreter; ARGS=... is passed on by serve, test, test-fast, bench and mutants"
 
 install: ## set up .venv, so that .venv/bin/pomarium works
@@ -64,6 +64,12 @@ mutants: install-dev ## plant faults in every kernel, and count those that its c
 
 bench-batch: install-dev ## a million lines against an engine that answers at once (docs/benchmarks.md)
 	@$(BIN)/python benchmarks/batch_rows.py $(ARGS)
+
+bench-autoscale: install-dev ## from a request to a rack asleep to its first token, on a simulated rack (docs/benchmarks.md)
+	@$(BIN)/python benchmarks/autoscale.py $(ARGS)
+
+rack-simulation: install-dev ## a day of 8, 64 and 512 Macs that sleep, by policy (docs/benchmarks.md)
+	@$(BIN)/python benchmarks/rack_simulation.py $(ARGS)
 
 clean: ## remove .venv, caches and build output
 	rm -rf .venv build dist pomarium.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -28,7 +28,11 @@ class StepMetrics:
         self._requests = Gauge("pomarium_step_requests", "Requests in the last step: the batch size.", tag_keys=keys)
         self._cached = Gauge("pomarium_cached_tokens", "Tokens in the KV cache of live requests.", tag_keys=keys)
         self._sampled = Counter("pomarium_sampled_tokens", "Tokens sampled.", tag_keys=keys)
-        for metric in (self._seconds, self._tokens, self._requests, self._cached, self._sampled):
+        self._waited = Counter("pomarium_step_waited_seconds", "Waiting for other stages' data.", tag_keys=keys)
+        self._handing = Counter("pomarium_step_handing_seconds", "Handing on to other stages.", tag_keys=keys)
+        for metric in (
+            self._seconds, self._tokens, self._requests, self._cached, self._sampled, self._waited, self._handing
+        ):  # fmt: skip
             metric.set_default_tags(tags)
 
     def __call__(self, stats: StepStats) -> None:
@@ -38,3 +42,7 @@ class StepMetrics:
         self._cached.set(stats.cached_tokens)
         if stats.sampled:
             self._sampled.inc(stats.sampled)
+        if stats.waited > 0:
+            self._waited.inc(stats.waited)
+        if stats.handing > 0:
+            self._handing.inc(stats.handing)

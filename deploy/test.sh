@@ -4,7 +4,7 @@
 # The first half's output comes when it is done, unless the other has failed: what failed comes last. Exit code:
 # pytest's; 5 only if neither half had a test to run.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 markers=${1:+" and ($1)"}
 shift
 logs=$(mktemp -d)

@@ -222,7 +222,7 @@ def _serve_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """What `pomarium serve` would be given for the same engines."""
     extra = [*([args.model] if args.model else []), *args.extra, "--enable-prompt-tokens-details"]
     return argparse.Namespace(
-        extra=extra, max_model_len=args.max_model_len, replicas=args.replicas, stages=args.stages,
+        extra=extra, max_model_len=args.max_model_len, replicas=str(args.replicas), keep=None, stages=args.stages,
         share_macs=args.share_macs, rack=None,
         served_name=[args.served_name] if args.served_name else [],
     )  # fmt: skip

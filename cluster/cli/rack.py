@@ -8,17 +8,31 @@ import importlib
 import json
 import os
 import shlex
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
+from pomarium.cluster.autoscaling.setup import with_autoscaler
 from pomarium.cluster.cli import rack_options
 from pomarium.cluster.cli.interrupts import Interrupts
-from pomarium.cluster.rack import current, inventory, key_file, simulate, teardown, this_machine
+from pomarium.cluster.rack import current, inventory, key_file, node, simulate, teardown, this_machine
 from pomarium.cluster.rack.current import CurrentRack
 from pomarium.cluster.rack.identity import RackKey
-from pomarium.cluster.rack.node import GCS_PORT
+from pomarium.cluster.rack.inventory import Inventory
+from pomarium.cluster.rack.node import GCS_PORT, NodeSpec
+from pomarium.cluster.rack.simulate import Simulation
+from pomarium.cluster.rack.starting import NodeStartError
+from pomarium.cluster.rack.this_machine import Machine
 from pomarium.cluster.rack.units import format_size
+from pomarium.cluster.state import state_folder
 from pomarium.cluster.version import own_version
 from pomarium.worker.errors import SettingsError
+
+STAY_S = 2.0
+"""Between looks at the head's node."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,6 +52,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     up.add_argument("--port", type=int, help=f"of the rack's head (default: {GCS_PORT})")
     up.add_argument("--no-worker", action="store_true", help="this machine is the head only and runs no stages")
+    up.add_argument(
+        "--stay",
+        action="store_true",
+        help="stay in the foreground, as launchd wants it: end the rack with this command, and this command with it",
+    )
     rack_options.add_machine(up)
     rack_options.add_simulation(up)
     up.set_defaults(run=run_up)
@@ -49,6 +68,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     join.add_argument("head", metavar="HEAD[:PORT]", help=f"address of the rack's head (default port: {GCS_PORT})")
     join.add_argument(
         "--key", help=f"the rack's key; else {key_file.KEY_VARIABLE}, the key on file, or what you type is taken"
+    )
+    join.add_argument(
+        "--stay",
+        action="store_true",
+        help="stay in the foreground as this Mac's agent: join as soon as the rack is there, join again whenever the "
+        "node has ended, and put the Mac to sleep when the rack lets it",
     )
     rack_options.add_machine(join)
     join.set_defaults(run=run_join)
@@ -75,10 +100,35 @@ def run_up(args: argparse.Namespace) -> int:
     port = rack_options.port_of(args.port)
     key = key_file.made(os.environ)
     with Interrupts():
-        rack = this_machine.up(machine, port, key, os.environ, _say)
-    for line in invitation(rack, key):
-        print(line)
-    return 0
+        rack = this_machine.up(machine, port, key, os.environ, _say, _autoscaler(machine))
+        for line in invitation(rack, key):
+            _say(line)
+        return _stay(rack) if args.stay else 0
+
+
+def _autoscaler(machine: Machine) -> "Callable[[NodeSpec, str, Path], NodeSpec] | None":
+    """What gives the head an autoscaler, if rack.yaml says when Macs sleep."""
+    rack = machine.inventory
+    if rack is None or rack.sleep.idle is None:
+        return None
+
+    def prepare(spec: NodeSpec, address: str, folder: Path) -> NodeSpec:
+        own = next((mac.name for mac in rack.macs if spec.name == mac.name or spec.address == mac.address), None)
+        return with_autoscaler(spec, rack, own, address, folder, state_folder(os.environ))
+
+    return prepare
+
+
+def _stay(rack: CurrentRack) -> int:
+    """Until the head's node ends, which is a failure, or this command is told to end."""
+    try:
+        while node.runs(rack.nodes[0], rack.membership.session):
+            time.sleep(STAY_S)
+    except KeyboardInterrupt:
+        teardown.down(os.environ)
+        return 0
+    teardown.down(os.environ)
+    raise NodeStartError("The node of the rack's head has ended.")
 
 
 def _up_simulated(args: argparse.Namespace) -> int:
@@ -86,14 +136,25 @@ def _up_simulated(args: argparse.Namespace) -> int:
     key = key_file.made(os.environ)
     with Interrupts():
         try:
-            rack = simulate.start(simulation, key, os.environ, _say, _record).current
+            rack = simulate.start(simulation, key, os.environ, _say, _record, _simulated_autoscaler(simulation)).current
         except BaseException:
             current.forget(os.environ)
             raise
     limits = ", ".join(format_size(spec.memory) for spec in rack.nodes if spec.memory is not None)
-    print(f"{simulation.macs} simulated Mac(s) with {limits}; the head at {rack.address} runs no stages")
+    asleep = "" if simulation.sleep is None else ", asleep"
+    print(f"{simulation.macs} simulated Mac(s) with {limits}{asleep}; the head at {rack.address} runs no stages")
     print("next: `pomarium serve`; also `pomarium rack status` and `pomarium rack down`")
     return 0
+
+
+def _simulated_autoscaler(simulation: Simulation) -> simulate.Prepare | None:
+    if simulation.sleep is None:
+        return None
+
+    def prepare(spec: NodeSpec, rack: Inventory, address: str, folder: Path) -> NodeSpec:
+        return with_autoscaler(spec, rack, None, address, folder, folder)
+
+    return prepare
 
 
 def invitation(rack: CurrentRack, key: RackKey) -> list[str]:
@@ -113,10 +174,37 @@ def run_join(args: argparse.Namespace) -> int:
     machine = rack_options.machine_of(args, worker=True)
     key = key_file.known(args.key, os.environ, key_file.terminal())
     with Interrupts():
-        rack = this_machine.join(machine, args.head, key, os.environ, _say)
-    key_file.store(key, os.environ)
+        rack = this_machine.join(machine, args.head, key, os.environ, _say, patient=args.stay)
+        key_file.store(key, os.environ)
+        if args.stay:
+            with suppress(KeyboardInterrupt):
+                _be_agent(rack)
+            return 0
     print(f"joined the rack at {rack.address}; leave it with `pomarium rack down`")
     return 0
+
+
+def _be_agent(rack: CurrentRack) -> NoReturn:
+    """Until KeyboardInterrupt: this command is told to end."""
+    from pomarium.cluster.autoscaling import agent
+    from pomarium.cluster.autoscaling.head_view import HeadView
+
+    def asleep() -> None:
+        if not agent.nap(_run, agent.sleep_command(), time.sleep):
+            _say("this Mac was told to sleep and did not; joining again")
+
+    _say(f"joined the rack at {rack.address}")
+    head = HeadView(rack.membership)
+    try:
+        agent.Agent(rack.nodes[0], rack.membership, head, os.environ, asleep, _say, running=True).run()
+    finally:
+        teardown.down(os.environ)
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        _say(f"`{shlex.join(command)}` failed: {done.stderr.strip()}")
 
 
 def run_status(args: argparse.Namespace) -> int:
@@ -124,14 +212,14 @@ def run_status(args: argparse.Namespace) -> int:
     rack = current.enter()
     if rack is None:
         raise SettingsError(current.NO_RACK)
-    from pomarium.cluster.rack import reports, roster, status
+    from pomarium.cluster.rack import power, reports, roster, status
 
     client = roster.connect(rack.membership)
     reports.use(client)
     members, serving, waiting = roster.read(client), reports.read_all(), reports.read_waiting()
-    found = status.RackStatus(rack.address, rack.simulated, members, serving, own_version(), waiting)
+    found = status.RackStatus(rack.address, rack.simulated, members, serving, own_version(), waiting, power.read_all())
     print(json.dumps(status.document(found), indent=1) if args.json else status.text(found))
-    return 0 if all(mac.alive for mac in found.macs) else 1
+    return 1 if found.lost else 0
 
 
 def run_env(_: argparse.Namespace) -> int:

@@ -40,6 +40,11 @@ def add_simulation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a simulated rack")
     group.add_argument("--simulate", type=int, metavar="N", help="N Macs on this machine, beside a head without one")
     group.add_argument("--cpus", metavar="CORES,...", help="cores that each Mac is held to, such as 0,1,0 or 0-1,2-3")
+    group.add_argument(
+        "--sleep",
+        metavar="TIME",
+        help="Macs begin asleep, wake for work, and sleep again after so long without any, such as 30s or 15m",
+    )
     group.add_argument("--namespaces", action="store_true", help="give Macs a network of their own (Linux, root)")
     group.add_argument("--link-rate", metavar="RATE", help="of each Mac's link, such as 1Gb/s; with --namespaces")
     group.add_argument("--link-delay", metavar="TIME", help="one way between Macs, such as 0.3ms; with --namespaces")
@@ -75,12 +80,14 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
         raise SettingsError(f"{given[0]} is not for a simulated rack: leave it or --simulate out.")
     memory = _value("--memory", args.memory, lambda text: _each(text, parse_size)) or ()
     cores = _value("--cpus", args.cpus, lambda text: _each(text, parse_cores)) or ()
-    return Simulation(args.simulate, memory, cores, _link(args))
+    return Simulation(args.simulate, memory, cores, _link(args), _value("--sleep", args.sleep, parse_duration))
 
 
 def refuse_simulation(args: argparse.Namespace) -> None:
     """Raises SettingsError for options of `add_simulation` without --simulate."""
-    if given := [option for option, value in (("--cpus", args.cpus), *_link_options(args)) if value]:
+    if given := [
+        option for option, value in (("--cpus", args.cpus), ("--sleep", args.sleep), *_link_options(args)) if value
+    ]:
         raise SettingsError(f"{given[0]} is for a simulated rack: give --simulate N with it.")
 
 

@@ -7,6 +7,7 @@ Whatever can be known to be wrong without starting anything is found first: sett
 
 import argparse
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +18,10 @@ from typing import Any, NoReturn
 
 from pomarium.cluster.cli.interrupts import Interrupts
 from pomarium.cluster.cli.progress import Terminal, log_file, quiet
-from pomarium.cluster.rack import current, inventory
+from pomarium.cluster.rack import current, inventory, units
 from pomarium.cluster.rack.facts import network_of
-from pomarium.cluster.serving.plan import ModelPlan, ServePlan, served_names
+from pomarium.cluster.rack.inventory import KEEP_S
+from pomarium.cluster.serving.plan import ModelPlan, Scaling, ServePlan, served_names
 from pomarium.worker import settings
 from pomarium.worker.errors import CheckpointError, SettingsError
 
@@ -45,7 +47,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     parser.add_argument(
-        "--replicas", type=int, metavar="N", help="engines per model (default: 1, or what the rack file says)"
+        "--replicas",
+        metavar="N|MIN-MAX",
+        help="engines per model, or how few and how many as the load asks for them, such as 0-2: with 0 all Macs may "
+        "sleep (default: 1, or what the rack file says)",
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="TIME",
+        help="with MIN-MAX: how long an engine is kept after it was last needed, such as 10m "
+        f"(default: {KEEP_S / 60:g}m, or what the rack file says)",
     )
     parser.add_argument(
         "--stages",
@@ -130,8 +141,7 @@ def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[Mode
     models, engine_tokens = split_extra(args.extra)
     if args.max_model_len is not None and args.max_model_len < 1:
         raise SettingsError(f"--max-model-len {args.max_model_len} admits no prompt: give at least 1.")
-    if args.replicas is not None and args.replicas < 1:
-        raise SettingsError(f"--replicas {args.replicas} serves nothing: give at least 1.")
+    scaling = _scaling(args)
     on_rack = bool(environ.get("RAY_ADDRESS"))
     stages = _stages(args, on_rack)
     for model in models:
@@ -143,7 +153,9 @@ def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[Mode
         engine_args["max_model_len"] = args.max_model_len
     rack = inventory.load(args.rack) if args.rack is not None else None
     network = None if rack is None else network_of(rack)
-    common = ModelPlan("", None, engine_args, args.replicas or 1, stages, args.share_macs, None, network)
+    common = ModelPlan("", None, engine_args, 1, stages, args.share_macs, None, network)
+    if scaling is not None:
+        common = _scaled(common, scaling)
     if rack is not None and not models:
         plans = _plans_of(rack, args, common)
     else:
@@ -151,12 +163,47 @@ def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[Mode
         named = zip(_names(models, args.served_name), sources, strict=True)
         plans = [replace(common, name=name, source=source) for name, source in named]
     for plan in plans:
+        if not on_rack and plan.scaling is not None:
+            raise SettingsError(
+                f"{plan.name} is to have {plan.scaling.minimum} to {plan.scaling.maximum} engines as the load asks for "
+                "them, which takes a rack: start one with `pomarium rack up`, or give one number with --replicas."
+            )
         if not on_rack and not plan.share_macs and (plan.stages or 1) > 1:
             raise SettingsError(
                 f"{plan.name} is to run on {plan.stages} Macs and this is one: start a rack with `pomarium rack up`, "
                 "or add --share-macs to run all stages here."
             )
     return plans
+
+
+def _scaling(args: argparse.Namespace) -> Scaling | None:
+    """What --replicas and --keep say; None: nothing. One number is a span of itself."""
+    if args.replicas is None:
+        if args.keep is not None:
+            raise SettingsError("--keep is for engines that come and go: give --replicas MIN-MAX with it.")
+        return None
+    match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", args.replicas, re.ASCII)
+    if match is None:
+        raise SettingsError(f"--replicas {args.replicas!r} is neither a number nor a span such as 0-2.")
+    low, high = int(match[1]), int(match[2] or match[1])
+    if high < 1:
+        raise SettingsError(f"--replicas {args.replicas} serves nothing: give at least 1.")
+    if low > high:
+        raise SettingsError(f"--replicas {args.replicas} is empty: give the smaller number first.")
+    if low == high and args.keep is not None:
+        raise SettingsError("--keep is for engines that come and go: give --replicas MIN-MAX with it.")
+    try:
+        keep = KEEP_S if args.keep is None else units.parse_duration(args.keep)
+    except ValueError as error:
+        raise SettingsError(f"--keep: {error}.") from None
+    return Scaling(low, high, keep_s=keep)
+
+
+def _scaled(plan: ModelPlan, scaling: Scaling) -> ModelPlan:
+    """`plan` with so many engines, which need no scaling if the span is one number."""
+    if scaling.minimum == scaling.maximum:
+        return replace(plan, replicas=scaling.minimum, scaling=None)
+    return replace(plan, replicas=scaling.minimum, scaling=scaling)
 
 
 def _names(models: Sequence[str], given: Sequence[str]) -> Sequence[str]:
@@ -184,16 +231,20 @@ def _plans_of(rack: inventory.Inventory, args: argparse.Namespace, common: Model
         raise SettingsError("--served-name has no place with a rack file's models: they have names there.")
     return [
         replace(
-            common,
+            common if args.replicas is not None else _scaled(common, _scaling_of(entry)),
             name=entry.name,
             source=entry.source,
             engine_args={**({"max_model_len": entry.context} if entry.context else {}), **common.engine_args},
-            replicas=args.replicas or max(1, entry.replicas.min),
             stages=common.stages if args.stages is not None else entry.stages,
             streams=entry.streams,
         )
         for entry in rack.models
     ]
+
+
+def _scaling_of(entry: inventory.ModelEntry) -> Scaling:
+    found = entry.replicas
+    return Scaling(found.min, found.max, found.load, found.keep)
 
 
 def api_keys(args: argparse.Namespace, environ: Mapping[str, str]) -> frozenset[str]:

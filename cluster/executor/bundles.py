@@ -4,7 +4,7 @@ Slots, with the configured or surrounding placement group or none --reserve--> R
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -18,10 +18,14 @@ from ray.util.placement_group import (
 
 from pomarium.cluster.executor.environment import RESOURCE
 from pomarium.cluster.executor.staging import Slot
+from pomarium.cluster.executor.survey import RackNode
+from pomarium.cluster.rack.labels import NAME_LABEL
 from pomarium.worker.errors import PomariumError
 
 NODE_LABEL = "ray.io/node-id"
 """Ray gives it to each node."""
+
+WAKE_LOOK_S = 1.0
 
 
 class PlacementError(PomariumError):
@@ -56,29 +60,47 @@ def worker_bundles(specs: Sequence[Mapping[str, float]]) -> tuple[int, ...]:
 
 
 def reserve(
-    slots: Sequence[Slot], given: PlacementGroup | None, timeout_s: float, owner: str = ""
+    slots: Sequence[Slot],
+    given: PlacementGroup | None,
+    timeout_s: float,
+    owner: str = "",
+    coming: Callable[[], bool] = lambda: False,
 ) -> Reservation | None:
-    """Bundles for workers on `slots`, by rank: of the `given` group, or of a new one on just these nodes.
+    """Bundles for workers on `slots`, by rank: of the `given` group, or of a new one on just these Macs.
 
-    None if Ray does not place the new group in time: a node is lost or has been taken meanwhile.
+    A new group that names Macs which are asleep is what Ray's autoscaler wakes them for: all of them or none.
+    None if Ray does not place it in time: a node is lost or has been taken meanwhile, or no longer on its way.
 
     Args:
         owner: whoever may have to `release_of` it; "" for nobody.
+        coming: asked each WAKE_LOOK_S after `timeout_s`: whether to wait on, for Macs are being woken.
     """
-    nodes = tuple(slot.node.id for slot in slots)
     if given is not None:
         indices = tuple(slot.bundle for slot in slots if slot.bundle is not None)
-        return Reservation(given, indices, nodes, owned=False)
+        return Reservation(given, indices, tuple(slot.node.id for slot in slots), owned=False)
     group = placement_group(
         [{RESOURCE: 1}] * len(slots),
         strategy="PACK",
         name=f"{owner}:{secrets.token_hex(4)}" if owner else "",
-        bundle_label_selector=[{NODE_LABEL: node} for node in nodes],
+        bundle_label_selector=[_selector(slot.node) for slot in slots],
     )
-    if not group.wait(timeout_s):
-        remove_placement_group(group)
+    placed = False
+    try:
+        placed = group.wait(timeout_s)
+        while not placed and coming():
+            placed = group.wait(WAKE_LOOK_S)
+    finally:
+        if not placed:
+            remove_placement_group(group)
+    if not placed:
         return None
-    return Reservation(group, tuple(range(len(slots))), nodes, owned=True)
+    where = placement_group_table(group)["bundles_to_node_id"]
+    return Reservation(group, tuple(range(len(slots))), tuple(where[rank] for rank in range(len(slots))), owned=True)
+
+
+def _selector(node: RackNode) -> dict[str, str]:
+    """A Mac that sleeps has no node yet, and the name that its node will have."""
+    return {NAME_LABEL: node.mac.name} if node.asleep else {NODE_LABEL: node.id}
 
 
 def release(reservation: Reservation) -> None:

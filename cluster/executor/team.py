@@ -4,13 +4,15 @@
               ^                                                                      |
               '--- a Mac was lost meanwhile, or somebody else was faster: anew ------'
 
+Macs that are awake come first; where they do not suffice, the plan counts on sleeping ones too, and reserving these
+wakes them. One that does not wake is set aside by whoever wakes it, and the next plan is made without it.
 What does not fit even on an idle rack is refused at once; what waits for a Mac that others hold, or for Ray to notice a
 lost one, is tried again for ASSEMBLY_TIMEOUT_S. Cutting needs the model's profile, whose imports take seconds, so one
 worker where there is one Mac to take goes without.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, placement_group_table
@@ -21,9 +23,11 @@ from pomarium.cluster.executor.codec import WorkerLostError
 from pomarium.cluster.executor.launch import WorkerProcess
 from pomarium.cluster.executor.member import Contact, Member
 from pomarium.cluster.executor.staging import Ask, Slot, Staging, bundle_slots, of_version, slots, stage
-from pomarium.cluster.executor.survey import RackNode, alive, survey
+from pomarium.cluster.executor.survey import Dormant, RackNode, alive, dormant, survey
 from pomarium.cluster.model_profile import read_profiles
 from pomarium.cluster.placement_model import Refusal
+from pomarium.cluster.rack import power
+from pomarium.cluster.rack.mac_power import Power
 from pomarium.cluster.version import own_version
 
 ASSEMBLY_TIMEOUT_S = 60.0
@@ -45,11 +49,17 @@ class Team:
         _dissolve(self.processes, self.reservation)
 
 
-def assemble(ask: Ask, configured: PlacementGroup | None = None, owner: str = "") -> Team:
+def assemble(
+    ask: Ask,
+    configured: PlacementGroup | None = None,
+    owner: str = "",
+    say: Callable[[str], None] = lambda _: None,
+) -> Team:
     """Start workers for `ask` on the rack, or on the bundles of the `configured` or surrounding placement group.
 
     Args:
         owner: see bundles.reserve.
+        say: told each second which Macs are being woken for it, if any.
 
     Raises:
         PlacementError: it does not fit; says what is missing.
@@ -62,9 +72,14 @@ def assemble(ask: Ask, configured: PlacementGroup | None = None, owner: str = ""
     if group is not None and not group.wait(ASSEMBLY_TIMEOUT_S):
         raise PlacementError(bundles.no_room(ask.stages or 1, ASSEMBLY_TIMEOUT_S))
     while True:
-        nodes, left_out = of_version(survey(), own_version())
-        staging = planner.staging(*_slots(nodes, group, ask), left_out)
-        reservation = None if staging is None else bundles.reserve(staging.slots, group, GROUP_TIMEOUT_S, owner)
+        awake = survey()
+        away = Dormant() if group is not None else dormant(power.read_all(), {n.mac.name for n in awake}, time.time())
+        nodes, left_out = of_version(awake, own_version())
+        asleep, _ = of_version(away.nodes, own_version())
+        if away.reasons:
+            left_out = f"{left_out} Not woken: {', '.join(away.reasons)}.".lstrip()
+        staging = planner.staging(*_slots(nodes, asleep, group, ask), left_out)
+        reservation = None if staging is None else _reserve(staging, group, owner, say)
         if staging is not None and reservation is not None:
             processes = launch.start(reservation)
             try:
@@ -73,9 +88,39 @@ def assemble(ask: Ask, configured: PlacementGroup | None = None, owner: str = ""
                 _dissolve(processes, reservation)
                 if time.monotonic() > deadline or alive(set(reservation.nodes)):
                     raise
+        elif staging is not None and _asleep(staging):
+            deadline = time.monotonic() + ASSEMBLY_TIMEOUT_S  # a wake takes its own time, and has its own end
         elif time.monotonic() > deadline:
             raise PlacementError(bundles.no_room(ask.stages or 1, ASSEMBLY_TIMEOUT_S))
         time.sleep(PAUSE_S)
+
+
+def _reserve(
+    staging: Staging, group: PlacementGroup | None, owner: str, say: Callable[[str], None]
+) -> Reservation | None:
+    """None: it did not come about, and is to be planned anew."""
+    asleep = _asleep(staging)
+    if not asleep:
+        return bundles.reserve(staging.slots, group, GROUP_TIMEOUT_S, owner)
+    verb = "is" if len(asleep) == 1 else "are"
+    last_seen_coming = time.monotonic()
+
+    def coming() -> bool:
+        """All of them come; or are there, and Ray is about to place the group unless somebody was faster."""
+        nonlocal last_seen_coming
+        say(f"{' and '.join(asleep)} {verb} being woken")
+        told = {mac.name: mac for mac in power.read_all()}
+        missing = [name for name in asleep if name not in told or told[name].state is not Power.AWAKE]
+        if missing:
+            last_seen_coming = time.monotonic()
+        able = all(name in told and told[name].wakeable(time.time()) for name in missing)
+        return able and time.monotonic() - last_seen_coming < GROUP_TIMEOUT_S
+
+    return bundles.reserve(staging.slots, group, bundles.WAKE_LOOK_S, owner, coming)
+
+
+def _asleep(staging: Staging) -> tuple[str, ...]:
+    return tuple(slot.node.mac.name for slot in staging.slots if slot.node.asleep)
 
 
 def _dissolve(processes: Sequence[WorkerProcess], reservation: Reservation) -> None:
@@ -90,10 +135,13 @@ class _Planner:
         self._ask = ask
         self._profiles = ask.profiles
 
-    def staging(self, free: Sequence[Slot], idle: Sequence[Slot], left_out: str) -> Staging | None:
-        """The stages on the `free` slots; None if they would fit on an idle rack only.
+    def staging(
+        self, free: Sequence[Slot], woken: Sequence[Slot], idle: Sequence[Slot], left_out: str
+    ) -> Staging | None:
+        """The stages on the `free` slots, else on the `woken` ones; None if they would fit on an idle rack only.
 
         Args:
+            woken: free slots and those of Macs that can be woken. idle: all, as if nobody used them.
             left_out: what a refusal says of nodes that have no slots, if anything.
 
         Raises:
@@ -101,9 +149,9 @@ class _Planner:
         """
         if self._ask.stages == 1 and len(idle) == 1:
             return Staging((free[0],), (None,)) if free else None
-        found = self._stage(free)
-        if isinstance(found, Staging):
-            return found
+        for offered in (free, woken) if len(woken) > len(free) else (free,):
+            if isinstance(found := self._stage(offered), Staging):
+                return found
         refused = self._stage(idle)
         if isinstance(refused, Refusal):
             raise PlacementError(f"{self._sentence(refused)} {left_out}".rstrip())
@@ -127,16 +175,17 @@ class _Planner:
 
 
 def _slots(
-    nodes: Sequence[RackNode], group: PlacementGroup | None, ask: Ask
-) -> tuple[tuple[Slot, ...], tuple[Slot, ...]]:
-    """Slots that are free now, and on an idle rack. The bundles of a group are ours alone."""
+    nodes: Sequence[RackNode], asleep: Sequence[RackNode], group: PlacementGroup | None, ask: Ask
+) -> tuple[tuple[Slot, ...], tuple[Slot, ...], tuple[Slot, ...]]:
+    """Slots that are free now; those and what sleeps; and of an idle rack. The bundles of a group are ours alone."""
     if group is None:
-        idle = tuple(replace(node, free=node.workers) for node in nodes)
-        return slots(nodes, ask.share_macs), slots(idle, ask.share_macs)
+        idle = (*(replace(node, free=node.workers) for node in nodes), *asleep)
+        share = ask.share_macs
+        return slots(nodes, share), slots((*nodes, *asleep), share), slots(idle, share)
     where = placement_group_table(group)["bundles_to_node_id"]
     offering = bundles.worker_bundles(group.bundle_specs)
     found = bundle_slots(nodes, [(index, where[index]) for index in offering])
-    return found, found
+    return found, found, found
 
 
 def _members(ask: Ask, staging: Staging, contacts: Sequence[Contact]) -> tuple[Member, ...]:

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, MutableMapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class CurrentRack:
         folder: temporary files of all nodes.
         simulated: the nodes are "Macs" of one machine.
         network: what was set up for them.
+        wake_port: that simulated Macs which sleep listen on for magic packets; None: none sleeps.
     """
 
     membership: Membership
@@ -49,6 +50,7 @@ class CurrentRack:
     folder: Path
     simulated: bool = False
     network: Network | None = None
+    wake_port: int | None = None
 
     @property
     def address(self) -> str:
@@ -78,9 +80,17 @@ def recorded(environ: Mapping[str, str]) -> CurrentRack | None:
     """As `current`, whether its processes live or not: `down` and the next `up` clear up after them."""
     path = state_folder(environ) / RECORD
     try:
-        text = path.read_text(encoding="utf-8")
+        return read(path)
     except FileNotFoundError:
         return None
+
+
+def read(path: Path) -> CurrentRack:
+    """The record in `path`. Raises SettingsError, FileNotFoundError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise SettingsError(f"The record of this machine's rack, {path}, cannot be read: {error.strerror}.") from error
     try:
@@ -94,12 +104,16 @@ def recorded(environ: Mapping[str, str]) -> CurrentRack | None:
 
 def save(rack: CurrentRack, environ: Mapping[str, str]) -> None:
     """Record `rack` as this machine's, whole or not at all. Raises OSError."""
-    folder = state_folder(environ)
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{RECORD}-")  # mode 0600
+    write(rack, state_folder(environ) / RECORD)
+
+
+def write(rack: CurrentRack, path: Path) -> None:
+    """As `save`, to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # mode 0600
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         json.dump(asdict(rack), file, default=str, indent=1)
-    Path(temporary).replace(folder / RECORD)
+    Path(temporary).replace(path)
 
 
 def forget(environ: Mapping[str, str]) -> None:
@@ -138,10 +152,26 @@ def _rack(data: dict[str, Any]) -> CurrentRack:
         Path(data["folder"]),
         bool(data["simulated"]),
         None if network is None else Network(network["bridge"], tuple(network["namespaces"])),
+        data.get("wake_port"),
     )
 
 
 def _node(data: dict[str, Any]) -> NodeSpec:
-    ports = Ports(**data.pop("ports"))
+    """What another version wrote beside is dropped, and what it did not know is as by default: `rack down` after an
+    upgrade ends what the older one started."""
+    data = _known(NodeSpec, data)
+    ports = Ports(**_known(Ports, data.pop("ports")))
     folder, cores = Path(data.pop("folder")), tuple(data.pop("cores"))
-    return NodeSpec(**data, folder=folder, cores=cores, ports=ports)
+    autoscaling = data.pop("autoscaling", None)
+    return NodeSpec(
+        **data,
+        folder=folder,
+        cores=cores,
+        ports=ports,
+        autoscaling=None if autoscaling is None else Path(autoscaling),
+    )
+
+
+def _known(kind: type[NodeSpec] | type[Ports], data: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in data.items() if name in names}

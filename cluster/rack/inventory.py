@@ -21,6 +21,12 @@ from pomarium.cluster.rack import units, yaml_lines
 from pomarium.cluster.rack.chips import identify
 from pomarium.worker.errors import SettingsError
 
+KEEP_S = 600.0
+LOAD = 8.0
+"""Where rack.yaml says nothing of a model's replicas (docs/benchmarks.md, "A rack through a day")."""
+
+WAKE_DEADLINE_S = 180.0
+
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _HARDWARE = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
@@ -74,6 +80,7 @@ Rate = Annotated[float, _from_text(units.parse_rate)]
 Flops = Annotated[float, _from_text(units.parse_flops)]
 Duration = Annotated[float, _from_text(units.parse_duration)]
 Address = Annotated[str, _from_text(_address)]
+Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class _Strict(BaseModel):
@@ -87,6 +94,8 @@ class MacEntry(_Strict):
         memory: bytes, of the machine. model_memory: bytes that a model may take; None derives them (facts.py).
         chip, gpu_cores: as chips.py knows them. bandwidth, flops: bytes/s and FLOP/s, measured; before the table's.
         hardware_address: of the interface that listens for wake-up packets.
+        ssh_user: the Mac is told over ssh to join and to sleep; None: its own agent does both (`rack join --stay`).
+        ssh_port: of its ssh server. program: the `pomarium` command there.
     """
 
     name: Name
@@ -99,6 +108,8 @@ class MacEntry(_Strict):
     model_memory: Size | None = None
     hardware_address: Annotated[str, _from_text(_hardware_address)] | None = None
     ssh_user: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")] | None = None
+    ssh_port: Port = 22
+    program: Annotated[str, Field(min_length=1)] = "pomarium"
     labels: dict[Name, str] = Field(default_factory=dict)
 
 
@@ -107,7 +118,7 @@ class HeadEntry(_Strict):
 
     mac: Name | None = None
     address: Address | None = None
-    port: Annotated[int, Field(ge=1, le=65535)] = 6379
+    port: Port = 6379
 
 
 class LinkEntry(_Strict):
@@ -131,21 +142,37 @@ class LinksEntry(_Strict):
 
 
 class SleepEntry(_Strict):
-    """idle: seconds without work before a Mac sleeps; None keeps all awake. always_awake: Macs by name.
+    """When Macs sleep.
 
-    quiet_hours: (begin, end) in minutes after midnight, local time, over midnight if end < begin: no Mac is woken then.
+    Attributes:
+        idle: seconds without work before a Mac sleeps; None keeps all awake.
+        always_awake: Macs by name.
+        quiet_hours: (begin, end) in minutes after midnight, local time, over midnight if end < begin: no Mac is woken
+            then.
+        wake_port: UDP port that wake-up packets are sent to.
+        wake_deadline: seconds from the first packet until the Mac's node has joined; then the wake has failed.
     """
 
     idle: Duration | None = None
     always_awake: tuple[Name, ...] = ()
     quiet_hours: tuple[Annotated[tuple[int, int], _from_text(_quiet)], ...] = ()
+    wake_port: Port = 9
+    wake_deadline: Annotated[Duration, Field(gt=0)] = WAKE_DEADLINE_S
 
 
 class ReplicasEntry(_Strict):
-    """How many copies of a model run: at least min (0 lets all Macs sleep), at most max."""
+    """How many copies of a model run.
+
+    Attributes:
+        min, max: at least and at most; a min of 0 lets all Macs sleep.
+        keep: seconds for which a copy is kept after it was last needed.
+        load: requests at once that one copy is meant to take, before another is started.
+    """
 
     min: Annotated[int, Field(ge=0)] = 1
     max: Annotated[int, Field(ge=1)] = 1
+    keep: Duration = KEEP_S
+    load: Annotated[float, Field(gt=0)] = LOAD
 
 
 class ModelEntry(_Strict):
@@ -172,6 +199,11 @@ class Inventory(_Strict):
     links: LinksEntry = LinksEntry()
     sleep: SleepEntry = SleepEntry()
     models: tuple[ModelEntry, ...] = ()
+
+    @property
+    def head_mac(self) -> str | None:
+        """The Mac that the head runs on; None if that is another machine."""
+        return self.macs[0].name if self.head is None else self.head.mac
 
 
 def load(path: Path) -> Inventory:
@@ -276,6 +308,13 @@ def _cross(inventory: Inventory) -> Iterator[tuple[yaml_lines.Path, str]]:
     for index, name in enumerate(inventory.sleep.always_awake):
         if name not in names:
             yield ("sleep", "always_awake", index), _no_mac(name, names)
+    for index, mac in enumerate(inventory.macs if inventory.sleep.idle is not None else ()):
+        if mac.hardware_address is None and mac.name not in {*inventory.sleep.always_awake, inventory.head_mac}:
+            yield (
+                ("macs", index, "name"),
+                f"{mac.name} would sleep and could not be woken: give its hardware_address, or name it in "
+                "sleep.always_awake",
+            )
     for index, model in enumerate(inventory.models):
         if model.replicas.min > model.replicas.max:
             yield ("models", index, "replicas", "min"), "min is more than max"

@@ -19,6 +19,8 @@ from pomarium.worker.settings import MACHINE_MEMORY
 
 MARKER = "_POMARIUM_NODE"
 """SESSION/NAME. The underscore keeps it out of what engines hand on to workers on other nodes (POMARIUM_*)."""
+MAC_SUFFIX = ".mac"
+"""Of the marker and folder of a simulated Mac that sleeps."""
 START_HOOK = "pomarium.cluster.rack.start_hook.without_ray_client"
 
 OBJECT_STORE_BYTES = 128 << 20
@@ -39,13 +41,17 @@ SYSTEM_CONFIG: Mapping[str, int] = {
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 5,
-    # A Mac that was killed and joins again at once has its old address and port, which the head's gRPC does not try
-    # again for a while: checked after 1 s, three times in 1.5 s, every other one was taken for dead and ended itself.
-    "health_check_initial_delay_ms": 5000,
 }
 """Ray's own settings (src/ray/common/ray_config_def.h); the head hands them to all nodes."""
 
+AUTOSCALER: Mapping[str, str] = {
+    "RAY_enable_autoscaler_v2": "1",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",  # instead of 5: it is a part of what the first request waits
+}
+"""Of the head's processes, for the autoscaler among them."""
+
 _LEFT_OUT = NODE_OWN | {"RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "PYTHONDONTWRITEBYTECODE"}
+_LEFT_OUT |= {"RAY_CLOUD_INSTANCE_ID", "RAY_NODE_TYPE_NAME"}
 """Of whoever starts a node: what would contradict the node's own, and what makes every start compile all of Ray."""
 
 
@@ -53,7 +59,6 @@ _LEFT_OUT = NODE_OWN | {"RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "PYT
 class Ports:
     """What a node listens on, for a firewall. The handoff and control ports of workers are the system's choice."""
 
-    node_manager: int = 6380
     object_manager: int = 6381
     runtime_env: int = 6382
     agent_grpc: int = 6383
@@ -80,6 +85,8 @@ class NodeSpec:
         namespace: Linux network namespace that it lives in.
         ports: several nodes of one machine need different ones, for Ray listens on all addresses with some.
         logs: what workers print reaches drivers.
+        instance: its name for Ray's autoscaler, new at each start; "" for a node that is none of the autoscaler's.
+        autoscaling: what the head's autoscaler reads (autoscaling/ray_config.py); None for none.
     """
 
     name: str
@@ -94,6 +101,8 @@ class NodeSpec:
     namespace: str | None = None
     ports: Ports = Ports()
     logs: bool = True
+    instance: str = ""
+    autoscaling: Path | None = None
 
 
 def marker(session: str, name: str) -> str:
@@ -124,7 +133,7 @@ def command(spec: NodeSpec, membership: Membership, python: str = sys.executable
             "--include-dashboard=true",  # takes jobs, from whoever has the token
             f"--dashboard-host={spec.address}",
             f"--dashboard-port={JOBS_PORT}",
-            "--no-monitor",
+            "--no-monitor" if spec.autoscaling is None else f"--autoscaling-config={spec.autoscaling}",
             f"--system-config={json.dumps(dict(SYSTEM_CONFIG))}",
         ]
     else:
@@ -137,7 +146,9 @@ def command(spec: NodeSpec, membership: Membership, python: str = sys.executable
 
 def _port_options(ports: Ports) -> list[str]:
     return [
-        f"--node-manager-port={ports.node_manager}",
+        # Of the system's choice, another at each start. A Mac that was lost and joins again at its old address and port
+        # is one that others' gRPC has stopped to try, for up to two minutes: the head took it for dead within 3 s.
+        "--node-manager-port=0",
         f"--object-manager-port={ports.object_manager}",
         f"--runtime-env-agent-port={ports.runtime_env}",
         f"--dashboard-agent-grpc-port={ports.agent_grpc}",
@@ -157,6 +168,10 @@ def environment(spec: NodeSpec, membership: Membership, base: Mapping[str, str])
         # `python` in a job's command line is the rack's.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)]),
     }
+    if spec.instance:
+        own |= {"RAY_CLOUD_INSTANCE_ID": spec.instance, "RAY_NODE_TYPE_NAME": "head" if spec.head else spec.name}
+    if spec.autoscaling is not None:
+        own |= AUTOSCALER
     if spec.memory is not None:
         own[MACHINE_MEMORY] = str(spec.memory)
     return kept | membership.variables() | own
@@ -165,6 +180,12 @@ def environment(spec: NodeSpec, membership: Membership, base: Mapping[str, str])
 def kin_of(spec: NodeSpec, session: str) -> Kin:
     """How the node's processes are found."""
     return Kin(MARKER, marker(session, spec.name), spec.folder)
+
+
+def mac_kin_of(spec: NodeSpec, session: str) -> Kin:
+    """How the process is found that is a simulated Mac while it sleeps, and its agent later."""
+    folder = spec.folder.with_name(f"{spec.folder.name}{MAC_SUFFIX}")
+    return Kin(MARKER, f"{marker(session, spec.name)}{MAC_SUFFIX}", folder)
 
 
 def runs(spec: NodeSpec, session: str) -> bool:

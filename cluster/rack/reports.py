@@ -59,12 +59,14 @@ class WaitingReport:
 
     Attributes:
         model, replica, written: as of a ReplicaReport. reason: what is missing, one sentence.
+        waking: Macs are being woken for it.
     """
 
     model: str
     replica: str
     reason: str
     written: float
+    waking: bool = False
 
 
 Report = TypeVar("Report", ReplicaReport, WaitingReport)

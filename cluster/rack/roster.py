@@ -28,6 +28,7 @@ class Member:
         name: a Mac's, else the node's. address: its IP address.
         alive: it answers the head. head: Ray's head runs there.
         facts: None for a node that is no Mac.
+        instance: its name for Ray's autoscaler (RAY_CLOUD_INSTANCE_ID); "" if it has none.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Member:
     alive: bool
     head: bool
     facts: MacFacts | None
+    instance: str = ""
 
 
 def connect(membership: Membership) -> GcsClient:
@@ -87,7 +89,8 @@ def namesake(name: str, found: Iterable[Member]) -> Member | None:
 def _member(node: GcsNodeInfo) -> Member:
     facts = facts_of(dict(node.labels))
     name = facts.name if facts else node.node_name
-    return Member(name, node.node_manager_address, node.state == GcsNodeInfo.ALIVE, node.is_head_node, facts)
+    alive = node.state == GcsNodeInfo.ALIVE
+    return Member(name, node.node_manager_address, alive, node.is_head_node, facts, node.instance_id)
 
 
 def _came(node: GcsNodeInfo) -> int:
@@ -95,7 +98,8 @@ def _came(node: GcsNodeInfo) -> int:
 
 
 def _left(node: GcsNodeInfo) -> bool:
-    return bool(node.state == GcsNodeInfo.DEAD and node.death_info.reason == node.death_info.EXPECTED_TERMINATION)
+    by_itself = (node.death_info.EXPECTED_TERMINATION, node.death_info.AUTOSCALER_DRAIN_IDLE)
+    return bool(node.state == GcsNodeInfo.DEAD and node.death_info.reason in by_itself)
 
 
 def _line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
     Simulation --specs--> NodeSpecs of the head and the Macs --node.launch--> SimulatedRack
         .kill(name), .freeze(name), .thaw(name), .rejoin(name): what befalls a Mac
+    with `sleep`: the head has an autoscaler, and each Mac is a process that sleeps until a magic packet wakes it
 
 The head runs no workers and sits in the root network namespace, so that drivers and Serve's proxy on this machine reach
 it: a head without an accelerator. Macs have loopback addresses, or namespaces of their own (netns.py).
@@ -11,6 +12,7 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from pomarium.cluster.rack import kin, netns, node, ports, starting, teardown
 from pomarium.cluster.rack.current import CurrentRack
 from pomarium.cluster.rack.facts import cpu_model_memory
 from pomarium.cluster.rack.identity import RackKey, ray_token, write_tls
+from pomarium.cluster.rack.inventory import WAKE_DEADLINE_S, HeadEntry, Inventory, MacEntry, SleepEntry
 from pomarium.cluster.rack.kin import Kin
 from pomarium.cluster.rack.labels import MacFacts, facts_of, labels_of
 from pomarium.cluster.rack.membership import Membership
@@ -36,6 +39,10 @@ from pomarium.worker.errors import SettingsError
 
 T = TypeVar("T")
 
+Prepare = Callable[[NodeSpec, Inventory, str, Path], NodeSpec]
+"""(the head's NodeSpec, the rack, HOST:PORT of the head, folder of the rack) -> NodeSpec with an autoscaler."""
+
+SIMULATED_MAC = "pomarium.cluster.autoscaling.simulated_mac"
 MOST = 64
 HEAD = "head"
 HEAD_ADDRESS = "127.0.0.254"
@@ -57,12 +64,17 @@ class Simulation:
         memory: bytes for each; one value is for all; empty shares this machine's, with one part kept for the head.
         cores: that each is held to; empty for no limit.
         link: None for loopback addresses, else namespaces with this link.
+        sleep: seconds without work before a Mac sleeps; all begin asleep. None: all are awake for good.
+        always_awake: names of Macs that do not sleep. wake_deadline: seconds that a wake may take.
     """
 
     macs: int
     memory: tuple[int, ...] = ()
     cores: tuple[tuple[int, ...], ...] = ()
     link: netns.Link | None = None
+    sleep: float | None = None
+    always_awake: tuple[str, ...] = ()
+    wake_deadline: float = WAKE_DEADLINE_S
 
     def __post_init__(self) -> None:
         if not 1 <= self.macs <= MOST:
@@ -72,6 +84,40 @@ class Simulation:
                 raise SettingsError(
                     f"{option} has {len(given)} values for {self.macs} Macs: give one for all or one for each."
                 )
+
+
+def hardware_address(index: int) -> str:
+    """Of the Mac with this number, from 1: a locally administered one."""
+    return f"02:00:00:00:00:{index:02x}"
+
+
+def inventory_of(nodes: Sequence[NodeSpec], simulation: Simulation, wake_port: int) -> Inventory:
+    """rack.yaml of a simulated rack: of the head and the Macs in `nodes`."""
+    macs = []
+    for index, spec in enumerate(nodes):
+        if not spec.worker:
+            continue
+        facts = facts_of(spec.labels)
+        assert facts is not None
+        macs.append(
+            MacEntry(
+                name=spec.name,
+                address=spec.address,
+                memory=facts.memory,
+                model_memory=facts.model_memory,
+                chip=facts.chip,
+                bandwidth=facts.bandwidth,
+                flops=facts.flops,
+                hardware_address=hardware_address(index),
+            )
+        )
+    sleep = SleepEntry(
+        idle=simulation.sleep,
+        always_awake=simulation.always_awake,
+        wake_port=wake_port,
+        wake_deadline=simulation.wake_deadline,
+    )
+    return Inventory(macs=tuple(macs), head=HeadEntry(address=nodes[0].address), sleep=sleep)
 
 
 def specs(
@@ -122,6 +168,24 @@ def specs(
     return (head, *macs)
 
 
+def _begin_asleep(rack: CurrentRack, spec: NodeSpec, environ: Mapping[str, str]) -> None:
+    """Start the process that the Mac is while it sleeps."""
+    found = node.mac_kin_of(spec, rack.membership.session)
+    found.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    inside = ["ip", "netns", "exec", spec.namespace] if spec.namespace else []
+    arguments = [str(rack.folder / record.RECORD), spec.name, str(rack.wake_port)]
+    with (found.folder / "log").open("ab") as log:
+        process = subprocess.Popen(
+            [*inside, sys.executable, "-m", SIMULATED_MAC, *arguments],
+            env={**environ, found.variable: found.value},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    kin.record(found.folder, process.pid)
+
+
 def _each(given: Sequence[T], count: int) -> tuple[T, ...]:
     return tuple(given) * count if len(given) == 1 else tuple(given)
 
@@ -166,7 +230,16 @@ class SimulatedRack:
 
     def kill(self, name: str) -> None:
         """SIGKILL to the whole Mac, as if its power were lost. Returns when its processes are gone."""
+        kin.end_all([self._mac_kin(name), self._kin(name)], 0.0)
+
+    def crash(self, name: str) -> None:
+        """SIGKILL to the Mac's node only: one that sleeps and wakes keeps its agent."""
         kin.kill(self._kin(name))
+
+    def power_on(self, name: str) -> None:
+        """After `kill` of a Mac that sleeps and wakes: it has power again, and sleeps."""
+        (spec,) = (spec for spec in self.current.nodes if spec.name == name)
+        _begin_asleep(self.current, spec, self._environ)
 
     def freeze(self, name: str) -> None:
         """SIGSTOP to the whole Mac: nothing answers, nothing is closed, as if its cable were lost."""
@@ -192,6 +265,10 @@ class SimulatedRack:
         """End every process and remove every file and network. Raises NodeStartError if a process does not end."""
         teardown.remove(self.current)
 
+    def _mac_kin(self, name: str) -> Kin:
+        (spec,) = (spec for spec in self.current.nodes if spec.name == name)
+        return node.mac_kin_of(spec, self.current.membership.session)
+
     def _kin(self, name: str) -> Kin:
         for mac in self.macs:
             if mac.name == name:
@@ -205,12 +282,14 @@ def start(
     environ: Mapping[str, str],
     say: Say = lambda _: None,
     begin: Callable[[CurrentRack], None] = lambda _: None,
+    prepare: Prepare | None = None,
 ) -> SimulatedRack:
     """Start a simulated rack; nothing is left if that fails. Raises NodeStartError, SettingsError.
 
     Args:
         say: is told of each node that is up.
         begin: is told of the rack before its first process starts.
+        prepare: gives the head its autoscaler; needed if Macs are to sleep.
     """
     _check_cores(simulation.cores)
     folder = session_folder(environ)
@@ -219,8 +298,11 @@ def start(
     try:
         if simulation.link is not None:
             network = netns.build(simulation.macs, simulation.link)
-        free = ports.free(ports.PER_NODE * (simulation.macs + 1) + 1)
-        nodes = specs(simulation, folder, int(psutil.virtual_memory().total), network, ports.deal(free[1:]))
+        free = ports.free(ports.PER_NODE * (simulation.macs + 1) + 2)
+        nodes = specs(simulation, folder, int(psutil.virtual_memory().total), network, ports.deal(free[2:]))
+        if prepare is not None:
+            head = prepare(nodes[0], inventory_of(nodes, simulation, free[1]), f"{nodes[0].address}:{free[0]}", folder)
+            nodes = (head, *nodes[1:])
         if network is None:
             for spec in nodes:
                 ports.check_local(spec.address)
@@ -230,10 +312,16 @@ def start(
             write_tls(key, tls)
         membership = Membership(secrets.token_hex(4), f"{nodes[0].address}:{free[0]}", ray_token(key), tls)
         made = None if network is None else record.Network(network.bridge, network.namespaces)
-        rack = CurrentRack(membership, nodes, folder, simulated=True, network=made)
+        port = free[1] if simulation.sleep is not None else None
+        rack = CurrentRack(membership, nodes, folder, simulated=True, network=made, wake_port=port)
+        record.write(rack, folder / record.RECORD)
         begin(rack)
         starting.bring_up(nodes[:1], membership, environ, say)
-        starting.bring_up(nodes[1:], membership, environ, say)
+        if simulation.sleep is None:
+            starting.bring_up(nodes[1:], membership, environ, say)
+        for spec in nodes[1:] if simulation.sleep is not None else ():
+            _begin_asleep(rack, spec, environ)
+            say(f"{spec.name} is asleep at {spec.address}")
     except BaseException:
         if rack is not None:
             teardown.remove(rack)

@@ -1,15 +1,19 @@
 """The state of a rack as text and as JSON. Pure.
 
-Members (roster.py), reports of replicas (reports.py) --> RackStatus --text--> tables for people
-                                                                    --json--> one document
+Members (roster.py), reports of replicas (reports.py), sleeping Macs (power.py) --> RackStatus --text--> tables
+                                                                                              --json--> one document
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from pomarium.cluster.rack.labels import facts_of
+from pomarium.cluster.rack.mac_power import MacPower, Power
 from pomarium.cluster.rack.reports import ReplicaReport, StageReport, WaitingReport
 from pomarium.cluster.rack.roster import Member
 from pomarium.cluster.rack.units import format_size
+
+ALIVE, LOST = "alive", "lost"
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,7 @@ class RackStatus:
     """Attributes:
     address: of Ray's head. simulated: all on one machine.
     members: of the rack. replicas: that serve from it. waiting: replicas that lack Macs.
+    powers: of the Macs of a rack where these sleep; empty for another.
     version: of Pomarium and Python here; Macs of another one serve nothing.
     """
 
@@ -26,19 +31,42 @@ class RackStatus:
     replicas: tuple[ReplicaReport, ...]
     version: str
     waiting: tuple[WaitingReport, ...] = ()
+    powers: tuple[MacPower, ...] = ()
 
     @property
     def macs(self) -> tuple[Member, ...]:
-        """Members that run workers."""
-        return tuple(member for member in self.members if member.facts is not None)
+        """Members that run workers, and Macs that the rack has put to sleep or would wake."""
+        known = {member.name for member in self.members if member.facts is not None}
+        away = [
+            Member(mac.name, mac.address, False, False, facts_of(mac.labels))
+            for mac in self.powers
+            if mac.name not in known
+        ]
+        return (*(member for member in self.members if member.facts is not None), *away)
+
+    @property
+    def lost(self) -> tuple[Member, ...]:
+        """Macs that are neither there nor asleep."""
+        return tuple(mac for mac in self.macs if self.state_of(mac) == LOST)
+
+    def state_of(self, member: Member) -> str:
+        """ "alive", "lost", or what the autoscaler says of a Mac that is not there (rack.mac_power.Power)."""
+        if member.alive:
+            return ALIVE
+        power = next((mac.state for mac in self.powers if mac.name == member.name), None)
+        return LOST if power in (None, Power.AWAKE) else str(power)
 
 
 def text(status: RackStatus) -> str:
     """Tables for people."""
     alive = sum(mac.alive for mac in status.macs)
     kind = "simulated rack" if status.simulated else "rack"
-    lines = [f"{kind} at {status.address}: {alive} of {len(status.macs)} Macs alive", ""]
+    asleep = sum(status.state_of(mac) == Power.ASLEEP for mac in status.macs)
+    sleeping = f", {asleep} asleep" if status.powers else ""
+    lines = [f"{kind} at {status.address}: {alive} of {len(status.macs)} Macs alive{sleeping}", ""]
     lines += _aligned(_mac_rows(status))
+    if reasons := [f"{mac.name} is {mac.state}: {mac.reason}" for mac in status.powers if mac.reason]:
+        lines += ["", *reasons]
     if status.replicas:
         lines += ["", *_aligned(_replica_rows(status.replicas))]
     elif not status.waiting:
@@ -55,6 +83,7 @@ def document(status: RackStatus) -> dict[str, object]:
             "name": mac.name,
             "address": mac.address,
             "alive": mac.alive,
+            "state": status.state_of(mac),
             "head": mac.head,
             **({} if mac.facts is None else {k: v for k, v in asdict(mac.facts).items() if k != "name"}),
             "stages": [asdict(stage) | {"model": replica.model, "replica": replica.replica}
@@ -73,8 +102,9 @@ def document(status: RackStatus) -> dict[str, object]:
 
 def _mac_rows(status: RackStatus) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("Mac", "address", "chip", "memory", "for models", "state", "stages")]
-    for member in status.members:
-        state = ("alive" if member.alive else "lost") + (", head" if member.head else "")
+    heads = [member for member in status.members if member.facts is None]
+    for member in (*heads, *sorted(status.macs, key=lambda mac: (not mac.head, mac.name))):
+        state = status.state_of(member) + (", head" if member.head else "")
         if member.facts is not None and member.facts.version != status.version:
             state += f", runs {member.facts.version}: left out"
         if member.facts is None:

@@ -16,6 +16,8 @@ LEAVE_S = 6.0
 def remove(rack: CurrentRack) -> None:
     """End every process, then remove what they used. Raises StillThereError if one does not end."""
     grace_s = END_S if rack.nodes[0].head else LEAVE_S
+    if rack.simulated:  # first, for they would start their nodes again
+        kin.end_all([node.mac_kin_of(spec, rack.membership.session) for spec in rack.nodes], 0.0)
     kin.end_all([node.kin_of(spec, rack.membership.session) for spec in rack.nodes], grace_s)
     shutil.rmtree(rack.folder, ignore_errors=True)
     if rack.tls is not None:

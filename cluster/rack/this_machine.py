@@ -10,7 +10,8 @@ import importlib
 import ipaddress
 import secrets
 import socket
-from collections.abc import MutableMapping
+import time
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pomarium.cluster.rack.current import CurrentRack
 from pomarium.cluster.rack.identity import RackKey, ray_token, write_tls
 from pomarium.cluster.rack.inventory import Inventory
 from pomarium.cluster.rack.labels import check_name, labels_of
+from pomarium.cluster.rack.mac_power import MacPower, instance_for
 from pomarium.cluster.rack.machine_facts import Known
 from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import GCS_PORT, JOBS_PORT, NodeSpec, Ports
@@ -28,6 +30,8 @@ from pomarium.cluster.serving.local_ray import session_folder
 from pomarium.cluster.state import state_folder
 from pomarium.worker.errors import SettingsError
 
+PAUSE_S = 2.0
+"""Between looks for a head that does not answer."""
 TEST_ADDRESS = "192.0.2.1"
 """Of no machine (RFC 5737): the way to it is the way to the world. Nothing is sent."""
 
@@ -51,8 +55,20 @@ class Machine:
     ports: Ports = field(default_factory=Ports)
 
 
-def up(machine: Machine, port: int, key: RackKey, environ: MutableMapping[str, str], say: Say) -> CurrentRack:
-    """Start a rack whose head is this machine. Raises PomariumError."""
+def up(
+    machine: Machine,
+    port: int,
+    key: RackKey,
+    environ: MutableMapping[str, str],
+    say: Say,
+    prepare: Callable[[NodeSpec, str, Path], NodeSpec] | None = None,
+) -> CurrentRack:
+    """Start a rack whose head is this machine. Raises PomariumError.
+
+    Args:
+        prepare: (the head's NodeSpec, HOST:PORT of the head, folder of the rack) -> NodeSpec with an autoscaler; None
+            for a rack whose Macs do not sleep.
+    """
     address = own_address(machine.address, TEST_ADDRESS)
     if not ports.is_free(address, port):
         raise SettingsError(f"Port {port} of {address} is in use: end what listens there, or choose another --port.")
@@ -60,12 +76,22 @@ def up(machine: Machine, port: int, key: RackKey, environ: MutableMapping[str, s
         raise SettingsError(f"Port {JOBS_PORT} of {address}, for jobs, is in use: end what listens there.")
     ports.require(machine.ports)
     spec = _spec(machine, address, environ, say)
-    return _start(replace(spec, head=True), f"{address}:{port}", machine, key, environ, say)
+    return _start(replace(spec, head=True), f"{address}:{port}", machine, key, environ, say, prepare)
 
 
-def join(machine: Machine, head: str, key: RackKey, environ: MutableMapping[str, str], say: Say) -> CurrentRack:
-    """Let this machine join the rack of `head`, HOST or HOST:PORT. Raises PomariumError."""
+def join(
+    machine: Machine, head: str, key: RackKey, environ: MutableMapping[str, str], say: Say, patient: bool = False
+) -> CurrentRack:
+    """Let this machine join the rack of `head`, HOST or HOST:PORT. Raises PomariumError.
+
+    Args:
+        patient: wait for a head that does not answer, instead of refusing.
+    """
     rack = resolve(head)
+    if patient and not ray_address.answers(rack):
+        say(f"waiting for the rack at {rack}")
+        while not ray_address.answers(rack):
+            time.sleep(PAUSE_S)
     address = own_address(machine.address, rack.rpartition(":")[0])
     ports.require(machine.ports)
     if not ray_address.answers(rack):
@@ -74,8 +100,8 @@ def join(machine: Machine, head: str, key: RackKey, environ: MutableMapping[str,
             "firewall lets this port pass."
         )
     spec = _spec(machine, address, environ, say)
-    _check_name_is_free(spec.name, Membership("", rack, ray_token(key)), environ)
-    return _start(spec, rack, machine, key, environ, say)
+    instance = _instance(spec.name, Membership("", rack, ray_token(key)), environ)
+    return _start(replace(spec, instance=instance), rack, machine, key, environ, say)
 
 
 def resolve(head: str) -> str:
@@ -134,18 +160,31 @@ def _spec(machine: Machine, address: str, environ: MutableMapping[str, str], say
     )
 
 
-def _check_name_is_free(name: str, membership: Membership, environ: MutableMapping[str, str]) -> None:
+def _instance(name: str, membership: Membership, environ: MutableMapping[str, str]) -> str:
+    """What the rack's autoscaler is to call this Mac; "" if it has none. Raises SettingsError: the name is taken."""
     environ.update(membership.variables())  # before Ray is imported
-    roster = importlib.import_module("pomarium.cluster.rack.roster")
-    if taken := roster.namesake(name, roster.read(roster.connect(membership))):
+    roster, power, reports = (
+        importlib.import_module(f"pomarium.cluster.rack.{module}") for module in ("roster", "power", "reports")
+    )
+    client = roster.connect(membership)
+    if taken := roster.namesake(name, roster.read(client)):
         raise SettingsError(
             f"The rack has a Mac called {name} already, at {taken.address}: choose another --name, or end that one "
             "with `pomarium rack down` there (a Mac that was lost counts as gone after 8 s)."
         )
+    reports.use(client)
+    told: MacPower | None = power.read(name)
+    return instance_for(name, told)
 
 
 def _start(
-    spec: NodeSpec, rack: str, machine: Machine, key: RackKey, environ: MutableMapping[str, str], say: Say
+    spec: NodeSpec,
+    rack: str,
+    machine: Machine,
+    key: RackKey,
+    environ: MutableMapping[str, str],
+    say: Say,
+    prepare: Callable[[NodeSpec, str, Path], NodeSpec] | None = None,
 ) -> CurrentRack:
     session = secrets.token_hex(4)
     loopback = ipaddress.IPv4Address(spec.address).is_loopback
@@ -154,8 +193,11 @@ def _start(
         tls = state_folder(environ) / f"tls-{session}"
     membership = Membership(session, rack, ray_token(key), tls, plaintext=machine.tls is False and not loopback)
     folder = session_folder(environ)
-    found = CurrentRack(membership, (replace(spec, folder=folder / "0"),), folder)
+    spec = replace(spec, folder=folder / "0")
+    found = CurrentRack(membership, (spec,), folder)
     try:
+        if prepare is not None:
+            found = replace(found, nodes=(prepare(spec, rack, folder),))
         if tls is not None:
             write_tls(key, tls)
         current.save(found, environ)  # first, so that `rack down` ends also what was interrupted half-way

@@ -9,6 +9,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application
 
 from pomarium.cluster.executor.environment import NODE_OWN
+from pomarium.cluster.serving import replica_scaling
 from pomarium.cluster.serving.check import Found
 from pomarium.cluster.serving.engine import EngineReplica
 from pomarium.cluster.serving.ingress import IngressDeployment
@@ -18,6 +19,9 @@ from pomarium.cluster.state import state_folder
 APP_NAME = "pomarium"
 MAX_REQUESTS = 10_000
 """Requests that Serve hands to one replica at once: vLLM's scheduler queues them, Serve must not."""
+
+DRAIN_S = 900
+"""What an engine that is not needed any more leaves to requests that it has taken: it gets no new ones meanwhile."""
 
 HEAD = "node:__internal_head__"
 """Ray's resource of its head: files and batches are on that machine's disk."""
@@ -34,14 +38,18 @@ def passed_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environ.items() if k.startswith(PASSED_PREFIXES) and k not in NODE_OWN}
 
 
-def build(plan: ServePlan, found: Sequence[Found], environment: Mapping[str, str]) -> Application:
+def build(
+    plan: ServePlan, found: Sequence[Found], environment: Mapping[str, str], macs_sleep: bool = False
+) -> Application:
     """`plan` as an application for `serve.run`.
 
     Args:
         found: the checkpoint of each model.
         environment: what replicas get beyond what their Ray has.
+        macs_sleep: the rack puts idle Macs to sleep. Then all replicas' own processes are on the head, which does not:
+            Serve would spread them, and keep Macs awake that run no stage.
     """
-    engines = {m.name: _engine(m, f, environment) for m, f in zip(plan.models, found, strict=True)}
+    engines = {m.name: _engine(m, f, environment, macs_sleep) for m, f in zip(plan.models, found, strict=True)}
     # Of an endpoint's own: two on one machine have different ports.
     batches = Batches(str(state_folder(os.environ) / f"batches-{plan.port}"), plan.url)
     ingress = serve.deployment(
@@ -53,24 +61,30 @@ def build(plan: ServePlan, found: Sequence[Found], environment: Mapping[str, str
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=1,
     )
-    return ingress.bind(engines, plan.api_keys, batches)
+    return ingress.bind(engines, plan.api_keys, batches, frozenset(m.name for m in plan.models if m.sleeps))
 
 
-def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str]) -> Application:
+def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str], on_head: bool) -> Application:
     # Only if need be: an actor with an environment of its own cannot use a process that Ray holds ready.
     runtime_env = {"runtime_env": {"env_vars": dict(environment)}} if environment else {}
+    where: dict[str, Any] = {"num_cpus": 0, "resources": {HEAD: 0.001}} if on_head else {"num_cpus": REPLICA_CPUS}
+    count: dict[str, Any] = {"num_replicas": model.replicas}
+    if model.scaling is not None:
+        count = {"autoscaling_config": replica_scaling.config(model.scaling)}
     options: dict[str, Any] = {
+        **count,
         "name": deployment_name(model.name),
-        "num_replicas": model.replicas,
-        "ray_actor_options": {"num_cpus": REPLICA_CPUS} | runtime_env,
+        "ray_actor_options": where | runtime_env,
         "max_ongoing_requests": MAX_REQUESTS,
-        "request_router_config": RequestRouterConfig(request_router_class=ROUTER),
+        "request_router_config": RequestRouterConfig(
+            request_router_class=ROUTER, request_router_kwargs={"holds": model.sleeps}
+        ),
         # The first failed start is reported; after one success Serve goes on replacing replicas whatever this says.
         "max_constructor_retry_count": 1,
         "health_check_period_s": 2,
         # Three in a row make a replica dead. An interpreter lock held for so long (imports) is before its start.
         "health_check_timeout_s": 3,
         "graceful_shutdown_wait_loop_s": 0.2,
-        "graceful_shutdown_timeout_s": 2,
+        "graceful_shutdown_timeout_s": 2 if model.scaling is None else DRAIN_S,
     }
     return serve.deployment(EngineReplica, **options).bind(model, found)

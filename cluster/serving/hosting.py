@@ -159,7 +159,9 @@ def _assemble(plan: ModelPlan, found: Found, name: Name) -> "Team | None":
     from pomarium.cluster.serving import patience
 
     ask = ask_of(plan, found)
-    return patience.wait_for(lambda: assemble(ask, owner=name.replica), plan.name, name.replica, name.group)
+    return patience.wait_for(
+        lambda say: assemble(ask, owner=name.replica, say=say), plan.name, name.replica, name.group
+    )
 
 
 async def _start(plan: ModelPlan, found: Found, name: Name) -> "tuple[Team | None, Server]":

@@ -22,10 +22,11 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from pomarium.cluster.serving import batch_api, metrics, openai_errors
+from pomarium.cluster.serving import batch_api, holding, metrics, openai_errors
 from pomarium.cluster.serving.batch_store import BatchStore
+from pomarium.cluster.serving.holding import SILENT
 from pomarium.cluster.serving.plan import Batches
-from pomarium.cluster.serving.reasons import SILENT, Reasons
+from pomarium.cluster.serving.reasons import Reasons
 from pomarium.cluster.serving.relay import RefusalError, Relay
 from pomarium.cluster.serving.routing import NoReplicaError
 
@@ -63,7 +64,7 @@ class Ingress:
     """Serve deployment class of the endpoint.
 
     `engines`: one handle per model name. `api_keys`: accepted bearer tokens; empty admits everybody. `batches`: where
-    uploaded files and batches are kept; None: there are none.
+    uploaded files and batches are kept; None: there are none. `sleepers`: models that may be without an engine.
     """
 
     def __init__(
@@ -71,12 +72,14 @@ class Ingress:
         engines: Mapping[str, DeploymentHandle],
         api_keys: frozenset[str] = frozenset(),
         batches: Batches | None = None,
+        sleepers: frozenset[str] = frozenset(),
     ) -> None:
         self._engines = dict(engines)
         self._keys = tuple(key.encode() for key in api_keys)
         self._created = int(time.time())
         self._reasons = Reasons()
         self._batches = batches
+        self._sleepers = sleepers
         self._store = None if batches is None else BatchStore(Path(batches.folder))
         self._runner: Any = None
         if self._store is not None and any(not batch.status.over for batch in self._store.batches()):
@@ -85,11 +88,25 @@ class Ingress:
     @api.get("/health")
     async def health(self) -> Response:
         """200 if each model would serve a request, else 503 with the reason per model."""
-        reasons = await asyncio.gather(*(_unhealthy(handle, self._reasons) for handle in self._engines.values()))
-        models = {name: reason or "ok" for name, reason in zip(self._engines, reasons, strict=True)}
-        if any(reasons):
+        found = await asyncio.gather(*(self._health_of(name, handle) for name, handle in self._engines.items()))
+        models = {name: said for name, (_, said) in zip(self._engines, found, strict=True)}
+        if not all(well for well, _ in found):
             return JSONResponse({"status": "unavailable", "models": models}, 503)
         return JSONResponse({"status": "ok", "models": models})
+
+    async def _health_of(self, name: str, engine: DeploymentHandle) -> tuple[bool, str]:
+        """Whether a request would be served, and a word or sentence on it."""
+        if name not in self._sleepers:
+            reason = await _unhealthy(engine, self._reasons)
+            return reason is None, reason or "ok"
+        # An engine that is asked is one that is needed: Serve would never let it go.
+        state = await self._reasons.state(engine.deployment_name)
+        if state.running:
+            return True, "ok"
+        if state.waking:
+            return True, "waking"
+        hopeless = holding.verdict(state, holding.GRACE_S, 0.0)
+        return hopeless is None, hopeless or "asleep"
 
     @api.get("/metrics")
     async def prometheus(self, request: Request) -> Response:
@@ -122,7 +139,9 @@ class Ingress:
         engine = self._engines[name]
         call = engine.options(stream=True).request
         items = call.remote(request.method, request.url.path, body, headers)
-        relay = Relay(name, items, lambda: self._reasons.why(engine.deployment_name))
+        deployment = engine.deployment_name
+        state = (lambda: self._reasons.state(deployment)) if name in self._sleepers else None
+        relay = Relay(name, items, lambda: self._reasons.why(deployment), state)
         try:
             head = await relay.head()
             if head.media_type.startswith("text/event-stream"):

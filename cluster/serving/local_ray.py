@@ -16,6 +16,7 @@ from pathlib import Path
 from pomarium.cluster import ray_address
 from pomarium.cluster.rack import kin
 from pomarium.cluster.rack.kin import Kin
+from pomarium.cluster.rack.mac_power import Power
 from pomarium.cluster.serving.plan import RESOURCE, ServePlan
 from pomarium.worker.errors import SettingsError
 
@@ -121,8 +122,11 @@ def join(address: str, plan: ServePlan) -> None:
         ray.init(address=address, logging_level="WARNING")
     except (ConnectionError, RuntimeError, ValueError) as e:
         raise SettingsError(f"No Ray answers at RAY_ADDRESS={address} ({e}): start it or unset the variable.") from e
+    from pomarium.cluster.rack import power
+
     there = ray.cluster_resources().get(RESOURCE, 0)
-    if there < plan.workers():
+    asleep = sum(mac.state is not Power.AWAKE for mac in power.read_all())
+    if there + asleep < plan.workers():
         raise SettingsError(
             f"The Ray at {address} has {there:g} of the {plan.workers()} `{RESOURCE}` resources that this takes: "
             "let more Macs join with `pomarium rack join`, or ask for fewer stages or replicas."

@@ -1,16 +1,31 @@
 """Prometheus text: what Ray's agents export (Ray's own series, Serve's, vLLM's and ours), of all machines, as one page.
 
-vLLM publishes through `ray.util.metrics`, so that its series arrive at the agent of the machine they come from.
+vLLM publishes through `ray.util.metrics`, so that its series arrive at the agent of the machine they come from. Beside
+them stands `pomarium_macs`, which no agent knows: how many Macs of the rack are in which state.
 """
 
 import asyncio
+import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import aiohttp
 import ray
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+from pomarium.cluster.rack import power, roster
+from pomarium.cluster.rack.mac_power import MacPower, Power
+from pomarium.cluster.rack.roster import Member
+from pomarium.worker.errors import SettingsError
+
+logger = logging.getLogger(__name__)
 
 FETCH_S = 5.0
+
+LOST = "lost"
+MACS = "pomarium_macs"
 
 
 def addresses(nodes: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -40,12 +55,60 @@ def merge(pages: Iterable[str]) -> str:
     return "\n".join(lines) + "\n" if lines else ""
 
 
+def macs_by_state(powers: Iterable[MacPower], members: Iterable[Member]) -> dict[str, int]:
+    """How many Macs are in each state; empty where no member is a Mac and none is told of.
+
+    Args:
+        powers: what the autoscaler tells; empty for a rack that wakes and puts to sleep nobody, whose Macs are awake
+            or lost.
+        members: live nodes, and those that were lost.
+    """
+    told = {mac.name: mac.state for mac in powers}
+    alive = {member.name: member.alive for member in members if member.facts is not None}
+    if not told and not alive:
+        return {}
+    states = list(Power) if told else [Power.AWAKE]
+    found = Counter(_state(told.get(name), alive.get(name)) for name in told.keys() | alive.keys())
+    return {state: found[state] for state in [*map(str, states), LOST]}
+
+
+def _state(told: Power | None, alive: bool | None) -> str:
+    """Of a Mac. `alive`: of its node; None if Ray knows none, or it left by itself."""
+    if alive:  # whoever woke it, unless it is on its way to sleep
+        return Power.RETIRING if told is Power.RETIRING else Power.AWAKE
+    if told is None or told is Power.AWAKE:
+        return LOST
+    return told
+
+
+def macs_page(counts: Mapping[str, int]) -> str:
+    """`macs_by_state` as Prometheus text."""
+    if not counts:
+        return ""
+    samples = [f'{MACS}{{state="{state}"}} {count}' for state, count in counts.items()]
+    return "\n".join([f"# HELP {MACS} Macs of the rack by state.", f"# TYPE {MACS} gauge", *samples, ""])
+
+
 async def collect() -> str:
     """The page of this moment. Machines that do not answer are left out."""
-    nodes = await asyncio.to_thread(ray.nodes)
+    nodes, macs = await asyncio.gather(asyncio.to_thread(ray.nodes), asyncio.to_thread(_macs))
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=FETCH_S)) as session:
         pages = await asyncio.gather(*(_fetch(session, url) for url in addresses(nodes)), return_exceptions=True)
-    return merge(page for page in pages if isinstance(page, str))
+    return merge([macs, *(page for page in pages if isinstance(page, str))])
+
+
+def _macs() -> str:
+    try:
+        members = roster.read(_client(ray.get_runtime_context().gcs_address))
+    except SettingsError as error:
+        logger.warning("/metrics is without %s: %s", MACS, error)
+        return ""
+    return macs_page(macs_by_state(power.read_all(), members))
+
+
+@cache
+def _client(address: str) -> GcsClient:
+    return GcsClient(address=address)
 
 
 async def _fetch(session: aiohttp.ClientSession, url: str) -> str:

@@ -46,19 +46,26 @@ def _key(group: str) -> bytes:
     return b"up:" + group.encode()
 
 
-def wait_for(place: Callable[[], T], model: str, replica: str, group: str) -> T:
+def wait_for(place: Callable[[Callable[[str], None]], T], model: str, replica: str, group: str) -> T:
     """What `place` gives; tried again each second while the rack has no room and `group` was up before.
 
     Args:
+        place: is given what to tell, each second, while Macs are being woken for it.
         model, replica: as `rack status` names them.
 
     Raises:
         PlacementError: there is no room, and the group was not up yet.
     """
     reason: str | None = None
+
+    def waking(said: str) -> None:
+        nonlocal reason
+        reason = said
+        reports.publish_waiting(WaitingReport(model, replica, f"{said}.", time.time(), waking=True))
+
     while True:
         try:
-            placed = place()
+            placed = place(waking)
         except PlacementError as error:
             if not is_up(group):
                 raise

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pomarium.cluster.placement_model import Network
+from pomarium.cluster.rack.inventory import KEEP_S, LOAD
 from pomarium.worker.errors import SettingsError
 
 RESOURCE = "mlx"
@@ -30,6 +31,21 @@ the number of stages (up to 16,384 and 1,024), and placement has to know them be
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """How many engines a model has where that follows its load.
+
+    Attributes:
+        minimum, maximum: engines; a minimum of 0 lets Macs sleep.
+        load: requests at once that one is meant to take. keep_s: how long one is kept after it was last needed.
+    """
+
+    minimum: int
+    maximum: int
+    load: float = LOAD
+    keep_s: float = KEEP_S
+
+
+@dataclass(frozen=True)
 class ModelPlan:
     """One model behind the endpoint.
 
@@ -38,7 +54,7 @@ class ModelPlan:
         source: what the user named: a folder, a GGUF file or an id; None is the embedded model.
         engine_args: vLLM AsyncEngineArgs and FrontendArgs fields that the user set; the others keep vLLM's defaults,
             but for STEP_TOKENS and STEP_REQUESTS.
-        replicas: how many engines serve it.
+        replicas: how many engines serve it, at first. scaling: how that changes; None: it does not.
         stages: Macs of one replica; None takes what placement finds best when the replica starts.
         share_macs: stages of one replica may share a Mac.
         streams: requests at once that a replica is planned for; None: as many as fit.
@@ -53,6 +69,12 @@ class ModelPlan:
     share_macs: bool = False
     streams: int | None = None
     network: Network | None = None
+    scaling: Scaling | None = None
+
+    @property
+    def sleeps(self) -> bool:
+        """It may be without an engine for that nobody asks it anything."""
+        return self.scaling is not None and self.scaling.minimum == 0
 
     @property
     def step_tokens(self) -> int:

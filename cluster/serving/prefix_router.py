@@ -37,9 +37,19 @@ SILENT_NO_MORE_S = 10.0
 
 
 class PrefixRouter(RequestRouter):
-    """Prefix affinity, balanced by load; refuses at once while there is no replica, where Serve's own would wait."""
+    """Prefix affinity, balanced by load; refuses at once while there is no replica, where Serve's own would wait, and
+    waits like that one for a model that may sleep."""
 
     queue_len_response_deadline_s = 0.5
+    _holds = False
+
+    def initialize_state(self, holds: bool = False) -> None:
+        """Serve's way to hand in `request_router_kwargs`.
+
+        Args:
+            holds: requests wait while there is no replica, which is how Serve learns to start one.
+        """
+        self._holds = holds
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -72,7 +82,9 @@ class PrefixRouter(RequestRouter):
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
-        """Serve's way in. Raises NoReplicaError while there is none."""
+        """Serve's way in. Raises NoReplicaError while there is none, unless it holds."""
+        if self._holds:
+            return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
         if not self._told.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._told.wait(), FIRST_NEWS_S)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from pomarium.cluster import faults
+from pomarium.cluster.serving.holding import State
 from pomarium.cluster.serving.plan import deployment_name
 
 READ_S = 0.5
@@ -21,8 +22,10 @@ FRESH_S = 1.0
 LONGEST = 300
 """Characters of a message of Serve's that are shown."""
 
+RUNNING = "RUNNING"
+"""Serve's name for a replica that serves."""
+
 UNKNOWN = "no engine answers; it is starting or being replaced"
-SILENT = "its engine does not answer"
 LOST = "its engine was lost; another is being started"
 
 SERVE_SAYS_LOST = "A replica's health check failed."
@@ -42,34 +45,47 @@ def explain(message: str, otherwise: str) -> str:
     return f"no engine answers; Serve says: {line[:LONGEST]}{'...' if len(line) > LONGEST else ''}"
 
 
-def messages() -> Mapping[str, str]:
-    """What there is to say about each deployment of all applications. Blocks until controller and head answer."""
+def states() -> Mapping[str, State]:
+    """What is known of each deployment of all applications. Blocks until controller and head answer."""
     from ray import serve
 
     from pomarium.cluster.rack import reports
 
     applications = serve.status().applications.values()
-    said = {name: status.message for app in applications for name, status in app.deployments.items()}
-    waiting = {deployment_name(told.model): str(faults.StartError(told.reason)) for told in reports.read_waiting()}
-    return said | waiting
+    found = {
+        name: State(status.message, status.replica_states.get(RUNNING, 0))
+        for app in applications
+        for name, status in app.deployments.items()
+    }
+    for told in reports.read_waiting():
+        name = deployment_name(told.model)
+        known = found.get(name, State())
+        if not known.waking:
+            sentence = str(faults.StartError(told.reason))
+            found[name] = State(sentence, known.running, waiting=True, waking=told.waking)
+    return found
 
 
 class Reasons:
     """Answers `why` within READ_S, whatever becomes of controller and head: at most one thread waits for them."""
 
-    def __init__(self, read: Callable[[], Mapping[str, str]] = messages) -> None:
+    def __init__(self, read: Callable[[], Mapping[str, State]] = states) -> None:
         self._read = read
-        self._known: Mapping[str, str] = {}
+        self._known: Mapping[str, State] = {}
         self._known_at = float("-inf")
         self._reading: asyncio.Task[None] | None = None
 
     async def why(self, deployment: str, otherwise: str = UNKNOWN) -> str:
         """One sentence on why no replica of `deployment` serves; `otherwise` if the controller has nothing to say."""
+        return explain((await self.state(deployment)).message, otherwise)
+
+    async def state(self, deployment: str) -> State:
+        """What is known of `deployment`; an empty State if nothing is."""
         if time.monotonic() - self._known_at > FRESH_S:
             if self._reading is None or self._reading.done():
                 self._reading = asyncio.create_task(self._refresh())
             await asyncio.wait({self._reading}, timeout=READ_S)
-        return explain(self._known.get(deployment, ""), otherwise)
+        return self._known.get(deployment, State())
 
     async def _refresh(self) -> None:
         self._known = await asyncio.to_thread(self._read)

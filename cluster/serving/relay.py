@@ -10,10 +10,11 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from pomarium.cluster.serving import heartbeat, openai_errors
+from pomarium.cluster.serving import heartbeat, holding, openai_errors
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.engine import Accepted
 from pomarium.cluster.serving.heartbeat import SilentError
+from pomarium.cluster.serving.holding import HopelessError, State
 from pomarium.cluster.serving.routing import NoReplicaError
 
 LOST = "it was lost under way"
@@ -32,14 +33,21 @@ class RefusalError(Exception):
 class Relay:
     """An engine's answer on its way to the client. A loss becomes a 503, or an error event if the answer had begun.
 
-    `why` tells why no replica runs.
+    `why` tells why no replica runs. `state`: of a model that may sleep, for which the request is held; else None.
     """
 
-    def __init__(self, model: str, items: Any, why: Callable[[], Awaitable[str]]) -> None:
+    def __init__(
+        self,
+        model: str,
+        items: Any,
+        why: Callable[[], Awaitable[str]],
+        state: Callable[[], Awaitable[State]] | None = None,
+    ) -> None:
         self._model = model
         self._items = items
         self._iterator = aiter(items)
         self._why = why
+        self._state = state
         self._refused = False
 
     async def head(self) -> Head:
@@ -49,7 +57,7 @@ class Relay:
             RefusalError: 503 if there is no replica, or if it is lost or falls silent before it begins.
         """
         try:
-            accepted = await heartbeat.next_item(self._iterator)
+            accepted = await self._accepted()
             head = await heartbeat.next_item(self._iterator)
         except NoReplicaError:
             self._refused = True
@@ -58,9 +66,19 @@ class Relay:
             raise self._unavailable(LOST) from None
         except SilentError:
             raise self._unavailable(SILENT) from None
+        except HopelessError as hopeless:
+            self._items.cancel()
+            self._refused = True
+            raise self._unavailable(str(hopeless)) from None
         if not isinstance(accepted, Accepted) or not isinstance(head, Head):
             raise TypeError(f"an engine began its answer with {accepted!r}, {head!r}")
         return head
+
+    async def _accepted(self) -> Any:
+        """A replica has taken the request."""
+        if self._state is None:
+            return await heartbeat.next_item(self._iterator)
+        return await holding.held(anext(self._iterator), self._state)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body. Raises RefusalError (503) if the engine is lost or falls silent."""

@@ -5,7 +5,7 @@ serving(plan): Ray (own or joined) and Serve, meanwhile models found and checked
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from pomarium.cluster import faults
@@ -16,6 +16,10 @@ from pomarium.worker.errors import PomariumError
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Told of each phase; enters it, and leaves it when it is done."""
+
+
+SERVE_NAMESPACE = "serve"
+"""Ray's namespace of Serve's actors."""
 
 
 class EngineStartError(PomariumError):
@@ -87,13 +91,14 @@ def _start_serve(plan: ServePlan) -> None:
 def _deploy(plan: ServePlan, found: Sequence[Found], environ: Mapping[str, str]) -> None:
     from ray import serve
 
+    from pomarium.cluster.rack import power
     from pomarium.cluster.serving import app, patience
 
     _start_serve(plan)
     patience.starts(ENDPOINT)
     try:
         serve.run(
-            app.build(plan, found, app.passed_environment(environ)),
+            app.build(plan, found, app.passed_environment(environ), macs_sleep=bool(power.read_all())),
             name=app.APP_NAME,
             route_prefix="/",
             blocking=False,
@@ -111,10 +116,23 @@ def _remove(joined: bool) -> None:
     from pomarium.cluster.serving import app
 
     if joined:
+        serve.delete(app.APP_NAME, _blocking=False)
+        _end_engines(app.APP_NAME)
         serve.delete(app.APP_NAME)
         if serve.status().applications:  # others use the proxy
             return
     serve.shutdown()
+
+
+def _end_engines(application: str) -> None:
+    """End the engines' processes: Serve would give those that come and go minutes for what they have taken (app.py)."""
+    import ray
+    from ray.util import list_named_actors
+
+    for actor in list_named_actors(all_namespaces=True):
+        if actor["namespace"] == SERVE_NAMESPACE and actor["name"].startswith(f"SERVE_REPLICA::{application}#engine:"):
+            with suppress(ValueError):  # it ended meanwhile
+                ray.kill(ray.get_actor(actor["name"], namespace=SERVE_NAMESPACE))
 
 
 def status() -> Status:

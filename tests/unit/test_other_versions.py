@@ -1,5 +1,7 @@
 """Macs that run another version than the engine are left alone, and a refusal names them."""
 
+from dataclasses import replace
+
 import pytest
 
 from pomarium.cluster.executor.bundles import PlacementError
@@ -32,7 +34,19 @@ def test_a_refusal_says_who_was_left_out() -> None:
     fitting, left_out = of_version((node("a", OWN), node("b", "9.9.9-py3.11")), OWN)
     planner = _Planner(Ask("smollm2", read_profiles("smollm2"), stages=2))
     with pytest.raises(PlacementError, match=r"2 stages need 2 Macs.*b runs 9\.9\.9"):
-        planner.staging(slots(fitting, False), slots(fitting, False), left_out)
+        planner.staging(slots(fitting, False), slots(fitting, False), slots(fitting, False), left_out)
+
+
+def test_sleeping_macs_are_counted_on_where_those_awake_do_not_suffice() -> None:
+    awake, asleep = node("a", OWN), replace(node("b", OWN), id="", asleep=True)
+    planner = _Planner(Ask("smollm2", read_profiles("smollm2"), stages=2))
+    free, all_of_them = slots((awake,), False), slots((awake, asleep), False)
+    found = planner.staging(free, all_of_them, all_of_them, "")
+    assert found is not None
+    assert {slot.node.mac.name: slot.node.asleep for slot in found.slots} == {"a": False, "b": True}
+    alone = _Planner(Ask("smollm2", read_profiles("smollm2"), stages=1)).staging(free, all_of_them, all_of_them, "")
+    assert alone is not None
+    assert [slot.node.mac.name for slot in alone.slots] == ["a"]
 
 
 def test_the_version_is_a_label_and_a_node_without_it_is_of_an_unknown_one() -> None:

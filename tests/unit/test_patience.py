@@ -1,5 +1,7 @@
 """When a replica that does not fit fails, and when it waits."""
 
+from collections.abc import Callable
+
 import pytest
 
 from pomarium.cluster.executor.bundles import PlacementError
@@ -21,9 +23,12 @@ class Rack:
 
     def _publish(self, report: WaitingReport) -> None:
         assert (report.model, report.replica) == ("m", "r1")
+        assert report.waking == report.reason.endswith("being woken.")
         self.told.append(report.reason)
 
-    def place(self) -> str:
+    def place(self, say: Callable[[str], None]) -> str:
+        if self._reasons and self._reasons[0].endswith("being woken"):
+            say(self._reasons.pop(0))
         if self._reasons:
             raise PlacementError(self._reasons.pop(0))
         return "team"
@@ -49,10 +54,16 @@ def test_later_it_waits_and_tells_the_reason_of_the_moment(monkeypatch: pytest.M
     assert rack.withdrawn == ["r1"]
 
 
+def test_it_tells_of_macs_that_are_woken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rack = Rack(monkeypatch, False, "mac-1 is being woken")
+    assert patience.wait_for(rack.place, "m", "r1", "g") == "team"
+    assert (rack.told, rack.withdrawn) == (["mac-1 is being woken."], ["r1"])
+
+
 def test_other_faults_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     Rack(monkeypatch, True)
 
-    def broken() -> str:
+    def broken(say: Callable[[str], None]) -> str:
         raise OSError("no")
 
     with pytest.raises(OSError, match="no"):

@@ -246,5 +246,5 @@ def test_chips() -> None:
 def test_known_keys_name_existing_fields() -> None:
     """The did-you-mean of a nested field offers that part's fields."""
     assert "ssh_user" in inventory._known_keys(("macs", 0))
-    assert inventory._known_keys(("models", 0, "replicas")) == ["min", "max"]
+    assert inventory._known_keys(("models", 0, "replicas")) == ["min", "max", "keep", "load"]
     assert "idle" in refusal(SMALL + "sleep: {idl: 5m}\n")

@@ -175,7 +175,7 @@ def test_simulated_macs_share_the_machine_with_the_head() -> None:
     assert (head.name, head.worker, head.head, head.labels) == (HEAD, False, True, {})
     assert [mac.address for mac in macs] == ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
     assert [mac.memory for mac in macs] == [4 * GIB] * 3
-    assert len({port for one in dealt for port in (one.node_manager, one.metrics, one.agent_grpc)}) == 12
+    assert len({port for one in dealt for port in (one.object_manager, one.metrics, one.agent_grpc)}) == 12
     for mac in macs:
         facts = facts_of(mac.labels)
         assert facts is not None

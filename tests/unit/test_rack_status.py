@@ -80,8 +80,9 @@ def test_a_replica_that_waits_says_for_what() -> None:
     waiting = (WaitingReport("big", "r2", "3 stages need 3 Macs and there are 1", 1000.0),)
     alone = RackStatus("a:1", False, (ONE,), (), VERSION, waiting)
     assert status.text(alone).endswith("\n\nbig waits for Macs: 3 stages need 3 Macs and there are 1")
+    reason = "3 stages need 3 Macs and there are 1"
     assert status.document(alone)["waiting"] == [
-        {"model": "big", "replica": "r2", "reason": "3 stages need 3 Macs and there are 1", "written": 1000.0}
+        {"model": "big", "replica": "r2", "reason": reason, "written": 1000.0, "waking": False}
     ]
     beside = status.text(RackStatus("a:1", False, (ONE,), (REPORT,), VERSION, waiting))
     assert "smollm2" in beside

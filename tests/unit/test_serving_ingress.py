@@ -12,11 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from pomarium.cluster import faults
-from pomarium.cluster.serving import asgi_bridge, heartbeat, reasons
+from pomarium.cluster.serving import asgi_bridge, heartbeat, holding, reasons
 from pomarium.cluster.serving import ingress as ingress_module
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.engine import Accepted
 from pomarium.cluster.serving.heartbeat import Alive, beating
+from pomarium.cluster.serving.holding import State
 from pomarium.cluster.serving.ingress import Ingress
 from pomarium.cluster.serving.reasons import Reasons
 from pomarium.cluster.serving.relay import RefusalError, Relay
@@ -151,7 +152,7 @@ MISSING = "model needs 12.3 GiB more memory: add a Mac"
 
 
 def reasons_of(message: str) -> Reasons:
-    return Reasons(lambda: {"engine:m": message})
+    return Reasons(lambda: {"engine:m": State(message)})
 
 
 def relayed(*items: Any) -> Relay:
@@ -274,7 +275,7 @@ class Health:
         """Serve's call is given up."""
 
 
-def health(fault: Exception | None, read: Callable[[], dict[str, str]]) -> tuple[int, dict[str, Any], float]:
+def health(fault: Exception | None, read: Callable[[], dict[str, State]]) -> tuple[int, dict[str, Any], float]:
     async def ask() -> tuple[int, dict[str, Any], float]:
         ingress = Ingress({"m": Health(fault)})
         ingress._reasons = Reasons(read)
@@ -296,7 +297,7 @@ def health(fault: Exception | None, read: Callable[[], dict[str, str]]) -> tuple
 )
 @pytest.mark.parametrize("fault", [NoReplicaError(), ActorDiedError()])
 def test_health_tells_the_reason(fault: Exception, message: str, reason: str) -> None:
-    status, body, _ = health(fault, lambda: {"engine:m": message})
+    status, body, _ = health(fault, lambda: {"engine:m": State(message)})
     assert (status, body) == (503, {"status": "unavailable", "models": {"m": reason}})
 
 
@@ -305,22 +306,22 @@ def test_health_is_bounded_whatever_hangs(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ingress_module, "HEALTH_S", 0.2)
     monkeypatch.setattr(reasons, "READ_S", 0.1)
 
-    def hang() -> dict[str, str]:
+    def hang() -> dict[str, State]:
         time.sleep(1.5)
         return {}
 
     status, body, took = health(None, hang)
-    assert (status, body["models"]) == (503, {"m": reasons.SILENT})
+    assert (status, body["models"]) == (503, {"m": holding.SILENT})
     assert took < 1
 
 
 def test_a_controller_that_hangs_holds_one_thread() -> None:
     calls = []
 
-    def hang() -> dict[str, str]:
+    def hang() -> dict[str, State]:
         calls.append(1)
         time.sleep(1.5)
-        return {"engine:m": "late"}
+        return {"engine:m": State("late")}
 
     async def ask() -> list[str]:
         known = Reasons(hang)

@@ -1,8 +1,12 @@
-"""Prometheus pages of several machines become one valid page."""
+"""Prometheus pages of several machines become one valid page, and Macs are counted by state."""
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pomarium.cluster.serving.metrics import addresses, merge
+from pomarium.cluster.rack.labels import MacFacts
+from pomarium.cluster.rack.mac_power import MacPower, Power
+from pomarium.cluster.rack.roster import Member
+from pomarium.cluster.serving.metrics import addresses, macs_by_state, macs_page, merge
 
 PAGE_1 = """# HELP steps_total Steps.
 # TYPE steps_total counter
@@ -44,3 +48,57 @@ def test_only_living_nodes_are_asked() -> None:
         {"Alive": True, "NodeManagerAddress": "10.0.0.3", "MetricsExportPort": 0},
     ]
     assert addresses(nodes) == ["http://10.0.0.1:81/metrics"]
+
+
+def mac(name: str, state: Power) -> MacPower:
+    return MacPower(name, "10.0.0.1", state, since=0.0)
+
+
+def member(name: str, alive: bool = True, facts: bool = True) -> Member:
+    return Member(name, "10.0.0.1", alive, False, MacFacts(name, "M4", 1, 1, 1.0, 1.0) if facts else None)
+
+
+def test_a_rack_without_autoscaling_has_macs_awake_and_lost() -> None:
+    members = [member("head", facts=False), member("a"), member("b"), member("c", alive=False)]
+    assert macs_by_state([], members) == {"awake": 2, "lost": 1}
+
+
+def test_where_there_is_no_rack_nothing_is_told() -> None:
+    assert macs_by_state([], [member("head", facts=False)]) == {}
+    assert macs_page({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("told", "alive", "counted"),
+    [
+        (Power.AWAKE, True, "awake"),
+        (Power.AWAKE, False, "lost"),
+        (Power.AWAKE, None, "lost"),
+        (Power.ASLEEP, None, "asleep"),
+        (Power.ASLEEP, False, "asleep"),
+        (Power.ASLEEP, True, "awake"),  # somebody pressed a key
+        (Power.WAKING, None, "waking"),
+        (Power.WAKING, True, "awake"),
+        (Power.RETIRING, True, "going to sleep"),
+        (Power.SET_ASIDE, None, "set aside"),
+        (Power.SET_ASIDE, True, "awake"),
+    ],
+)
+def test_what_is_told_and_what_ray_knows_make_one_state(told: Power, alive: bool | None, counted: str) -> None:
+    members = [] if alive is None else [member("a", alive)]
+    found = macs_by_state([mac("a", told)], members)
+    assert found == {"awake": 0, "asleep": 0, "waking": 0, "going to sleep": 0, "set aside": 0, "lost": 0} | {
+        counted: 1
+    }
+
+
+def test_a_mac_that_joined_and_is_in_no_file_counts_as_well() -> None:
+    found = macs_by_state([mac("a", Power.ASLEEP)], [member("guest"), member("other", alive=False)])
+    assert (found["asleep"], found["awake"], found["lost"]) == (1, 1, 1)
+
+
+def test_the_page_of_macs_is_prometheus_text() -> None:
+    page = macs_page(macs_by_state([mac("a", Power.RETIRING)], [member("a"), member("b")]))
+    (family,) = text_string_to_metric_families(merge([page, PAGE_2]).split("# HELP steps")[0])
+    assert (family.name, family.type) == ("pomarium_macs", "gauge")
+    assert {s.labels["state"]: s.value for s in family.samples if s.value} == {"awake": 1.0, "going to sleep": 1.0}

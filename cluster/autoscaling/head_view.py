@@ -1,0 +1,69 @@
+"""What an agent asks Ray's head (agent.Head), through a client that is made anew when the head was away.
+
+Import this module after `Membership.variables()` is in os.environ: Ray reads its token when it is imported.
+"""
+
+from ray._private.ray_constants import KV_NAMESPACE_SESSION
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.exceptions import RayError, RpcError
+
+from pomarium.cluster import ray_address
+from pomarium.cluster.rack import power, reports, roster
+from pomarium.cluster.rack.mac_power import MacPower
+from pomarium.cluster.rack.membership import Membership
+from pomarium.worker.errors import PomariumError
+
+
+class HeadView:
+    """See agent.Head."""
+
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+        self._client: GcsClient | None = None
+
+    def answers(self) -> bool:
+        """Whether something listens at the head's address."""
+        there = ray_address.answers(self._membership.address)
+        if not there:
+            self._client = None
+        return there
+
+    def session(self) -> str:
+        """Raises PomariumError."""
+        try:
+            found = self._connected().internal_kv_get(b"session_name", KV_NAMESPACE_SESSION, timeout=roster.TIMEOUT_S)
+        except (RayError, RpcError, OSError, RuntimeError) as error:
+            raise self._lost(error) from error
+        return "" if found is None else str(found.decode())
+
+    def told(self, name: str) -> MacPower | None:
+        """Raises PomariumError."""
+        try:
+            self._connected()
+            return power.read(name)
+        except (RayError, RpcError, OSError, RuntimeError) as error:
+            raise self._lost(error) from error
+
+    def drained(self, instance: str) -> bool:
+        """Raises PomariumError."""
+        try:
+            nodes = self._connected().get_all_node_info(timeout=roster.TIMEOUT_S)
+        except (RayError, RpcError, OSError, RuntimeError) as error:
+            raise self._lost(error) from error
+        ends = [found.death_info for found in nodes.values() if found.instance_id == instance and _dead(found)]
+        return any(end.reason == end.AUTOSCALER_DRAIN_IDLE for end in ends)
+
+    def _connected(self) -> GcsClient:
+        if self._client is None:
+            self._client = roster.connect(self._membership)
+            reports.use(self._client)
+        return self._client
+
+    def _lost(self, error: Exception) -> PomariumError:
+        self._client = None
+        return PomariumError(str(error).strip().partition("\n")[0][:200])
+
+
+def _dead(found: GcsNodeInfo) -> bool:
+    return bool(found.state == GcsNodeInfo.DEAD)
