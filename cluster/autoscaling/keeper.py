@@ -37,7 +37,7 @@ class RefusedError(PomariumError):
 
 
 class Rack(Protocol):
-    """What the keeper needs of Ray's head. All methods raise SettingsError or OSError while it does not answer."""
+    """What the keeper needs of Ray's head. All methods raise PomariumError or OSError while it does not answer."""
 
     def instances(self) -> Mapping[str, str]:
         """Instance of each live Mac by name; "" for one that tells none."""
@@ -74,6 +74,7 @@ class Keeper:
         self._known, self._rack, self._record = dict(known), rack, record
         self._quiet_hours, self._policy, self._clock = tuple(quiet_hours), policy, clock
         self._lock = threading.RLock()
+        self._telling = threading.Lock()  # what is told last is what is true
         self._macs = {mac.name: mac for mac in ledger.load(record, list(known))}
         self._published: tuple[tuple[FleetMac, ...], float, float] | None = None
 
@@ -99,7 +100,6 @@ class Keeper:
             self._macs[name] = fleet.ask(mac, now, new_instance(name))
             instance = self._macs[name].instance
         logger.info("waking %s as %s", name, instance)
-        self._tell()
         threading.Thread(target=self._wake, args=(name, instance, transport), name=f"wake {name}", daemon=True).start()
         return instance
 
@@ -113,7 +113,7 @@ class Keeper:
             self._macs[name] = fleet.retire(mac, now)
             transport = self._known[name].transport
         logger.info("%s goes to sleep", name)
-        self._tell()
+        self._tell_or_log()
         if transport is not None:
             threading.Thread(target=self._retire, args=(name, transport), name=f"retire {name}", daemon=True).start()
 
@@ -144,6 +144,7 @@ class Keeper:
                 mac = self._macs[name]
                 return mac.state is Power.WAKING and mac.instance == instance
 
+        self._tell_or_log()  # before the Mac can ask
         try:
             transport.wake(wanted)
         except PomariumError as error:
@@ -151,7 +152,7 @@ class Keeper:
                 if wanted():
                     self._macs[name] = fleet.give_up(self._macs[name], self._clock(), str(error), self._policy)
             logger.warning("%s was not woken: %s", name, error)
-            self._tell()
+            self._tell_or_log()
 
     def _retire(self, name: str, transport: Transport) -> None:
         try:
@@ -159,10 +160,17 @@ class Keeper:
         except PomariumError as error:
             logger.warning("%s was not put to sleep: %s", name, error)
 
+    def _tell_or_log(self) -> None:
+        """The next tick tells again what could not be told."""
+        try:
+            self._tell()
+        except (PomariumError, OSError) as error:
+            logger.warning("%s", error)
+
     def _tell(self) -> None:
-        """Publish and record what has changed, or what was told long ago."""
-        now = self._clock()
-        with self._lock:
+        """Publish and record what has changed, or what was told long ago. Raises PomariumError, OSError."""
+        with self._telling:
+            now = self._clock()
             macs, quiet_until = self.macs(), self._quiet_until(now)
             told = self._published
             facts = tuple(_told(mac) for mac in macs)
@@ -170,8 +178,8 @@ class Keeper:
                 return
             if told is None or told[0] != facts:
                 ledger.save(self._record, macs)
+            self._rack.publish([self._power(mac, now, quiet_until) for mac in macs])
             self._published = (facts, quiet_until, now)
-        self._rack.publish([self._power(mac, now, quiet_until) for mac in macs])
 
     def _power(self, mac: FleetMac, now: float, quiet_until: float) -> MacPower:
         known, refusal = self._known[mac.name], fleet.refusal(mac, now, quiet_until)

@@ -27,6 +27,7 @@ from ray.autoscaler.tags import (
     TAG_RAY_NODE_STATUS,
     TAG_RAY_USER_NODE_TYPE,
 )
+from ray.exceptions import RayError, RpcError
 
 from pomarium.cluster.autoscaling.fleet import FleetMac
 from pomarium.cluster.autoscaling.keeper import Keeper, KnownMac, RefusedError
@@ -54,7 +55,10 @@ class Head:
 
     def publish(self, macs: Sequence[MacPower]) -> None:
         """Tell what the Macs do."""
-        power.publish(macs)
+        try:
+            power.publish(macs)
+        except (RayError, RpcError, RuntimeError) as error:
+            raise PomariumError(f"what the Macs do could not be told: {error}") from error
 
 
 class RackNodeProvider(NodeProvider):

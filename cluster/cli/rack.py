@@ -140,11 +140,11 @@ def _up_simulated(args: argparse.Namespace) -> int:
         except BaseException:
             current.forget(os.environ)
             raise
-    limits = ", ".join(format_size(spec.memory) for spec in rack.nodes if spec.memory is not None)
-    asleep = "" if simulation.sleep is None else ", asleep"
-    print(f"{simulation.macs} simulated Mac(s) with {limits}{asleep}; the head at {rack.address} runs no stages")
-    print("next: `pomarium serve`; also `pomarium rack status` and `pomarium rack down`")
-    return 0
+        limits = ", ".join(format_size(spec.memory) for spec in rack.nodes if spec.memory is not None)
+        asleep = "" if simulation.sleep is None else ", asleep"
+        print(f"{simulation.macs} simulated Mac(s) with {limits}{asleep}; the head at {rack.address} runs no stages")
+        _say("next: `pomarium serve`; also `pomarium rack status` and `pomarium rack down`")
+        return _stay(rack) if args.stay else 0
 
 
 def _simulated_autoscaler(simulation: Simulation) -> simulate.Prepare | None:

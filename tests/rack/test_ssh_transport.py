@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pomarium.cluster.autoscaling import ssh
+from pomarium.cluster.autoscaling import ssh, transport
 from pomarium.cluster.autoscaling.ssh import (
     CommandError,
     CutOffError,
@@ -35,6 +35,7 @@ from pomarium.cluster.autoscaling.ssh import (
     run,
     run_and_part,
 )
+from pomarium.cluster.autoscaling.wake_on_lan import Target, magic_packet
 from pomarium.cluster.rack import ports
 
 ADDRESS = "127.0.0.1"
@@ -97,9 +98,11 @@ def running(command: Sequence[str], log: Path) -> Iterator["subprocess.Popen[byt
         try:
             yield process
         finally:
-            for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
+                begun = psutil.Process(process.pid)
+                for one in (begun, *begun.children(recursive=True)):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        one.kill()
 
 
 @pytest.fixture(scope="module")
@@ -535,3 +538,43 @@ def test_what_the_client_started_ends_with_it(monkeypatch: pytest.MonkeyPatch, t
     with pytest.raises(NoAnswerError, match=r"rack@mini-1 does not answer ssh \(not within 1 s\)"):
         run(SshHost("rack", "mini-1"), ("true",), SHORT_S)
     assert eventually(lambda: not alive(told(pid_file)))
+
+
+# --- a Mac without an agent ------------------------------------------------------------------------------------------
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_mac_without_an_agent_is_woken_told_to_join_and_put_to_sleep(sshd: str, tmp_path: Path) -> None:
+    """Its adapter hears the packet, its sshd starts; `pomarium` and `pmset` there write down what they are told."""
+    made, told = configure(sshd, tmp_path), tmp_path / "told"
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    program = script(bin_folder / "pomarium", f'echo "$@" >> {told}')
+    script(bin_folder / "pmset", f'echo pmset "$@" >> {told}; kill -9 "$(cat {made.folder}/pid)"')
+    with (made.folder / "sshd_config").open("a") as config:
+        config.write(f"SetEnv PATH={bin_folder}:/usr/bin:/bin\n")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as adapter, ThreadPoolExecutor() as pool:
+        adapter.bind((ADDRESS, 0))
+        adapter.settimeout(SETTLE_S)
+        target = Target("02:00:00:00:00:01", ADDRESS)
+        way = transport.Ssh(target, adapter.getsockname()[1], made.host, str(program), "10.0.0.1:6379")
+        waking = pool.submit(way.wake, lambda: True)
+        assert adapter.recv(2048) == magic_packet("02:00:00:00:00:01")
+        with running(made.command, made.folder / "log") as mac:
+            waking.result(SETTLE_S)
+            assert told.read_text() == "rack join 10.0.0.1:6379\n"
+            way.retire()
+            assert eventually(lambda: mac.poll() is not None)
+    assert told.read_text().splitlines()[1:] == ["rack down", "pmset sleepnow"]
+
+
+def test_a_wake_that_is_not_wanted_any_more_ends(sshd: str, tmp_path: Path) -> None:
+    way = transport.Ssh(Target("02:00:00:00:00:01", ADDRESS), 9, configure(sshd, tmp_path).host, "pomarium", "h:1")
+    began = time.monotonic()
+    way.wake(lambda: False)
+    assert time.monotonic() - began < SETTLE_S

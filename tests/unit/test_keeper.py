@@ -61,11 +61,16 @@ class Head:
         self.alive: dict[str, str] = {}
         self.told: dict[str, MacPower] = {}
         self.tellings = 0
+        self.away = False
 
     def instances(self) -> Mapping[str, str]:
+        if self.away:
+            raise PomariumError("the head is away")
         return dict(self.alive)
 
     def publish(self, macs: Sequence[MacPower]) -> None:
+        if self.away:
+            raise PomariumError("the head is away")
         self.tellings += 1
         self.told |= {mac.name: mac for mac in macs}
 
@@ -101,6 +106,7 @@ def test_a_wake_a_life_and_a_sleep(tmp_path: Path) -> None:
     keeper, head, clock = keeper_of(tmp_path, {"a": way})
     assert head.told["a"].state is Power.ASLEEP
     instance = keeper.ask("a")
+    until(lambda: way.calls)
     assert (head.told["a"].state, head.told["a"].instance) == (Power.WAKING, instance)
     with pytest.raises(RefusedError, match="a is waking"):
         keeper.ask("a")
@@ -139,11 +145,26 @@ def test_a_restarted_head_remembers_failures_and_adopts_who_is_awake(tmp_path: P
     keeper.ask("a")
     until(lambda: head.told["a"].failures)
     keeper.ask("b")
+    until(lambda: head.told["b"].wakes)
     again, head, _ = keeper_of(tmp_path, {"a": Wakes(), "b": Wakes()})
     assert (head.told["a"].failures, head.told["b"].wakes) == (1, 1)
     head.alive["b"] = "b.early"
     again.tick()
     assert (head.told["b"].state, head.told["b"].instance) == (Power.AWAKE, "b.early")
+
+
+def test_a_head_that_does_not_answer_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    way = Wakes()
+    keeper, head, _ = keeper_of(tmp_path, {"a": way})
+    head.away = True
+    instance = keeper.ask("a")
+    until(lambda: way.calls)
+    assert "the head is away" in caplog.text
+    with pytest.raises(PomariumError):
+        keeper.tick()
+    head.away = False
+    keeper.tick()
+    assert (head.told["a"].state, head.told["a"].instance) == (Power.WAKING, instance)
 
 
 def test_nobody_is_woken_in_quiet_hours(tmp_path: Path) -> None:
