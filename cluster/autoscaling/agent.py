@@ -19,7 +19,7 @@ from typing import NoReturn, Protocol
 import psutil
 
 from pomarium.cluster.rack import kin, node, starting
-from pomarium.cluster.rack.mac_power import MacPower, Power, instance_for
+from pomarium.cluster.rack.mac_power import MacPower, Power
 from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import NodeSpec
 from pomarium.cluster.rack.starting import Say
@@ -89,6 +89,9 @@ class Head(Protocol):
     def told(self, name: str) -> MacPower | None:
         """What the rack says of the Mac. Raises PomariumError."""
 
+    def instance(self, name: str) -> str | None:
+        """What its node is to be called; None: that is not known yet (rack.power.instance_of). Raises PomariumError."""
+
     def drained(self, instance: str) -> bool:
         """Whether this node was drained for it was idle. Raises PomariumError."""
 
@@ -134,7 +137,7 @@ class Agent:
         return step
 
     def _look(self) -> Sight:
-        runs = self._raylet is not None and self._raylet.is_running() and self._raylet.status() != psutil.STATUS_ZOMBIE
+        runs = self._runs()
         instance = self._spec.instance if self._ran else ""
         if not self._head.answers():
             return Sight(runs, instance, head=False)
@@ -152,8 +155,10 @@ class Agent:
             self._say("the node ended, or the head has begun anew; joining again")
             self._end()
         try:
-            self._session = self._head.session()
-            self._spec = replace(self._spec, instance=instance_for(self._spec.name, self._head.told(self._spec.name)))
+            self._session, instance = self._head.session(), self._head.instance(self._spec.name)
+            if instance is None:
+                return
+            self._spec = replace(self._spec, instance=instance)
             starting.bring_up([self._spec], self._membership, self._environ, self._say)
         except PomariumError as error:
             self._say(f"not joined, tried again in {self._pause_s:g} s: {error}")
@@ -177,6 +182,12 @@ class Agent:
     @property
     def _kin(self) -> kin.Kin:
         return node.kin_of(self._spec, self._membership.session)
+
+    def _runs(self) -> bool:
+        try:
+            return self._raylet is not None and self._raylet.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
     def _find(self) -> psutil.Process | None:
         for process in kin.members(self._kin):

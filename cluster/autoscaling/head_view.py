@@ -14,6 +14,9 @@ from pomarium.cluster.rack.mac_power import MacPower
 from pomarium.cluster.rack.membership import Membership
 from pomarium.worker.errors import PomariumError
 
+FAULTS = (RayError, RpcError, OSError, RuntimeError, ValueError, TypeError, KeyError)
+"""No answer, or one that is not understood."""
+
 
 class HeadView:
     """See agent.Head."""
@@ -33,7 +36,7 @@ class HeadView:
         """Raises PomariumError."""
         try:
             found = self._connected().internal_kv_get(b"session_name", KV_NAMESPACE_SESSION, timeout=roster.TIMEOUT_S)
-        except (RayError, RpcError, OSError, RuntimeError) as error:
+        except FAULTS as error:
             raise self._lost(error) from error
         return "" if found is None else str(found.decode())
 
@@ -42,14 +45,21 @@ class HeadView:
         try:
             self._connected()
             return power.read(name)
-        except (RayError, RpcError, OSError, RuntimeError) as error:
+        except FAULTS as error:
+            raise self._lost(error) from error
+
+    def instance(self, name: str) -> str | None:
+        """Raises PomariumError."""
+        try:
+            return power.instance_of(name, roster.read(self._connected()))
+        except FAULTS as error:
             raise self._lost(error) from error
 
     def drained(self, instance: str) -> bool:
         """Raises PomariumError."""
         try:
             nodes = self._connected().get_all_node_info(timeout=roster.TIMEOUT_S)
-        except (RayError, RpcError, OSError, RuntimeError) as error:
+        except FAULTS as error:
             raise self._lost(error) from error
         ends = [found.death_info for found in nodes.values() if found.instance_id == instance and _dead(found)]
         return any(end.reason == end.AUTOSCALER_DRAIN_IDLE for end in ends)

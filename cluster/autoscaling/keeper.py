@@ -21,13 +21,15 @@ from pomarium.cluster.autoscaling import fleet, ledger
 from pomarium.cluster.autoscaling.fleet import FleetMac
 from pomarium.cluster.autoscaling.policy import WakePolicy, quiet_ends
 from pomarium.cluster.autoscaling.transport import Transport
-from pomarium.cluster.rack.mac_power import MacPower, Power, mac_of, new_instance
+from pomarium.cluster.rack.mac_power import FRESH_S, MacPower, Power, mac_of, new_instance
 from pomarium.worker.errors import PomariumError
 
 logger = logging.getLogger(__name__)
 
 WAKES = WakePolicy()
 TICK_S = 1.0
+SETTLE_S = 15.0
+"""A Mac that goes to sleep does so in 5 s, and one that is told over ssh in a few more."""
 PUBLISH_S = 5.0
 """What has not changed is told again so often, before it is too old to be believed (rack.power.FRESH_S)."""
 
@@ -48,11 +50,18 @@ class Rack(Protocol):
 
 @dataclass(frozen=True)
 class KnownMac:
-    """What does not change. address: as in rack.yaml. labels: of its node. transport: None: it cannot be woken."""
+    """What does not change.
+
+    Attributes:
+        address: as in rack.yaml. labels: of its node.
+        transport: None: it cannot be woken.
+        always: it is woken whenever it is asleep and may be.
+    """
 
     address: str
     labels: Mapping[str, str]
     transport: Transport | None
+    always: bool = False
 
 
 class Keeper:
@@ -77,6 +86,8 @@ class Keeper:
         self._telling = threading.Lock()  # what is told last is what is true
         self._macs = {mac.name: mac for mac in ledger.load(record, list(known))}
         self._published: tuple[tuple[FleetMac, ...], float, float] | None = None
+        self._reaching = {name: threading.Lock() for name in known}  # a Mac is not woken while it is put to sleep
+        self._heard = clock()
 
     def start(self) -> None:
         """Look after the Macs each second from now on, in a thread."""
@@ -87,8 +98,18 @@ class Keeper:
         with self._lock:
             return tuple(self._macs[name] for name in sorted(self._macs))
 
+    def heard(self) -> None:
+        """Ray's autoscaler has asked for the list of nodes. While it does not, it would act on nothing that is told."""
+        self._heard = self._clock()
+
     def ask(self, name: str) -> str:
-        """Begin to wake a Mac; the instance that it will be. Raises RefusedError."""
+        """Begin to wake a Mac; the instance that it will be. Raises RefusedError.
+
+        One that is just going to sleep is waited for: Ray keeps each refusal for good.
+        """
+        deadline = time.monotonic() + SETTLE_S
+        while self._state(name) is Power.RETIRING and time.monotonic() < deadline:
+            time.sleep(0.2)
         now = self._clock()
         with self._lock:
             mac, transport = self._macs[name], self._known[name].transport
@@ -126,9 +147,20 @@ class Keeper:
                 name: fleet.observe(mac, instances.get(name), now, self._policy) for name, mac in before.items()
             }
             changed = [mac for name, mac in self._macs.items() if mac.state is not before[name].state]
+            due = [name for name, known in self._known.items() if known.always and self._may_wake(name, now)]
         for mac in changed:
             logger.info("%s is %s%s", mac.name, fleet.shown(mac, now), f": {mac.reason}" if mac.reason else "")
+        for name in due:
+            self.ask(name)
         self._tell()
+
+    def _may_wake(self, name: str, now: float) -> bool:
+        able = self._known[name].transport is not None
+        return able and fleet.refusal(self._macs[name], now, self._quiet_until(now)) is None
+
+    def _state(self, name: str) -> Power:
+        with self._lock:
+            return self._macs[name].state
 
     def _run(self) -> None:
         while True:
@@ -146,7 +178,8 @@ class Keeper:
 
         self._tell_or_log()  # before the Mac can ask
         try:
-            transport.wake(wanted)
+            with self._reaching[name]:
+                transport.wake(wanted)
         except PomariumError as error:
             with self._lock:
                 if wanted():
@@ -156,7 +189,8 @@ class Keeper:
 
     def _retire(self, name: str, transport: Transport) -> None:
         try:
-            transport.retire()
+            with self._reaching[name]:
+                transport.retire()
         except PomariumError as error:
             logger.warning("%s was not put to sleep: %s", name, error)
 
@@ -176,10 +210,14 @@ class Keeper:
             facts = tuple(_told(mac) for mac in macs)
             if told is not None and told[0] == facts and told[1] == quiet_until and now - told[2] < PUBLISH_S:
                 return
-            if told is None or told[0] != facts:
-                ledger.save(self._record, macs)
+            if now - self._heard > FRESH_S:
+                raise PomariumError(
+                    "Ray's autoscaler does nothing any more, so nobody is told to count on sleeping Macs"
+                )
             self._rack.publish([self._power(mac, now, quiet_until) for mac in macs])
             self._published = (facts, quiet_until, now)
+            if told is None or told[0] != facts:
+                ledger.save(self._record, macs)
 
     def _power(self, mac: FleetMac, now: float, quiet_until: float) -> MacPower:
         known, refusal = self._known[mac.name], fleet.refusal(mac, now, quiet_until)

@@ -73,7 +73,12 @@ class RackNodeProvider(NodeProvider):
         )
         labels = fleet.labels
         known = {
-            entry.name: KnownMac(entry.address, labels[entry.name], _transport(entry, address, inventory))
+            entry.name: KnownMac(
+                entry.address,
+                labels[entry.name],
+                _transport(entry, address, inventory),
+                entry.name in fleet.kept_awake,
+            )
             for entry in inventory.macs
             if entry.name in labels
         }
@@ -88,7 +93,15 @@ class RackNodeProvider(NodeProvider):
         self._keeper.start()
 
     def non_terminated_nodes(self, tag_filters: Mapping[str, str]) -> list[str]:
-        """Instances: the head's, and of Macs that are awake, wake, or are about to sleep."""
+        """Instances: the head's, and of Macs that are awake, wake, or are about to sleep.
+
+        As of now: Ray has read its nodes before it asks, and takes one that is missing here for ended.
+        """
+        self._keeper.heard()
+        try:
+            self._keeper.tick()
+        except (PomariumError, OSError) as error:
+            logger.warning("%s", error)
         found = [self._head_instance, *(mac.instance for mac in self._here() if mac.instance)]
         return [node for node in found if tag_filters.items() <= self.node_tags(node).items()]
 
@@ -147,7 +160,7 @@ class RackNodeProvider(NodeProvider):
     def terminate_node(self, node_id: str) -> None:
         """Put its Mac to sleep."""
         self._keeper.retire(node_id)
-        self._tags.pop(node_id, None)
+        self._tags = {node: tags for node, tags in self._tags.items() if self._mac(node) is not None}
 
     def _here(self) -> list[FleetMac]:
         return [mac for mac in self._keeper.macs() if mac.state is not Power.ASLEEP]

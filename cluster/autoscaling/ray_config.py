@@ -18,6 +18,7 @@ from pomarium.cluster.rack.labels import MacFacts, labels_of
 
 HEAD_TYPE = "head"
 PROVIDER = "pomarium.cluster.autoscaling.provider.RackNodeProvider"
+NEVER_S = 10.0 * 365 * 86400
 LOGICAL_CPUS = 4
 """Of a Mac that sleeps: how many it has is known once it joins."""
 
@@ -48,6 +49,13 @@ class Fleet:
     record: str
 
     @property
+    def kept_awake(self) -> frozenset[str]:
+        """Macs that do not sleep, by name: the keeper wakes them, for Ray would note each refusal for good."""
+        if self.inventory.sleep.idle is None:
+            return frozenset(mac.name for mac in self.inventory.macs)
+        return frozenset(self.inventory.sleep.always_awake)
+
+    @property
     def labels(self) -> dict[str, dict[str, str]]:
         """Labels of each Mac that may sleep, by name."""
         speeds = {mac.name: mac for mac in rack_of(self.inventory).macs}
@@ -71,7 +79,6 @@ class Fleet:
 def ray_config(fleet: Fleet) -> dict[str, Any]:
     """The file as a document of JSON's types. Raises SettingsError for a chip that is unknown."""
     labels, sleep = fleet.labels, fleet.inventory.sleep
-    kept_awake = set(labels) if sleep.idle is None else set(sleep.always_awake)
     types: dict[str, Any] = {
         HEAD_TYPE: {"resources": {}, "node_config": {}, "min_workers": 0, "max_workers": 0},
     }
@@ -80,9 +87,11 @@ def ray_config(fleet: Fleet) -> dict[str, Any]:
             "resources": {"CPU": LOGICAL_CPUS, RESOURCE: 1},
             "labels": facts,
             "node_config": {},
-            "min_workers": int(name in kept_awake),
+            "min_workers": 0,
             "max_workers": 1,
         }
+        if name in fleet.kept_awake:
+            types[name]["idle_timeout_s"] = NEVER_S
     return {
         "cluster_name": "pomarium",
         "max_workers": len(labels),

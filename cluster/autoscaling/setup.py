@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pomarium.cluster.autoscaling.ray_config import HEAD_TYPE, Fleet, ray_config
 from pomarium.cluster.rack.inventory import Inventory
+from pomarium.cluster.rack.labels import AUTOSCALER_LABEL
 from pomarium.cluster.rack.mac_power import new_instance
 from pomarium.cluster.rack.node import NodeSpec
 from pomarium.cluster.version import own_version
@@ -33,4 +34,4 @@ def with_autoscaler(
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         json.dump(ray_config(fleet), file, indent=1)  # which YAML takes as it is
-    return replace(spec, instance=instance, autoscaling=path)
+    return replace(spec, instance=instance, autoscaling=path, labels={**spec.labels, AUTOSCALER_LABEL: "yes"})

@@ -27,6 +27,8 @@ ANSWER_S = 3.0
 JOIN_S = 120.0
 """A node starts in seconds; a Mac that has just woken is busy."""
 LEAVE_S = 60.0
+ASLEEP_S = 30.0
+"""A Mac sleeps some seconds after it was told to."""
 
 
 class Transport(Protocol):
@@ -83,6 +85,9 @@ class Ssh:
         """`rack down`, then sleep."""
         ssh.run(self.host, [self.program, "rack", "down"], LEAVE_S)
         ssh.run_and_part(self.host, ["pmset", "sleepnow"], LEAVE_S)
+        deadline = time.monotonic() + ASLEEP_S
+        while ssh.answers(self.host, ANSWER_S) and time.monotonic() < deadline:  # a wake would take it for awake
+            time.sleep(PACKET_S)
 
 
 def transport_of(mac: MacEntry, head: str, port: int) -> Transport:

@@ -81,7 +81,7 @@ def reserve(
     group = placement_group(
         [{RESOURCE: 1}] * len(slots),
         strategy="PACK",
-        name=f"{owner}:{secrets.token_hex(4)}" if owner else "",
+        name=_name(owner, slots),
         bundle_label_selector=[_selector(slot.node) for slot in slots],
     )
     placed = False
@@ -96,6 +96,18 @@ def reserve(
         return None
     where = placement_group_table(group)["bundles_to_node_id"]
     return Reservation(group, tuple(range(len(slots))), tuple(where[rank] for rank in range(len(slots))), owned=True)
+
+
+def _name(owner: str, slots: Sequence[Slot]) -> str:
+    """OWNER:RANDOM:MAC,...; the Macs are those that are to be woken. "" if nobody would read it."""
+    asleep = ",".join(slot.node.mac.name for slot in slots if slot.node.asleep)
+    return f"{owner}:{secrets.token_hex(4)}:{asleep}" if owner or asleep else ""
+
+
+def claimed() -> frozenset[str]:
+    """Sleeping Macs, by name, that a group waits for which Ray has not placed yet."""
+    waiting = [info["name"] for info in placement_group_table().values() if info["state"] == "PENDING"]
+    return frozenset(mac for name in waiting for mac in name.rpartition(":")[2].split(",") if ":" in name and mac)
 
 
 def _selector(node: RackNode) -> dict[str, str]:

@@ -12,7 +12,7 @@ worker where there is one Mac to take goes without.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, placement_group_table
@@ -33,6 +33,8 @@ from pomarium.cluster.version import own_version
 ASSEMBLY_TIMEOUT_S = 60.0
 GROUP_TIMEOUT_S = 6.0
 """Ray places a group on free Macs within milliseconds; a node that does not answer is declared dead after about 8 s."""
+ASKED_S = 20.0
+"""Ray's autoscaler looks each second; a Mac that was just told to sleep is asked again when it does, after 5 s."""
 PAUSE_S = 0.5
 
 
@@ -78,9 +80,10 @@ def assemble(
         asleep, _ = of_version(away.nodes, own_version())
         if away.reasons:
             left_out = f"{left_out} Not woken: {', '.join(away.reasons)}.".lstrip()
-        staging = planner.staging(*_slots(nodes, asleep, group, ask), left_out)
+        staging = planner.staging(*_slots(nodes, asleep, bundles.claimed(), group, ask), left_out)
         reservation = None if staging is None else _reserve(staging, group, owner, say)
         if staging is not None and reservation is not None:
+            deadline = time.monotonic() + ASSEMBLY_TIMEOUT_S  # whatever it took to get here
             processes = launch.start(reservation)
             try:
                 return Team(_members(ask, staging, launch.contacts(processes, reservation)), processes, reservation)
@@ -102,19 +105,22 @@ def _reserve(
     asleep = _asleep(staging)
     if not asleep:
         return bundles.reserve(staging.slots, group, GROUP_TIMEOUT_S, owner)
-    verb = "is" if len(asleep) == 1 else "are"
-    last_seen_coming = time.monotonic()
+    last_waking = time.monotonic()
 
     def coming() -> bool:
-        """All of them come; or are there, and Ray is about to place the group unless somebody was faster."""
-        nonlocal last_seen_coming
-        say(f"{' and '.join(asleep)} {verb} being woken")
+        """Whether they are on their way: all that are missing can be woken, and of late one of them was waking.
+
+        For the rest of ASKED_S it is time for Ray to ask for them, or to place a group whose Macs are all there. Ray
+        never asks for a group that it cannot place as a whole, for one of its other Macs was taken meanwhile.
+        """
+        nonlocal last_waking
         told = {mac.name: mac for mac in power.read_all()}
         missing = [name for name in asleep if name not in told or told[name].state is not Power.AWAKE]
-        if missing:
-            last_seen_coming = time.monotonic()
+        if waking := [name for name in missing if name in told and told[name].state is Power.WAKING]:
+            last_waking = time.monotonic()
+            say(f"{' and '.join(waking)} {'is' if len(waking) == 1 else 'are'} being woken")
         able = all(name in told and told[name].wakeable(time.time()) for name in missing)
-        return able and time.monotonic() - last_seen_coming < GROUP_TIMEOUT_S
+        return able and time.monotonic() - last_waking < ASKED_S
 
     return bundles.reserve(staging.slots, group, bundles.WAKE_LOOK_S, owner, coming)
 
@@ -175,13 +181,22 @@ class _Planner:
 
 
 def _slots(
-    nodes: Sequence[RackNode], asleep: Sequence[RackNode], group: PlacementGroup | None, ask: Ask
+    nodes: Sequence[RackNode],
+    asleep: Sequence[RackNode],
+    claimed: Collection[str],
+    group: PlacementGroup | None,
+    ask: Ask,
 ) -> tuple[tuple[Slot, ...], tuple[Slot, ...], tuple[Slot, ...]]:
-    """Slots that are free now; those and what sleeps; and of an idle rack. The bundles of a group are ours alone."""
+    """Slots that are free now; those and what sleeps; and of an idle rack. The bundles of a group are ours alone.
+
+    Args:
+        claimed: sleeping Macs, by name, that are being woken for others.
+    """
     if group is None:
         idle = (*(replace(node, free=node.workers) for node in nodes), *asleep)
+        woken = (*nodes, *(node for node in asleep if node.mac.name not in claimed))
         share = ask.share_macs
-        return slots(nodes, share), slots((*nodes, *asleep), share), slots(idle, share)
+        return slots(nodes, share), slots(woken, share), slots(idle, share)
     where = placement_group_table(group)["bundles_to_node_id"]
     offering = bundles.worker_bundles(group.bundle_specs)
     found = bundle_slots(nodes, [(index, where[index]) for index in offering])

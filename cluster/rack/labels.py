@@ -19,6 +19,8 @@ CHIP_LABEL = f"{PREFIX}chip"
 _MEMORY, _MODEL_MEMORY = f"{PREFIX}memory", f"{PREFIX}model-memory"
 _BANDWIDTH, _FLOPS = f"{PREFIX}bandwidth", f"{PREFIX}flops"
 _VERSION = f"{PREFIX}version"
+AUTOSCALER_LABEL = "pomarium.rack/autoscaler"
+"""Of the head's node where Macs sleep: who joins is to be known to the autoscaler first."""
 UNKNOWN_VERSION = "unknown"
 
 LONGEST = 63

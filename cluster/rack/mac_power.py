@@ -6,7 +6,7 @@ An *instance* is one time that a Mac is awake: Ray's autoscaler knows a node by 
 import json
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -53,7 +53,7 @@ class MacPower:
 
     def wakeable(self, now: float) -> bool:
         """Whether somebody who needs it would get it: it sleeps and may be woken, or wakes already."""
-        return self.state in (Power.ASLEEP, Power.RETIRING, Power.WAKING) and self.not_before <= now
+        return self.state is Power.WAKING or (self.state in (Power.ASLEEP, Power.RETIRING) and self.not_before <= now)
 
 
 def new_instance(name: str) -> str:
@@ -66,10 +66,8 @@ def mac_of(instance: str) -> str:
     return instance.rpartition(".")[0]
 
 
-def instance_for(name: str, told: MacPower | None) -> str:
-    """What a node that starts now is called: as it was asked for, else anew; "" where there is no autoscaler."""
-    if told is None:
-        return ""
+def instance_for(name: str, told: MacPower) -> str:
+    """What a node that starts now is called: as it was asked for, else anew."""
     return told.instance if told.state is Power.WAKING else new_instance(name)
 
 
@@ -84,6 +82,10 @@ def encode(mac: MacPower) -> bytes:
 
 
 def decode(text: bytes) -> MacPower:
-    """The inverse of `encode`. Raises ValueError or TypeError for other text."""
+    """The inverse of `encode`; fields of another version are dropped.
+
+    Raises ValueError, TypeError or KeyError for other text.
+    """
     data: dict[str, Any] = json.loads(text)
-    return MacPower(**{**data, "state": Power(data["state"])})
+    known = {field.name: data[field.name] for field in fields(MacPower) if field.name in data}
+    return MacPower(**{**known, "state": Power(data["state"])})

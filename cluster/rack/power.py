@@ -12,8 +12,10 @@ from collections.abc import Iterable
 
 from ray.experimental import internal_kv
 
-from pomarium.cluster.rack.mac_power import MacPower, decode, encode, fresh
+from pomarium.cluster.rack.mac_power import MacPower, decode, encode, fresh, instance_for
 from pomarium.cluster.rack.reports import NAMESPACE
+from pomarium.cluster.rack.roster import Member
+from pomarium.worker.errors import SettingsError
 
 PREFIX = b"mac:"
 
@@ -32,6 +34,30 @@ def read_all() -> tuple[MacPower, ...]:
 
 
 def read(name: str) -> MacPower | None:
-    """What is told of one Mac; None: nothing that is fresh."""
+    """What was told of one Mac, however long ago; its own clock may be wrong. None: nothing since the head's start."""
     text = internal_kv._internal_kv_get(PREFIX + name.encode(), namespace=NAMESPACE)
-    return None if text is None else next(iter(fresh([decode(text)], time.time())), None)
+    return None if text is None else decode(text)
+
+
+def instance_of(name: str, members: Iterable[Member]) -> str | None:
+    """What a node of the Mac that joins now is to be called; "" in a rack where no Mac sleeps.
+
+    None: the head, or its autoscaler, is not up yet. A Mac that joined before would be one that it does not know, and
+    so never sleep.
+
+    Raises:
+        SettingsError: Macs sleep in this rack and rack.yaml does not name this one.
+    """
+    head = next((member for member in members if member.head and member.alive), None)
+    if head is None:
+        return None
+    if not head.autoscaler:
+        return ""
+    if (told := read(name)) is not None:
+        return instance_for(name, told)
+    if internal_kv._internal_kv_list(PREFIX, namespace=NAMESPACE):
+        raise SettingsError(
+            f"Macs sleep in this rack, and its rack.yaml does not name {name}: add it to that file on the head, and "
+            "start the rack anew, or give the --name that it has there."
+        )
+    return None

@@ -13,7 +13,7 @@ from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.exceptions import AuthenticationError, RayError, RpcError
 
 from pomarium.cluster import ray_address
-from pomarium.cluster.rack.labels import MacFacts, facts_of
+from pomarium.cluster.rack.labels import AUTOSCALER_LABEL, MacFacts, facts_of
 from pomarium.cluster.rack.membership import Membership
 from pomarium.worker.errors import SettingsError
 
@@ -29,6 +29,7 @@ class Member:
         alive: it answers the head. head: Ray's head runs there.
         facts: None for a node that is no Mac.
         instance: its name for Ray's autoscaler (RAY_CLOUD_INSTANCE_ID); "" if it has none.
+        autoscaler: Ray's runs there.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Member:
     head: bool
     facts: MacFacts | None
     instance: str = ""
+    autoscaler: bool = False
 
 
 def connect(membership: Membership) -> GcsClient:
@@ -90,7 +92,8 @@ def _member(node: GcsNodeInfo) -> Member:
     facts = facts_of(dict(node.labels))
     name = facts.name if facts else node.node_name
     alive = node.state == GcsNodeInfo.ALIVE
-    return Member(name, node.node_manager_address, alive, node.is_head_node, facts, node.instance_id)
+    autoscaler = AUTOSCALER_LABEL in node.labels
+    return Member(name, node.node_manager_address, alive, node.is_head_node, facts, node.instance_id, autoscaler)
 
 
 def _came(node: GcsNodeInfo) -> int:

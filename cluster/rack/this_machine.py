@@ -21,7 +21,6 @@ from pomarium.cluster.rack.current import CurrentRack
 from pomarium.cluster.rack.identity import RackKey, ray_token, write_tls
 from pomarium.cluster.rack.inventory import Inventory
 from pomarium.cluster.rack.labels import check_name, labels_of
-from pomarium.cluster.rack.mac_power import MacPower, instance_for
 from pomarium.cluster.rack.machine_facts import Known
 from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import GCS_PORT, JOBS_PORT, NodeSpec, Ports
@@ -30,8 +29,10 @@ from pomarium.cluster.serving.local_ray import session_folder
 from pomarium.cluster.state import state_folder
 from pomarium.worker.errors import SettingsError
 
-PAUSE_S = 2.0
-"""Between looks for a head that does not answer."""
+PAUSE_S = 1.0
+"""Between looks for a head that is not up yet."""
+TOLD_S = 30.0
+"""The head's node and autoscaler are up seconds after its port is open."""
 TEST_ADDRESS = "192.0.2.1"
 """Of no machine (RFC 5737): the way to it is the way to the world. Nothing is sent."""
 
@@ -161,7 +162,10 @@ def _spec(machine: Machine, address: str, environ: MutableMapping[str, str], say
 
 
 def _instance(name: str, membership: Membership, environ: MutableMapping[str, str]) -> str:
-    """What the rack's autoscaler is to call this Mac; "" if it has none. Raises SettingsError: the name is taken."""
+    """What the rack's autoscaler is to call this Mac; "" if it has none.
+
+    Raises SettingsError: the name is taken, or not one of a rack where Macs sleep.
+    """
     environ.update(membership.variables())  # before Ray is imported
     roster, power, reports = (
         importlib.import_module(f"pomarium.cluster.rack.{module}") for module in ("roster", "power", "reports")
@@ -173,8 +177,12 @@ def _instance(name: str, membership: Membership, environ: MutableMapping[str, st
             "with `pomarium rack down` there (a Mac that was lost counts as gone after 8 s)."
         )
     reports.use(client)
-    told: MacPower | None = power.read(name)
-    return instance_for(name, told)
+    deadline = time.monotonic() + TOLD_S
+    while (instance := power.instance_of(name, roster.read(client))) is None:
+        if time.monotonic() > deadline:
+            raise SettingsError(f"The head of the rack at {membership.address} is not up: look at its log there.")
+        time.sleep(PAUSE_S)
+    return str(instance)
 
 
 def _start(

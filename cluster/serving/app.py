@@ -20,6 +20,7 @@ APP_NAME = "pomarium"
 MAX_REQUESTS = 10_000
 """Requests that Serve hands to one replica at once: vLLM's scheduler queues them, Serve must not."""
 
+MOST_STARTS = 1000
 DRAIN_S = 900
 """What an engine that is not needed any more leaves to requests that it has taken: it gets no new ones meanwhile."""
 
@@ -79,8 +80,9 @@ def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str], on_h
         "request_router_config": RequestRouterConfig(
             request_router_class=ROUTER, request_router_kwargs={"holds": model.sleeps}
         ),
-        # The first failed start is reported; after one success Serve goes on replacing replicas whatever this says.
-        "max_constructor_retry_count": 1,
+        # The first failed start is reported; after one success Serve goes on replacing replicas whatever this says. Of
+        # a model that may sleep nothing has started when the command line says that it is ready: it is tried again.
+        "max_constructor_retry_count": MOST_STARTS if model.sleeps else 1,
         "health_check_period_s": 2,
         # Three in a row make a replica dead. An interpreter lock held for so long (imports) is before its start.
         "health_check_timeout_s": 3,

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from pomarium.cluster.serving import heartbeat, holding, openai_errors
 from pomarium.cluster.serving.asgi_bridge import Head
@@ -59,7 +60,7 @@ class Relay:
         try:
             accepted = await self._accepted()
             head = await heartbeat.next_item(self._iterator)
-        except NoReplicaError:
+        except (NoReplicaError, DeploymentUnavailableError):
             self._refused = True
             raise self._unavailable(await self._why()) from None
         except (RayActorError, StopAsyncIteration):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pomarium.cluster.autoscaling import agent
 from pomarium.cluster.autoscaling.agent import Agent, Sight, Step, decide
 from pomarium.cluster.rack import starting
-from pomarium.cluster.rack.mac_power import MacPower, Power
+from pomarium.cluster.rack.mac_power import MacPower, Power, instance_for
 from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import NodeSpec
 from pomarium.cluster.rack.starting import NodeStartError
@@ -58,7 +58,7 @@ def test_a_running_node_is_ended_only_by_order(
 
 class Head:
     def __init__(self) -> None:
-        self.there, self.power, self.idle, self.began = True, None, False, "s1"
+        self.there, self.power, self.idle, self.began, self.unready = True, None, False, "s1", False
 
     power: MacPower | None
 
@@ -70,6 +70,11 @@ class Head:
 
     def told(self, name: str) -> MacPower | None:
         return self.power
+
+    def instance(self, name: str) -> str | None:
+        if self.unready:
+            return None
+        return "" if self.power is None else instance_for(name, self.power)
 
     def drained(self, instance: str) -> bool:
         return self.idle
@@ -125,6 +130,15 @@ def test_one_that_was_drained_for_being_idle_is_the_order_to_sleep(rack: Rack) -
     assert rack.slept == 1
     rack.head.idle = False
     assert rack.agent.step() is Step.JOIN
+
+
+def test_it_joins_once_the_head_knows_what_to_call_it(rack: Rack) -> None:
+    rack.head.unready = True
+    assert [rack.agent.step() for _ in range(3)] == [Step.JOIN] * 3
+    assert rack.started == []
+    rack.head.unready, rack.head.power = False, told(Power.WAKING, "m.5")
+    rack.agent.step()
+    assert rack.started == ["m.5"]
 
 
 def test_without_a_head_it_waits(rack: Rack) -> None:

@@ -1,5 +1,6 @@
 """The states of Macs that sleep: each way through them, and what holds whatever happens."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ from hypothesis import strategies as st
 from pomarium.cluster.autoscaling import fleet, ledger
 from pomarium.cluster.autoscaling.fleet import LOST_S, RETIRE_S, FleetMac
 from pomarium.cluster.autoscaling.policy import Tries, WakePolicy
+from pomarium.cluster.rack import power
 from pomarium.cluster.rack.mac_power import MacPower, Power, decode, encode, fresh, instance_for, mac_of, new_instance
+from pomarium.cluster.rack.roster import Member
+from pomarium.worker.errors import SettingsError
 
 POLICY = WakePolicy(deadline_s=30.0, first_pause_s=60.0, longest_pause_s=600.0)
 
@@ -121,7 +125,6 @@ def told(state: Power, **more: float) -> MacPower:
 
 
 def test_a_node_takes_the_instance_that_it_was_woken_as() -> None:
-    assert instance_for("m", None) == ""
     assert instance_for("m", told(Power.WAKING)) == "m.1"
     for state in (Power.ASLEEP, Power.AWAKE, Power.RETIRING, Power.SET_ASIDE):
         assert mac_of(instance_for("m", told(state))) == "m"
@@ -139,6 +142,28 @@ def test_what_is_told_is_read_back_while_it_is_fresh(state: Power) -> None:
 def test_who_can_be_woken() -> None:
     assert [state for state in Power if told(state).wakeable(10.0)] == [Power.ASLEEP, Power.WAKING, Power.RETIRING]
     assert not told(Power.ASLEEP, not_before=10.5).wakeable(10.0)
+    assert told(Power.WAKING, not_before=10.5).wakeable(10.0), "quiet hours do not end a wake that has begun"
+
+
+def test_what_a_newer_head_tells_is_understood() -> None:
+    mac = told(Power.ASLEEP)
+    assert decode(encode(mac)[:-1] + b', "colour": "red"}') == mac
+
+
+def test_who_joins_is_called_as_the_autoscaler_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[bytes, bytes] = {}
+    monkeypatch.setattr(power.internal_kv, "_internal_kv_get", lambda key, namespace: kept.get(key))
+    monkeypatch.setattr(power.internal_kv, "_internal_kv_list", lambda prefix, namespace: list(kept))
+    plain = Member("head", "10.0.0.9", True, True, None)
+    sleeping = replace(plain, autoscaler=True)
+    assert power.instance_of("m", []) is None
+    assert power.instance_of("m", [replace(sleeping, alive=False)]) is None
+    assert power.instance_of("m", [plain]) == ""
+    assert power.instance_of("m", [sleeping]) is None, "its autoscaler has said nothing yet"
+    kept[b"mac:m"] = encode(told(Power.WAKING, written=0.0))
+    assert power.instance_of("m", [sleeping]) == "m.1"
+    with pytest.raises(SettingsError, match="does not name other"):
+        power.instance_of("other", [sleeping])
 
 
 def test_the_ledger_remembers_failures_over_a_restart(tmp_path: Path) -> None:

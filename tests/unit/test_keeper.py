@@ -10,7 +10,7 @@ from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.tags import TAG_RAY_NODE_KIND, TAG_RAY_USER_NODE_TYPE
 from ray.autoscaler.v2.instance_manager.config import FileConfigReader
 
-from pomarium.cluster.autoscaling import provider, setup, ssh, transport
+from pomarium.cluster.autoscaling import ledger, provider, setup, ssh, transport
 from pomarium.cluster.autoscaling.keeper import Keeper, KnownMac, RefusedError
 from pomarium.cluster.autoscaling.policy import WakePolicy
 from pomarium.cluster.autoscaling.provider import RackNodeProvider
@@ -18,7 +18,7 @@ from pomarium.cluster.autoscaling.ray_config import Fleet, ray_config
 from pomarium.cluster.autoscaling.transport import Agent, Ssh, transport_of
 from pomarium.cluster.rack import inventory
 from pomarium.cluster.rack.labels import NAME_LABEL, facts_of
-from pomarium.cluster.rack.mac_power import MacPower, Power
+from pomarium.cluster.rack.mac_power import MacPower, Power, mac_of
 from pomarium.cluster.rack.node import NodeSpec
 from pomarium.worker.errors import PomariumError, SettingsError
 
@@ -135,6 +135,7 @@ def test_a_mac_that_cannot_be_reached_is_set_aside_with_the_reason(tmp_path: Pat
         keeper.ask("a")
     keeper.ask("b")
     clock.now += 61
+    keeper.heard()
     keeper.tick()
     assert head.told["a"].state is Power.ASLEEP
     keeper.ask("a")
@@ -145,7 +146,7 @@ def test_a_restarted_head_remembers_failures_and_adopts_who_is_awake(tmp_path: P
     keeper.ask("a")
     until(lambda: head.told["a"].failures)
     keeper.ask("b")
-    until(lambda: head.told["b"].wakes)
+    until(lambda: ledger.load(tmp_path / "macs.json", ["b"])[0].wakes)
     again, head, _ = keeper_of(tmp_path, {"a": Wakes(), "b": Wakes()})
     assert (head.told["a"].failures, head.told["b"].wakes) == (1, 1)
     head.alive["b"] = "b.early"
@@ -183,6 +184,52 @@ def test_what_does_not_change_is_told_now_and_then(tmp_path: Path) -> None:
         clock.now += 1
         keeper.tick()
     assert head.tellings - before == 2
+    clock.now += 20
+    with pytest.raises(PomariumError, match="autoscaler does nothing"):
+        keeper.tick()
+    keeper.heard()
+    keeper.tick()
+    assert head.tellings - before == 3
+
+
+def test_a_mac_that_is_always_awake_is_woken_whenever_it_is_asleep(tmp_path: Path) -> None:
+    way, head, clock = Wakes(), Head(), Clock()
+    known = {"a": KnownMac("10.0.0.1", {}, way, always=True), "b": KnownMac("10.0.0.2", {}, None, always=True)}
+    keeper = Keeper(known, head, tmp_path / "macs.json", (), WakePolicy(30.0, 60.0, 600.0), clock)
+    keeper.tick()
+    assert (head.told["a"].state, head.told["b"].state) == (Power.WAKING, Power.ASLEEP)
+    head.alive["a"] = head.told["a"].instance
+    keeper.tick()
+    head.alive.clear()
+    clock.now += 15
+    keeper.heard()
+    keeper.tick()
+    assert (head.told["a"].state, head.told["a"].wakes) == (Power.WAKING, 2)
+
+
+def test_a_mac_is_not_woken_while_it_is_put_to_sleep(tmp_path: Path) -> None:
+    events = list[str]()
+
+    class Slow(Wakes):
+        def retire(self) -> None:
+            events.append("retires")
+            time.sleep(0.3)
+            events.append("retired")
+
+        def wake(self, wanted: Callable[[], bool]) -> None:
+            events.append("wakes")
+
+    keeper, head, clock = keeper_of(tmp_path, {"a": Slow()})
+    head.alive["a"] = "a.1"
+    keeper.tick()
+    keeper.retire("a.1")
+    until(lambda: events)
+    head.alive.clear()
+    clock.now += 10
+    keeper.tick()
+    keeper.ask("a")
+    until(lambda: "wakes" in events)
+    assert events == ["retires", "retired", "wakes"]
 
 
 def test_a_mac_without_a_way_to_wake_it_is_refused(tmp_path: Path) -> None:
@@ -208,7 +255,9 @@ def test_ray_accepts_the_file_and_finds_a_type_for_each_mac_but_the_head(tmp_pat
     read = FileConfigReader(str(spec.autoscaling)).get_cached_autoscaling_config()
     types = read.get_node_type_configs()
     assert set(types) == {"head", "studio-2", "mini-1"}
-    assert (types["mini-1"].min_worker_nodes, types["studio-2"].min_worker_nodes) == (1, 0)
+    assert (types["mini-1"].idle_timeout_s or 0) > 1e8
+    assert types["studio-2"].idle_timeout_s is None
+    assert {config.min_worker_nodes for config in types.values()} == {0}
     assert {config.max_worker_nodes for config in types.values()} == {1}
     assert types["studio-2"].resources["mlx"] == 1
     assert types["studio-2"].labels[NAME_LABEL] == "studio-2"
@@ -222,7 +271,7 @@ def test_ray_accepts_the_file_and_finds_a_type_for_each_mac_but_the_head(tmp_pat
 
 def test_a_rack_without_idle_keeps_all_awake() -> None:
     types = ray_config(fleet_of(RACK.replace("idle: 15m, ", "")))["available_node_types"]
-    assert [types[name]["min_workers"] for name in ("studio-2", "mini-1")] == [1, 1]
+    assert all(types[name]["idle_timeout_s"] > 1e8 for name in ("studio-2", "mini-1"))
 
 
 def test_a_mac_that_would_sleep_for_good_is_refused_in_the_file() -> None:
@@ -245,7 +294,7 @@ def test_how_a_mac_is_reached() -> None:
 
 def test_over_ssh_a_mac_is_told_to_join_and_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     way = transport_of(inventory.parse(RACK).macs[2], "10.0.0.11:6379", 9)
-    sent, run, up = [], list[list[str]](), iter([False, False, True])
+    sent, run, up = [], list[list[str]](), iter([False, False, True, True, False])
     monkeypatch.setattr(transport, "PACKET_S", 0.0)
     monkeypatch.setattr(transport.wake_on_lan, "send", lambda target, port: sent.append((target.address, port)))
     monkeypatch.setattr(ssh, "answers", lambda host, timeout_s: next(up))
@@ -273,13 +322,14 @@ def test_the_provider_lists_who_is_there_and_refuses_as_ray_expects(
     monkeypatch.setattr(provider, "transport_of", lambda entry, head, port: way)
     config = ray_config(fleet_of())["provider"] | {"record": str(tmp_path / "macs.json")}
     found = RackNodeProvider(config, "pomarium")
-    assert found.non_terminated_nodes({}) == ["head.1"]
+    head, kept_awake = found.non_terminated_nodes({})
+    assert (head, mac_of(kept_awake)) == ("head.1", "mini-1")
     found.create_node_with_resources_and_labels({}, {TAG_RAY_USER_NODE_TYPE: "studio-2", "x": "y"}, 1, {}, {})
-    head, instance = found.non_terminated_nodes({})
+    head, _, instance = found.non_terminated_nodes({})
     assert found.is_running(head)
     assert not found.is_running(instance)
     assert found.node_tags(instance)["x"] == "y"
-    assert found.non_terminated_nodes({TAG_RAY_NODE_KIND: "worker"}) == [instance]
+    assert found.non_terminated_nodes({TAG_RAY_NODE_KIND: "worker"}) == [kept_awake, instance]
     assert found.internal_ip(instance) == "10.0.0.12"
     with pytest.raises(NodeLaunchException, match="studio-2 is waking"):
         found.create_node_with_resources_and_labels({}, {TAG_RAY_USER_NODE_TYPE: "studio-2"}, 1, {}, {})
