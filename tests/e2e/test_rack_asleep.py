@@ -87,7 +87,7 @@ def test_no_mac_sleeps_under_a_request_that_takes_long(rack: Rack) -> None:
 
 def test_when_nobody_asks_any_more_it_sleeps_and_wakes_again(rack: Rack) -> None:
     all_asleep(rack)
-    assert rack.status()["replicas"] == []
+    rack.until(lambda: rack.status()["replicas"] == [], 20)  # what it told last gets old
     assert health(rack) == (200, "asleep")
     client = rack.client().with_options(timeout=WAKE_S)
     done = client.completions.create(model="smollm2", prompt="The capital of France is", max_tokens=1, temperature=0)
