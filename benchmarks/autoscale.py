@@ -25,12 +25,10 @@ from typing import Any
 
 import httpx
 
-from pomarium.cluster.autoscaling.setup import with_autoscaler
+from pomarium.cluster.autoscaling.setup import for_simulated
 from pomarium.cluster.rack import current, netns, simulate
 from pomarium.cluster.rack.identity import RackKey
-from pomarium.cluster.rack.inventory import Inventory
 from pomarium.cluster.rack.mac_power import MacPower, Power
-from pomarium.cluster.rack.node import NodeSpec
 from pomarium.cluster.rack.simulate import SimulatedRack, Simulation
 
 IDLE_S, KEEP_S, DEADLINE_S = 6.0, 4.0, 15.0
@@ -164,12 +162,9 @@ def sleeping_rack(namespaces: bool) -> Iterator[Bench]:
         environ = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         environ |= {"XDG_STATE_HOME": state, "XDG_CONFIG_HOME": state}
 
-        def prepare(spec: NodeSpec, rack: Inventory, address: str, own: Path) -> NodeSpec:
-            return with_autoscaler(spec, rack, None, address, own, folder)
-
         link = netns.Link() if namespaces else None
         simulation = Simulation(3, link=link, sleep=IDLE_S, wake_deadline=DEADLINE_S)
-        rack = simulate.start(simulation, RackKey.generate(), environ, prepare=prepare)
+        rack = simulate.start(simulation, RackKey.generate(), environ, prepare=for_simulated(folder))
         try:
             current.save(rack.current, environ)
             yield Bench(rack, environ, folder)

@@ -11,7 +11,6 @@ A Mac is named as in rack.yaml; each time that it is awake is an instance (rack/
 rest of the rack is told of it.
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from pomarium.cluster.autoscaling.policy import Tries, WakePolicy, failed, overdue, woke
@@ -109,11 +108,6 @@ def _without_node(mac: FleetMac, now: float, policy: WakePolicy) -> FleetMac:
     if mac.state is Power.AWAKE and now - max(mac.seen, mac.since) >= LOST_S:
         return mac.to(Power.ASLEEP, now, "its node was lost", "")
     return mac
-
-
-def survey(macs: Iterable[FleetMac], nodes: Mapping[str, str], now: float, policy: WakePolicy) -> tuple[FleetMac, ...]:
-    """`observe` for all: `nodes` has the instance of each live Mac by name."""
-    return tuple(observe(mac, nodes.get(mac.name), now, policy) for mac in macs)
 
 
 def shown(mac: FleetMac, now: float) -> Power:

@@ -31,7 +31,7 @@ TICK_S = 1.0
 SETTLE_S = 15.0
 """A Mac that goes to sleep does so in 5 s, and one that is told over ssh in a few more."""
 PUBLISH_S = 5.0
-"""What has not changed is told again so often, before it is too old to be believed (rack.power.FRESH_S)."""
+"""What has not changed is told again so often, before it is too old to be believed (mac_power.FRESH_S)."""
 
 
 class RefusedError(PomariumError):

@@ -13,10 +13,20 @@ from pomarium.cluster.rack.inventory import Inventory
 from pomarium.cluster.rack.labels import AUTOSCALER_LABEL
 from pomarium.cluster.rack.mac_power import new_instance
 from pomarium.cluster.rack.node import NodeSpec
+from pomarium.cluster.rack.simulate import Prepare
 from pomarium.cluster.version import own_version
 
 FILE_NAME = "autoscaling.json"
 RECORD = "macs.json"
+
+
+def for_simulated(state: Path | None = None) -> Prepare:
+    """What rack.simulate takes as `prepare`. `state`: as below; None: the rack's own folder, so nothing outlives it."""
+
+    def prepare(spec: NodeSpec, inventory: Inventory, address: str, folder: Path) -> NodeSpec:
+        return with_autoscaler(spec, inventory, None, address, folder, state or folder)
+
+    return prepare
 
 
 def with_autoscaler(

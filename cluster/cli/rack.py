@@ -10,20 +10,18 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from pomarium.cluster.autoscaling.setup import with_autoscaler
+from pomarium.cluster.autoscaling.setup import for_simulated, with_autoscaler
 from pomarium.cluster.cli import rack_options
 from pomarium.cluster.cli.interrupts import Interrupts
 from pomarium.cluster.rack import current, inventory, key_file, node, simulate, teardown, this_machine
 from pomarium.cluster.rack.current import CurrentRack
 from pomarium.cluster.rack.identity import RackKey
-from pomarium.cluster.rack.inventory import Inventory
 from pomarium.cluster.rack.node import GCS_PORT, NodeSpec
-from pomarium.cluster.rack.simulate import Simulation
 from pomarium.cluster.rack.starting import NodeStartError
 from pomarium.cluster.rack.this_machine import Machine
 from pomarium.cluster.rack.units import format_size
@@ -106,7 +104,7 @@ def run_up(args: argparse.Namespace) -> int:
         return _stay(rack) if args.stay else 0
 
 
-def _autoscaler(machine: Machine) -> "Callable[[NodeSpec, str, Path], NodeSpec] | None":
+def _autoscaler(machine: Machine) -> this_machine.Prepare | None:
     """What gives the head an autoscaler, if rack.yaml says when Macs sleep."""
     rack = machine.inventory
     if rack is None or rack.sleep.idle is None:
@@ -136,7 +134,8 @@ def _up_simulated(args: argparse.Namespace) -> int:
     key = key_file.made(os.environ)
     with Interrupts():
         try:
-            rack = simulate.start(simulation, key, os.environ, _say, _record, _simulated_autoscaler(simulation)).current
+            prepare = None if simulation.sleep is None else for_simulated()
+            rack = simulate.start(simulation, key, os.environ, _say, _record, prepare).current
         except BaseException:
             current.forget(os.environ)
             raise
@@ -145,16 +144,6 @@ def _up_simulated(args: argparse.Namespace) -> int:
         print(f"{simulation.macs} simulated Mac(s) with {limits}{asleep}; the head at {rack.address} runs no stages")
         _say("next: `pomarium serve`; also `pomarium rack status` and `pomarium rack down`")
         return _stay(rack) if args.stay else 0
-
-
-def _simulated_autoscaler(simulation: Simulation) -> simulate.Prepare | None:
-    if simulation.sleep is None:
-        return None
-
-    def prepare(spec: NodeSpec, rack: Inventory, address: str, folder: Path) -> NodeSpec:
-        return with_autoscaler(spec, rack, None, address, folder, folder)
-
-    return prepare
 
 
 def invitation(rack: CurrentRack, key: RackKey) -> list[str]:

@@ -155,7 +155,7 @@ def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[Mode
     network = None if rack is None else network_of(rack)
     common = ModelPlan("", None, engine_args, 1, stages, args.share_macs, None, network)
     if scaling is not None:
-        common = _scaled(common, scaling)
+        common = common.scaled(scaling)
     if rack is not None and not models:
         plans = _plans_of(rack, args, common)
     else:
@@ -199,13 +199,6 @@ def _scaling(args: argparse.Namespace) -> Scaling | None:
     return Scaling(low, high, keep_s=keep)
 
 
-def _scaled(plan: ModelPlan, scaling: Scaling) -> ModelPlan:
-    """`plan` with so many engines, which need no scaling if the span is one number."""
-    if scaling.minimum == scaling.maximum:
-        return replace(plan, replicas=scaling.minimum, scaling=None)
-    return replace(plan, replicas=scaling.minimum, scaling=scaling)
-
-
 def _names(models: Sequence[str], given: Sequence[str]) -> Sequence[str]:
     if models:
         return served_names(models, given)
@@ -231,7 +224,7 @@ def _plans_of(rack: inventory.Inventory, args: argparse.Namespace, common: Model
         raise SettingsError("--served-name has no place with a rack file's models: they have names there.")
     return [
         replace(
-            common if args.replicas is not None else _scaled(common, _scaling_of(entry)),
+            common if args.replicas is not None else common.scaled(Scaling.of(entry.replicas)),
             name=entry.name,
             source=entry.source,
             engine_args={**({"max_model_len": entry.context} if entry.context else {}), **common.engine_args},
@@ -240,11 +233,6 @@ def _plans_of(rack: inventory.Inventory, args: argparse.Namespace, common: Model
         )
         for entry in rack.models
     ]
-
-
-def _scaling_of(entry: inventory.ModelEntry) -> Scaling:
-    found = entry.replicas
-    return Scaling(found.min, found.max, found.load, found.keep)
 
 
 def api_keys(args: argparse.Namespace, environ: Mapping[str, str]) -> frozenset[str]:

@@ -80,7 +80,8 @@ def assemble(
         asleep, _ = of_version(away.nodes, own_version())
         if away.reasons:
             left_out = f"{left_out} Not woken: {', '.join(away.reasons)}.".lstrip()
-        staging = planner.staging(*_slots(nodes, asleep, bundles.claimed(), group, ask), left_out)
+        claimed = bundles.claimed() if asleep else frozenset()
+        staging = planner.staging(*_slots(nodes, asleep, claimed, group, ask), left_out)
         reservation = None if staging is None else _reserve(staging, group, owner, say)
         if staging is not None and reservation is not None:
             deadline = time.monotonic() + ASSEMBLY_TIMEOUT_S  # whatever it took to get here

@@ -56,6 +56,15 @@ class MacPower:
         return self.state is Power.WAKING or (self.state in (Power.ASLEEP, Power.RETIRING) and self.not_before <= now)
 
 
+LOST = "lost"
+"""Of a Mac whose node is away and that nobody says to be asleep."""
+
+
+def without_node(told: Power | None) -> str:
+    """What a Mac does that has no live node. `told`: by the autoscaler; None: nothing."""
+    return LOST if told in (None, Power.AWAKE) else str(told)
+
+
 def new_instance(name: str) -> str:
     """Of the Mac, or head, called so: a name that was never used before."""
     return f"{name}.{secrets.token_hex(4)}"

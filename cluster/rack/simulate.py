@@ -238,8 +238,7 @@ class SimulatedRack:
 
     def power_on(self, name: str) -> None:
         """After `kill` of a Mac that sleeps and wakes: it has power again, and sleeps."""
-        (spec,) = (spec for spec in self.current.nodes if spec.name == name)
-        _begin_asleep(self.current, spec, self._environ)
+        _begin_asleep(self.current, self._spec(name), self._environ)
 
     def freeze(self, name: str) -> None:
         """SIGSTOP to the whole Mac: nothing answers, nothing is closed, as if its cable were lost."""
@@ -256,7 +255,7 @@ class SimulatedRack:
         """
         if kin.members(self._kin(name)):
             raise SettingsError(f"{name} still runs: kill it before it joins again.")
-        (spec,) = (spec for spec in self.current.nodes if spec.name == name)
+        spec = self._spec(name)
         if version is not None and (facts := facts_of(spec.labels)) is not None:
             spec = replace(spec, labels=labels_of(replace(facts, version=version)))
         starting.bring_up([spec], self.current.membership, self._environ, lambda _: None)
@@ -266,13 +265,15 @@ class SimulatedRack:
         teardown.remove(self.current)
 
     def _mac_kin(self, name: str) -> Kin:
-        (spec,) = (spec for spec in self.current.nodes if spec.name == name)
-        return node.mac_kin_of(spec, self.current.membership.session)
+        return node.mac_kin_of(self._spec(name), self.current.membership.session)
 
     def _kin(self, name: str) -> Kin:
-        for mac in self.macs:
-            if mac.name == name:
-                return mac.kin
+        return node.kin_of(self._spec(name), self.current.membership.session)
+
+    def _spec(self, name: str) -> NodeSpec:
+        for spec in self.current.nodes:
+            if spec.worker and spec.name == name:
+                return spec
         raise SettingsError(f"There is no Mac {name!r} in the rack: it has {', '.join(m.name for m in self.macs)}.")
 
 

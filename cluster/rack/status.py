@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from pomarium.cluster.rack.labels import facts_of
-from pomarium.cluster.rack.mac_power import MacPower, Power
+from pomarium.cluster.rack.mac_power import LOST, MacPower, Power, without_node
 from pomarium.cluster.rack.reports import ReplicaReport, StageReport, WaitingReport
 from pomarium.cluster.rack.roster import Member
 from pomarium.cluster.rack.units import format_size
 
-ALIVE, LOST = "alive", "lost"
+ALIVE = "alive"
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class RackStatus:
         """ "alive", "lost", or what the autoscaler says of a Mac that is not there (rack.mac_power.Power)."""
         if member.alive:
             return ALIVE
-        power = next((mac.state for mac in self.powers if mac.name == member.name), None)
-        return LOST if power in (None, Power.AWAKE) else str(power)
+        return without_node(next((mac.state for mac in self.powers if mac.name == member.name), None))
 
 
 def text(status: RackStatus) -> str:

@@ -33,6 +33,9 @@ PAUSE_S = 1.0
 """Between looks for a head that is not up yet."""
 TOLD_S = 30.0
 """The head's node and autoscaler are up seconds after its port is open."""
+Prepare = Callable[[NodeSpec, str, Path], NodeSpec]
+"""(the head's NodeSpec, HOST:PORT of the head, folder of the rack) -> NodeSpec with an autoscaler."""
+
 TEST_ADDRESS = "192.0.2.1"
 """Of no machine (RFC 5737): the way to it is the way to the world. Nothing is sent."""
 
@@ -62,13 +65,12 @@ def up(
     key: RackKey,
     environ: MutableMapping[str, str],
     say: Say,
-    prepare: Callable[[NodeSpec, str, Path], NodeSpec] | None = None,
+    prepare: Prepare | None = None,
 ) -> CurrentRack:
     """Start a rack whose head is this machine. Raises PomariumError.
 
     Args:
-        prepare: (the head's NodeSpec, HOST:PORT of the head, folder of the rack) -> NodeSpec with an autoscaler; None
-            for a rack whose Macs do not sleep.
+        prepare: gives the head its autoscaler; None for a rack whose Macs do not sleep.
     """
     address = own_address(machine.address, TEST_ADDRESS)
     if not ports.is_free(address, port):
@@ -192,7 +194,7 @@ def _start(
     key: RackKey,
     environ: MutableMapping[str, str],
     say: Say,
-    prepare: Callable[[NodeSpec, str, Path], NodeSpec] | None = None,
+    prepare: Prepare | None = None,
 ) -> CurrentRack:
     session = secrets.token_hex(4)
     loopback = ipaddress.IPv4Address(spec.address).is_loopback

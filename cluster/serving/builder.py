@@ -134,17 +134,16 @@ def _model(args: ModelArgs, network: Network | None) -> ModelPlan:
     span = args.replicas
     if span.min > span.max:
         raise SettingsError(f"args.models: the replicas of {name!r} have a `min` that is more than their `max`.")
-    return ModelPlan(
+    plan = ModelPlan(
         name=name,
         source=args.source,
         engine_args=engine_args,
-        replicas=span.min,
-        scaling=Scaling(span.min, span.max, span.load, span.keep) if span.min < span.max else None,
         stages=args.stages,
         share_macs=args.share_macs,
         streams=args.streams,
         network=network,
     )
+    return plan.scaled(Scaling.of(span))
 
 
 def _keys(variable: str | None, environ: Mapping[str, str]) -> frozenset[str]:

@@ -16,7 +16,7 @@ import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
 from pomarium.cluster.rack import power, roster
-from pomarium.cluster.rack.mac_power import MacPower, Power
+from pomarium.cluster.rack.mac_power import LOST, MacPower, Power, without_node
 from pomarium.cluster.rack.roster import Member
 from pomarium.worker.errors import SettingsError
 
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 FETCH_S = 5.0
 
-LOST = "lost"
 MACS = "pomarium_macs"
 
 
@@ -76,9 +75,7 @@ def _state(told: Power | None, alive: bool | None) -> str:
     """Of a Mac. `alive`: of its node; None if Ray knows none, or it left by itself."""
     if alive:  # whoever woke it, unless it is on its way to sleep
         return Power.RETIRING if told is Power.RETIRING else Power.AWAKE
-    if told is None or told is Power.AWAKE:
-        return LOST
-    return told
+    return without_node(told)
 
 
 def macs_page(counts: Mapping[str, int]) -> str:

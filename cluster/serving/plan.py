@@ -5,12 +5,12 @@ command line --> ServePlan --> app.py (Ray Serve application) --> engine.py (one
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pomarium.cluster.placement_model import Network
-from pomarium.cluster.rack.inventory import KEEP_S, LOAD
+from pomarium.cluster.rack.inventory import KEEP_S, LOAD, ReplicasEntry
 from pomarium.worker.errors import SettingsError
 
 RESOURCE = "mlx"
@@ -44,6 +44,11 @@ class Scaling:
     load: float = LOAD
     keep_s: float = KEEP_S
 
+    @classmethod
+    def of(cls, entry: ReplicasEntry) -> "Scaling":
+        """As a rack file says it."""
+        return cls(entry.min, entry.max, entry.load, entry.keep)
+
 
 @dataclass(frozen=True)
 class ModelPlan:
@@ -70,6 +75,11 @@ class ModelPlan:
     streams: int | None = None
     network: Network | None = None
     scaling: Scaling | None = None
+
+    def scaled(self, scaling: Scaling) -> "ModelPlan":
+        """This plan with so many engines, which need no scaling if the span is one number."""
+        varies = scaling.minimum < scaling.maximum
+        return replace(self, replicas=scaling.minimum, scaling=scaling if varies else None)
 
     @property
     def sleeps(self) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pomarium.cluster import faults
 from pomarium.cluster.serving import local_ray
 from pomarium.cluster.serving.check import Check, Found
-from pomarium.cluster.serving.plan import ENDPOINT, ServePlan
+from pomarium.cluster.serving.plan import ENDPOINT, ServePlan, deployment_name
 from pomarium.worker.errors import PomariumError
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -129,8 +129,9 @@ def _end_engines(application: str) -> None:
     import ray
     from ray.util import list_named_actors
 
+    engines = f"SERVE_REPLICA::{application}#{deployment_name('')}"
     for actor in list_named_actors(all_namespaces=True):
-        if actor["namespace"] == SERVE_NAMESPACE and actor["name"].startswith(f"SERVE_REPLICA::{application}#engine:"):
+        if actor["namespace"] == SERVE_NAMESPACE and actor["name"].startswith(engines):
             with suppress(ValueError):  # it ended meanwhile
                 ray.kill(ray.get_actor(actor["name"], namespace=SERVE_NAMESPACE))
 

@@ -15,13 +15,11 @@ from typing import Any
 
 import pytest
 
-from pomarium.cluster.autoscaling.setup import with_autoscaler
+from pomarium.cluster.autoscaling.setup import for_simulated
 from pomarium.cluster.autoscaling.wake_on_lan import Target, send
 from pomarium.cluster.rack import kin, node, simulate, starting
 from pomarium.cluster.rack.identity import RackKey
-from pomarium.cluster.rack.inventory import Inventory
 from pomarium.cluster.rack.mac_power import MacPower, Power, decode
-from pomarium.cluster.rack.node import NodeSpec
 from pomarium.cluster.rack.simulate import SimulatedRack, Simulation, hardware_address
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -116,12 +114,9 @@ def sleeping() -> Iterator[Sleeping]:
     with tempfile.TemporaryDirectory(prefix="pms", dir="/tmp") as state:
         folder = Path(state)
 
-        def prepare(spec: NodeSpec, rack: Inventory, address: str, own: Path) -> NodeSpec:
-            return with_autoscaler(spec, rack, None, address, own, folder)
-
         environ = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"XDG_STATE_HOME": state}
         simulation = Simulation(3, sleep=IDLE_S, wake_deadline=WAKE_S)
-        rack = simulate.start(simulation, RackKey.generate(), environ, prepare=prepare)
+        rack = simulate.start(simulation, RackKey.generate(), environ, prepare=for_simulated(folder))
         try:
             found = Sleeping(rack, folder)
             try:
