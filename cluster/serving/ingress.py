@@ -8,7 +8,6 @@ process stays small: it imports no vLLM. No CORS headers are sent: browsers of o
 
 import asyncio
 import hmac
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from pomarium.cluster.serving import batch_api, holding, metrics, openai_errors
+from pomarium.cluster.serving import batch_api, bodies, holding, metrics, openai_errors
 from pomarium.cluster.serving.batch_store import BatchStore
 from pomarium.cluster.serving.holding import SILENT
 from pomarium.cluster.serving.plan import Batches
@@ -225,11 +224,9 @@ class Ingress:
     def _model_of(self, body: bytes) -> str:
         """The model that `body` asks for; the only one if it names none."""
         try:
-            fields = json.loads(body)
-        except ValueError as e:
-            raise RefusalError(*openai_errors.invalid_json(str(e))) from None
-        if not isinstance(fields, dict):
-            raise RefusalError(*openai_errors.invalid_json("it must be an object"))
+            fields = bodies.parsed(body)
+        except bodies.BodyError as error:
+            raise RefusalError(*openai_errors.invalid(str(error), None)) from None
         if fields.get("model") is None:
             if len(self._engines) > 1:
                 raise RefusalError(*openai_errors.model_required(list(self._engines)))

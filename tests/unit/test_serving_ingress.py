@@ -115,6 +115,20 @@ def test_requests_without_a_served_model_are_refused(body: bytes, status: int) -
     assert refusal(lambda: ingress.generate(request(body))).status == status
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"metadata": ' + b"[" * 20_000 + b"]" * 20_000 + b"}",
+        b'{"model": "\\ud83d"}',
+        b'{"stop": ["\\ud83d"]}',
+    ],
+)
+def test_a_body_that_nothing_behind_it_can_take_is_a_400(body: bytes) -> None:
+    error = refusal(lambda: Ingress({"m": Handle(Items())}).generate(request(body)))
+    assert error.status == 400
+    assert error.body["error"]["message"].startswith("The request body ")
+
+
 def test_the_only_model_needs_no_name_and_the_body_passes_unread() -> None:
     handle = Handle(Items(Accepted(), Head(400, "application/json"), b'{"a":', b"1}"))
     body = b'{"prompt": "x",  "odd": [1]}'
