@@ -7,6 +7,7 @@ Runs in the worker's actor. The share of KV blocks in use is vLLM's own series, 
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from pomarium.cluster.model_names import label
 from pomarium.worker.model_runner import StepStats
 
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
@@ -17,7 +18,7 @@ class StepMetrics:
     """A listener for MetalWorker.subscribe. `model`: served name; `rank`: the pipeline stage."""
 
     def __init__(self, model: str, rank: int) -> None:
-        tags = {"model_name": model, "rank": str(rank)}
+        tags = {"model_name": label(model), "rank": str(rank)}
         keys = tuple(tags)
         self._seconds = Histogram(
             "pomarium_step_seconds", "Forward and sampling of one step, in seconds.", boundaries=SECONDS, tag_keys=keys

@@ -57,7 +57,7 @@ def quiet(log: Path) -> Iterator[Terminal]:
     try:
         os.dup2(file, 1)
         os.dup2(file, 2)
-        with os.fdopen(os.dup(kept[0]), "w") as out:
+        with os.fdopen(os.dup(kept[0]), "w", errors="backslashreplace") as out:  # models have names of any alphabet
             yield Terminal(out, log)
     finally:
         sys.stdout.flush()

@@ -9,11 +9,12 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application
 
 from pomarium.cluster.executor.environment import NODE_OWN
+from pomarium.cluster.model_names import deployment_name
 from pomarium.cluster.serving import replica_scaling
 from pomarium.cluster.serving.check import Found
 from pomarium.cluster.serving.engine import EngineReplica
 from pomarium.cluster.serving.ingress import IngressDeployment
-from pomarium.cluster.serving.plan import INGRESS_CPUS, REPLICA_CPUS, Batches, ModelPlan, ServePlan, deployment_name
+from pomarium.cluster.serving.plan import INGRESS_CPUS, REPLICA_CPUS, Batches, ModelPlan, ServePlan
 from pomarium.cluster.state import state_folder
 
 APP_NAME = "pomarium"

@@ -16,6 +16,7 @@ from ray.serve.llm import LLMConfig
 from ray.util.placement_group import PlacementGroup
 
 from pomarium.cluster.executor.member import Member
+from pomarium.cluster.model_names import label
 from pomarium.cluster.rack.reports import StageReport
 from pomarium.cluster.serving.asgi_bridge import App
 from pomarium.cluster.serving.plan import ModelPlan
@@ -73,6 +74,15 @@ class Reserved(CPUAccelerator):
         return self._group
 
 
+class LabelledEngine(VLLMEngine):
+    """VLLMEngine whose metrics carry a name of the model that Ray takes. Requests are told its own: that is read from
+    the arguments, not from the configuration (vllm/entrypoints/launchers/api_server/app_state.py)."""
+
+    def _start_async_llm_engine(self, args: Any, config: Any, group: PlacementGroup) -> Any:
+        config.model_config.served_model_name = label(config.model_config.served_model_name)
+        return super()._start_async_llm_engine(args, config, group)
+
+
 class UnreportedServer(LLMServer):
     """LLMServer without the usage report after the start, which keeps a start waiting for one more process."""
 
@@ -80,7 +90,7 @@ class UnreportedServer(LLMServer):
         """Start the engine, with its workers on `group` if there is one."""
         if group is not None:
             self._llm_config.get_engine_config()._accelerator = Reserved(group)
-        self.engine = VLLMEngine(self._llm_config)
+        self.engine = LabelledEngine(self._llm_config)
         await self.engine.start()
 
 

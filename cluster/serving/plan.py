@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pomarium.cluster import model_names
 from pomarium.cluster.placement_model import Network
 from pomarium.cluster.rack.inventory import KEEP_S, LOAD, ReplicasEntry
 from pomarium.worker.errors import SettingsError
@@ -109,6 +110,8 @@ class ServePlan:
     def __post_init__(self) -> None:
         if not self.models:
             raise SettingsError("No model to serve: name at least one.")
+        for model in self.models:
+            model_names.check(model.name)
         for name, count in Counter(m.name for m in self.models).items():
             if count > 1:
                 raise SettingsError(f"Two models are called {name!r}: give each a name of its own with --served-name.")
@@ -138,11 +141,6 @@ class Batches:
 
     folder: str
     url: str
-
-
-def deployment_name(model: str) -> str:
-    """Serve's name for a model's engines: slashes and hashes have meanings there."""
-    return "engine:" + model.replace("/", "--").replace("#", "-")
 
 
 def served_names(models: Sequence[str], given: Sequence[str]) -> tuple[str, ...]:

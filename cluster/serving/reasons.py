@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from pomarium.cluster import faults
+from pomarium.cluster.model_names import deployment_name
 from pomarium.cluster.serving.holding import State
-from pomarium.cluster.serving.plan import deployment_name
 
 READ_S = 0.5
 """How long a caller waits for the controller."""

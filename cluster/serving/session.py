@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass
 
 from pomarium.cluster import faults
+from pomarium.cluster.model_names import ENGINE_PREFIX
 from pomarium.cluster.serving import local_ray
 from pomarium.cluster.serving.check import Check, Found
-from pomarium.cluster.serving.plan import ENDPOINT, ServePlan, deployment_name
+from pomarium.cluster.serving.plan import ENDPOINT, ServePlan
 from pomarium.worker.errors import PomariumError
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -129,7 +130,7 @@ def _end_engines(application: str) -> None:
     import ray
     from ray.util import list_named_actors
 
-    engines = f"SERVE_REPLICA::{application}#{deployment_name('')}"
+    engines = f"SERVE_REPLICA::{application}#{ENGINE_PREFIX}"
     for actor in list_named_actors(all_namespaces=True):
         if actor["namespace"] == SERVE_NAMESPACE and actor["name"].startswith(engines):
             with suppress(ValueError):  # it ended meanwhile

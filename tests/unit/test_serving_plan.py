@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pomarium.cluster.serving.app import passed_environment
-from pomarium.cluster.serving.plan import REPLICA_CPUS, ModelPlan, ServePlan, deployment_name, served_names
+from pomarium.cluster.serving.plan import REPLICA_CPUS, ModelPlan, ServePlan, served_names
 from pomarium.worker.errors import SettingsError
 
 
@@ -56,7 +56,3 @@ def test_only_settings_travel_to_replicas() -> None:
         "VLLM_METAL_DEBUG": "1",
         "HF_HOME": "/h",
     }
-
-
-def test_deployment_name_has_no_separators_of_serve() -> None:
-    assert deployment_name("org/model#1") == "engine:org--model-1"
