@@ -50,10 +50,12 @@ def test_paris_streamed(client: OpenAI) -> None:
         stream_options={"include_usage": True},
     )
     chunks = list(stream)
-    deltas = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
-    assert "Paris" in "".join(deltas)
-    assert len(deltas) > 3
+    deltas = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    whole = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=16, temperature=0)
+    assert "".join(deltas) == whole.choices[0].message.content
     assert chunks[-1].usage is not None
+    assert whole.usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
 def test_completion_with_logprobs(client: OpenAI) -> None:
@@ -135,7 +137,9 @@ def test_metrics_show_ray_and_vllm(server: Server, client: OpenAI) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_request(server: Server, stream: bool) -> None:
     """The engine stops computing: the count of generated tokens comes to rest far from what was asked for."""
-    body = {"model": MODEL, "prompt": "Once", "max_tokens": CONTEXT_REST, "ignore_eos": True, "stream": stream}
+    body = {
+        "model": MODEL, "prompt": "Once", "n": ANSWERS, "max_tokens": CONTEXT_REST, "ignore_eos": True, "stream": stream
+    }  # fmt: skip
     before = server.generated()
     if stream:
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
@@ -149,10 +153,11 @@ def test_a_client_that_leaves_ends_its_request(server: Server, stream: bool) -> 
         time.sleep(1)
         counts.append(server.generated())
     assert counts[-1] == counts[-8]
-    assert counts[-1] - before < CONTEXT_REST
+    assert counts[-1] - before < ANSWERS * CONTEXT_REST
 
 
-CONTEXT_REST = 900
+CONTEXT_REST, ANSWERS = 900, 16
+"""Far more than any machine generates in the 1.5 s that a client waits."""
 
 
 def test_streams_run_side_by_side(server: Server) -> None:

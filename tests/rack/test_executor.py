@@ -153,7 +153,9 @@ def test_in_process_engine(run: Run) -> None:
             print("UNHEALTHY")
         executor.shutdown()
         executor.shutdown()
-        time.sleep(1)
+        deadline = time.monotonic() + 20
+        while not ray.available_resources().get("mlx") and time.monotonic() < deadline:
+            time.sleep(0.1)
         print("FREE", ray.available_resources().get("mlx"))
         """,
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
