@@ -12,6 +12,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pomarium.cluster.serving.escaped_json import EscapedJson
+
 
 class Stub:
     """Answers with `answers` in turn, then with what it was asked."""
@@ -24,7 +26,7 @@ class Stub:
         self.keys.append(request.headers.get("authorization"))
         if self.answers:
             return self.answers.pop(0)
-        return JSONResponse({"id": "cmpl-1", "got": await request.json()})
+        return EscapedJson({"id": "cmpl-1", "got": await request.json()})
 
     async def models(self, request: HttpRequest) -> Response:
         return JSONResponse({"data": []})

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 
 from pomarium.cluster import faults
 from pomarium.cluster.batch.dispatch import EngineLostError
-from pomarium.cluster.batch.lines import Answer, Request
+from pomarium.cluster.batch.lines import Answer, Request, answer_of
 from pomarium.cluster.executor import bundles
 from pomarium.cluster.serving import patience
 from pomarium.cluster.serving.asgi_bridge import Head
@@ -110,4 +110,4 @@ class RayEngine:
             status, body = await self._actor.answer.remote(request.url, request.body)
         except (RayActorError, EngineFaultError) as error:
             raise EngineLostError(faults.one_line(str(error))[:300]) from None
-        return Answer(status, body)
+        return answer_of(status, body)

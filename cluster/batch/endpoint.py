@@ -4,12 +4,11 @@ Request --POST url/v1/...--> Answer          no connection, 429, 502 to 504: aga
 """
 
 import asyncio
-import json
 import time
 
 import httpx
 
-from pomarium.cluster.batch.lines import Answer, Request
+from pomarium.cluster.batch.lines import Answer, Request, answer_of
 from pomarium.worker.errors import PomariumError
 
 ROOM = 64
@@ -74,7 +73,7 @@ class HttpEngine:
                     f"{self._url}{request.url}", content=request.body, headers={"Content-Type": "application/json"}
                 )
                 if response.status_code not in AGAIN:
-                    return Answer(response.status_code, _json(response))
+                    return answer_of(response.status_code, response.content)
                 seen = f"{response.status_code} {response.text[:200]}"
             except httpx.TransportError as error:
                 seen = f"{type(error).__name__}: {error}"
@@ -86,13 +85,3 @@ class HttpEngine:
     async def close(self) -> None:
         """Give back connections."""
         await self._client.aclose()
-
-
-def _json(response: httpx.Response) -> bytes:
-    """The body; what is no JSON object comes from something between us and the endpoint, and is quoted in one."""
-    try:
-        if isinstance(response.json(), dict):
-            return response.content
-    except ValueError:
-        pass
-    return json.dumps({"error": {"message": response.text[:1000], "code": response.status_code}}).encode()

@@ -3,6 +3,8 @@
     OUT, ERRORS of an earlier run --Ledger.done--+
     lines of IN --pending--> each once: Request to ask, Rejection to write; answered ones are passed over
 
+An id is kept as bytes: JSON knows text that UTF-8, and with it SQLite's TEXT, does not (lines.py).
+
 A set of a million ids would be a hundred megabytes of memory; SQLite keeps it in a temporary file. It holds nothing
 that OUT and ERRORS do not tell again, so it is made anew for each run.
 """
@@ -26,9 +28,9 @@ class Ledger:
         self._base.execute("PRAGMA journal_mode = OFF")
         self._base.execute("PRAGMA synchronous = OFF")
         self._base.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-        self._base.execute("CREATE TABLE answered (custom_id TEXT PRIMARY KEY) WITHOUT ROWID")
-        self._base.execute("CREATE TABLE refused (line INTEGER PRIMARY KEY, custom_id TEXT)")
-        self._base.execute("CREATE TABLE seen (custom_id TEXT PRIMARY KEY) WITHOUT ROWID")
+        self._base.execute("CREATE TABLE answered (custom_id BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._base.execute("CREATE TABLE refused (line INTEGER PRIMARY KEY, custom_id BLOB)")
+        self._base.execute("CREATE TABLE seen (custom_id BLOB PRIMARY KEY) WITHOUT ROWID")
         self._base.execute("BEGIN")
 
     def __enter__(self) -> "Ledger":
@@ -41,9 +43,9 @@ class Ledger:
     def done(self, custom_id: str | None, line: int | None) -> None:
         """OUT (`line` None) or ERRORS holds an answer to it."""
         if line is None:
-            self._base.execute("INSERT OR IGNORE INTO answered VALUES (?)", (custom_id,))
+            self._base.execute("INSERT OR IGNORE INTO answered VALUES (?)", (_key(custom_id),))
         else:
-            self._base.execute("INSERT OR REPLACE INTO refused VALUES (?, ?)", (line, custom_id))
+            self._base.execute("INSERT OR REPLACE INTO refused VALUES (?, ?)", (line, _key(custom_id)))
 
     @property
     def answered(self) -> int:
@@ -67,13 +69,17 @@ class Ledger:
                 yield asked
 
     def _first(self, custom_id: str) -> bool:
-        return self._base.execute("INSERT OR IGNORE INTO seen VALUES (?)", (custom_id,)).rowcount == 1
+        return self._base.execute("INSERT OR IGNORE INTO seen VALUES (?)", (_key(custom_id),)).rowcount == 1
 
     def _is_done(self, asked: Request | Rejection) -> bool:
         found = self._base.execute("SELECT custom_id FROM refused WHERE line = ?", (asked.line,)).fetchone()
-        if found is not None and found[0] == asked.custom_id:
+        if found is not None and found[0] == _key(asked.custom_id):
             return True
         if isinstance(asked, Rejection):
             return False
-        known = self._base.execute("SELECT 1 FROM answered WHERE custom_id = ?", (asked.custom_id,)).fetchone()
-        return known is not None
+        key = _key(asked.custom_id)
+        return self._base.execute("SELECT 1 FROM answered WHERE custom_id = ?", (key,)).fetchone() is not None
+
+
+def _key(custom_id: str | None) -> bytes | None:
+    return None if custom_id is None else custom_id.encode(errors="surrogatepass")

@@ -202,9 +202,12 @@ def custom_ids(where: Place) -> Iterator[tuple[str | None, int | None]]:
     for number, text in enumerate(lines(where), 1):
         try:
             fields = json.loads(text)
-            yield fields["custom_id"], fields.get("line")
-        except (ValueError, KeyError, TypeError) as error:
+            custom_id, line = fields["custom_id"], fields.get("line")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BatchFileError(f"{where.name}, line {number}, is no result of a batch ({error!r}).") from error
+        if not isinstance(custom_id, str | None) or not isinstance(line, int | None):
+            raise BatchFileError(f"{where.name}, line {number}, is no result of a batch (its custom_id or line).")
+        yield custom_id, line
 
 
 def errors_beside(out: str) -> str:

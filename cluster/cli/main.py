@@ -7,6 +7,7 @@ given. Only the module asked for is imported.
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -22,6 +23,8 @@ EXIT_INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and models need not be text that it can hold
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = parse(arguments)
         return int(args.run(args))

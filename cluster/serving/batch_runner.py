@@ -48,16 +48,16 @@ class BatchRunner:
         """Bring one batch after another to its end, the oldest first. A fault of ours ends a batch, never the loop."""
         over: set[str] = set()
         while True:
-            found = self._store.batches(over)
-            over |= {batch.id for batch in found if batch.status.over}
-            waiting = [batch for batch in found if not batch.status.over]
-            if not waiting:
-                await asyncio.sleep(LOOK_S)
-                continue
             try:
+                found = self._store.batches(over)
+                over |= {batch.id for batch in found if batch.status.over}
+                waiting = [batch for batch in found if not batch.status.over]
+                if not waiting:
+                    await asyncio.sleep(LOOK_S)
+                    continue
                 await self._run(waiting[-1])
             except OSError:
-                logger.exception("Batch %s waits for its disk, and goes on from its files.", waiting[-1].id)
+                logger.exception("Batches wait for their disk, and go on from their files.")
                 await asyncio.sleep(DISK_S)
 
     async def _run(self, shown: Batch) -> None:
@@ -68,15 +68,18 @@ class BatchRunner:
             with self._open(batch) as files:
                 batch = replace(batch.entered(State.IN_PROGRESS), counts=Counts(total=files.total))
                 self._store.put_batch(batch)
-                finished = await self._answer(batch, files, tally)
-                counts = self._counts(files, tally)
+                try:
+                    finished = await self._answer(batch, files, tally)
+                finally:
+                    batch = replace(batch, counts=self._counts(files, tally))
         except OSError:
             raise
         except Exception as error:
             logger.exception("Batch %s failed.", batch.id)
-            self._store.put_batch(replace(batch.entered(State.FAILED), error=faults.sentence(error)))
+            failed = replace(self._register(batch), error=faults.sentence(error))
+            self._store.put_batch(failed.entered(State.FAILED))
             return
-        batch = replace(batch.entered(State.FINALIZING), counts=counts)
+        batch = batch.entered(State.FINALIZING)
         self._store.put_batch(batch)
         self._store.put_batch(self._register(batch).entered(State.COMPLETED if finished else State.CANCELLED))
 
@@ -120,7 +123,7 @@ class BatchRunner:
         return Counts(files.total, files.answered + tally.results, files.refused + tally.errors)
 
     def _register(self, batch: Batch) -> Batch:
-        """Make files of the results; one that is empty is none."""
+        """Make files of the results; one that is empty, or was never opened, is none."""
         output = self._kept(batch.output_file_id, f"{batch.id}_output.jsonl")
         errors = self._kept(batch.error_file_id, f"{batch.id}_error.jsonl")
         return replace(batch, output_file_id=output, error_file_id=errors)
@@ -128,8 +131,8 @@ class BatchRunner:
     def _kept(self, name: str | None, filename: str) -> str | None:
         assert name is not None  # `_begin` gave it
         path = self._store.content(name)
-        if not path.stat().st_size:
-            path.unlink()
+        if not path.exists() or not path.stat().st_size:
+            path.unlink(missing_ok=True)
             return None
         return self._store.register_file(name, filename, "batch_output").id
 

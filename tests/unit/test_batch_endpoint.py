@@ -57,7 +57,7 @@ def test_a_refusal_is_an_answer() -> None:
 def test_what_is_no_json_is_quoted() -> None:
     with serving(Stub(PlainTextResponse("<html>", 404))) as url:
         answer = ask(url)
-    assert json.loads(answer.body) == {"error": {"message": "<html>", "code": 404}}
+    assert json.loads(answer.body)["error"] == {"message": "<html>", "type": "server_error", "code": 404}
 
 
 def test_one_that_stays_away_ends_the_job_with_what_was_seen() -> None:

@@ -22,6 +22,13 @@ def text(**changes: Any) -> bytes:
     return json.dumps({**GOOD, **changes}).encode() + b"\n"
 
 
+def nested(levels: int) -> Any:
+    value: Any = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
 def test_a_request() -> None:
     asked = parse(7, text())
     assert isinstance(asked, Request)
@@ -35,6 +42,8 @@ def test_a_request() -> None:
         (b"{broken", None, "invalid_json"),
         (b"\xff\xfe", None, "invalid_json"),
         (b"[" * 100_000, None, "invalid_json"),
+        (text(body={"prompt": nested(lines.MOST_DEPTH)}), None, "invalid_json"),
+        (text(method=nested(lines.MOST_DEPTH - 1)), "r1", "invalid_method"),
         (b"[1]", None, "invalid_json"),
         (text(custom_id=None), None, "missing_custom_id"),
         (text(custom_id=""), None, "missing_custom_id"),
@@ -65,12 +74,17 @@ def test_no_line_raises(line: bytes) -> None:
     parse(1, line)
 
 
-@given(st.text(min_size=1), st.dictionaries(st.text(), st.integers() | st.text() | st.none()))
+TEXT = st.text(st.characters(exclude_categories=()))
+"""With lone surrogates, which JSON can name and UTF-8 cannot hold."""
+
+
+@given(TEXT.filter(bool), st.dictionaries(TEXT, st.integers() | TEXT | st.none()))
 def test_whatever_it_is_called(custom_id: str, body: dict[str, Any]) -> None:
     body.pop("stream", None)
     asked = parse(1, text(custom_id=custom_id, body=body))
     assert isinstance(asked, Request)
     assert (asked.custom_id, json.loads(asked.body)) == (custom_id, body)
+    assert json.loads(lines.rejection_line(lines.duplicate(asked)))["custom_id"] == custom_id
     line = lines.result_line(asked, Answer(200, b'{"id": "cmpl-1", "choices": []}'))
     assert line.count(b"\n") == 1, "a result is one line"
     written = json.loads(line)
@@ -93,3 +107,33 @@ def test_ids_are_the_same_whenever_a_request_is_asked() -> None:
     first, second = (json.loads(lines.result_line(asked, Answer(200, b"{}"))) for _ in range(2))
     assert first == second
     assert first["id"].startswith("batch_req_")
+
+
+def test_half_an_emoji_comes_back_as_it_came_and_all_else_as_utf_8() -> None:
+    asked = parse(1, b'{"custom_id": "\\ud83d caf\xc3\xa9", "method": "POST", "url": "/v1/completions", "body": {}}')
+    assert isinstance(asked, Request)
+    assert b'"custom_id": "\\ud83d caf\xc3\xa9"' in lines.result_line(asked, Answer(200, b"{}"))
+
+
+@pytest.mark.parametrize("depth", [1, 50, lines.MOST_DEPTH - 1])
+def test_what_is_nested_within_bounds_is_asked(depth: int) -> None:
+    asked = parse(1, text(body={"prompt": nested(depth - 1) if depth > 1 else "a"}))
+    assert isinstance(asked, Request)
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>", b"", b"[1]", b"\xff", b"[" * 100_000, b'{"a":' * 5000 + b"1" + b"}" * 5000]
+)
+@pytest.mark.parametrize("status", [200, 404, 500])
+def test_an_answer_that_is_no_object_is_an_error_of_its_line(status: int, body: bytes) -> None:
+    asked = parse(3, text())
+    assert isinstance(asked, Request)
+    answer = lines.answer_of(status, body)
+    assert not answer.accepted
+    assert answer.status == (502 if status == 200 else status)
+    response = json.loads(lines.refusal_line(asked, answer))["response"]
+    assert response["body"]["error"]["message"] == body.decode(errors="replace")[: lines.MOST_QUOTED]
+
+
+def test_an_answer_that_is_an_object_stays_as_it_is() -> None:
+    assert lines.answer_of(200, b'{"id": "\\ud83d"}') == Answer(200, b'{"id": "\\ud83d"}')

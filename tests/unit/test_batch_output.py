@@ -129,9 +129,10 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         Appender(place(str(tmp_path / "file" / "out.jsonl")))
 
 
-def test_a_file_of_something_else_is_no_result(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["[]", "{}", '{"custom_id": ["a"]}', '{"custom_id": "a", "line": "1"}', "[" * 20_000])
+def test_a_file_of_something_else_is_no_result(tmp_path: Path, line: str) -> None:
     path = tmp_path / "out.jsonl"
-    path.write_text('{"custom_id": "a"}\n[]\n')
+    path.write_text('{"custom_id": "a"}\n' + line)
     with pytest.raises(BatchFileError, match="line 2, is no result"):
         list(custom_ids(place(str(path))))
 

@@ -4,14 +4,16 @@ import asyncio
 import io
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from endpoint_stub import Stub, serving
 from starlette.responses import JSONResponse
 
 from pomarium.cluster.batch import endpoint
+from pomarium.cluster.batch.progress import Tally
 from pomarium.cluster.serving import batch_runner, batch_store
 from pomarium.cluster.serving.batch_runner import BatchRunner
 from pomarium.cluster.serving.batch_store import Batch, BatchStore, FileTooLargeError, State, UnknownIdError, new_id
@@ -131,6 +133,106 @@ def test_a_batch_whose_file_is_gone_fails_and_says_so(store: BatchStore) -> None
     card = store.batch(name).card()
     assert card["status"] == "failed"
     assert source in card["errors"]["data"][0]["message"]
+    assert card["output_file_id"] is card["error_file_id"] is None
+    assert list(store.folder.glob("file-*")) == []
+
+
+def test_a_batch_that_fails_half_way_names_the_file_of_what_was_answered(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = create(store, upload(store, 3))
+    monkeypatch.setattr(Tally, "add", Mock(side_effect=ZeroDivisionError("a fault")))
+    with serving(Stub()) as url:
+        run(store, url, lambda: store.batch(name).status.over)
+    batch = store.batch(name)
+    assert (batch.status, batch.error_file_id) == (State.FAILED, None)
+    assert store.file(batch.output_file_id or "").purpose == "batch_output"
+    assert ids(store, batch.output_file_id)
+
+
+def test_files_are_named_once_they_exist_and_as_long_as_they_do(store: BatchStore) -> None:
+    name = create(store, upload(store, 1))
+    named = []
+    with serving(Stub()) as url:
+        run(store, url, lambda: bool(named.append(store.batch(name).card()) or named[-1]["completed_at"]))
+    assert {card["output_file_id"] for card in named if not card["completed_at"]} == {None}
+    output = store.batch(name).output_file_id
+    assert output is not None
+    store.delete_file(output)
+    assert store.batch(name).output_file_id is None
+
+
+HALF = "\ud83d"
+"""Of an emoji's surrogate pair: JSON can name it, UTF-8 has no form of it."""
+
+
+def test_lines_of_any_text_and_depth_are_answered_or_refused_each_for_itself(store: BatchStore) -> None:
+    line = {"custom_id": f"r{HALF}", "method": "POST", "url": "/v1/completions", "body": {"prompt": HALF}}
+    lines = [json.dumps({**line, **change}) for change in ({}, {"body": {}}, {"url": HALF}, {"custom_id": f"r2{HALF}"})]
+    name = create(store, upload(store, 1, *lines, '{"custom_id": ' + "[" * 20_000))
+    stub = Stub()
+    with serving(stub) as url:
+        run(store, url, lambda: store.batch(name).counts.completed == 3)
+        run(store, url, lambda: store.batch(name).status.over)
+    batch = store.batch(name)
+    assert (batch.status, batch.counts.completed, batch.counts.failed) == (State.COMPLETED, 3, 3)
+    assert ids(store, batch.output_file_id) == ["r0", f"r2{HALF}", f"r{HALF}"]
+    assert batch.error_file_id is not None
+    errors = [json.loads(line) for line in store.content(batch.error_file_id).read_text().splitlines()]
+    assert {error["line"]: error["error"]["code"] for error in errors} == {
+        3: "duplicate_custom_id", 4: "invalid_url", 6: "invalid_json"
+    }  # fmt: skip
+    assert len(stub.keys) == 3, "what is answered is not asked again"
+
+
+DAMAGES = {
+    "empty": b"",
+    "cut off": b'{"id": "',
+    "no object": b"[1]",
+    "nested": b"[" * 20_000,
+    "of another id": b'{"id": "batch_x"}',
+    "no numbers": b'{"created_at": null}',
+    "not a number": b'{"metadata": {"a": NaN}}',
+    "of an unknown state": b'{"status": "lost"}',
+    "times that are none": b'{"times": [1]}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_keeps_nobody_from_anything(
+    store: BatchStore, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = upload(store, 1)
+    lost, well = create(store, source), create(store, source)
+    other = upload(store, 2)
+    for name in (lost, other):
+        record, changed = store.folder / f"{name}.json", DAMAGES[damage]
+        if changed.startswith(b"{") and changed.endswith(b"}"):
+            changed = json.dumps(json.loads(record.read_text()) | json.loads(changed)).encode()
+        record.write_bytes(changed)
+    with serving(Stub()) as url:
+        run(store, url, lambda: store.batch(well).status.over)
+    for _ in range(2):
+        assert [batch.id for batch in store.batches()] == [well]
+        listed = [file.id for file in store.files()]
+    assert source in listed
+    assert caplog.text.count(f"The record of {lost} cannot be read") == 2, "once each by the runner's store and by ours"
+    with pytest.raises(UnknownIdError, match="cannot be read"):
+        store.batch(lost)
+    assert (store.folder / f"{lost}.json").exists()
+    if other not in listed:
+        with pytest.raises(UnknownIdError, match="cannot be read"):
+            store.file(other)
+    store.delete_file(other)
+    assert not store.content(other).exists()
+
+
+def test_a_record_of_another_version_is_read(store: BatchStore) -> None:
+    batch = Batch(new_id("batch_"), "/v1/completions", "file-1", "24h", 5)
+    fields = json.loads(json.dumps(asdict(batch)))
+    del fields["metadata"]
+    (store.folder / f"{batch.id}.json").write_text(json.dumps(fields | {"a later field": 1}))
+    assert store.batch(batch.id) == batch
 
 
 def test_a_fault_of_ours_ends_its_batch_and_the_next_one_runs(

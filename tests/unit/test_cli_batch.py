@@ -1,6 +1,7 @@
 """The command line of batches: what is refused before anything starts, and runs that need no engine of their own."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,24 @@ def test_an_endpoint_answers_and_a_finished_job_asks_nobody(tmp_path: Path, capf
     assert "all 4 lines of" in capfd.readouterr().out
     assert len(stub.keys) == 3
     assert len(Path(files[1]).read_text().splitlines()) == 3
+
+
+def test_text_that_is_no_utf_8_is_answered_and_resumed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Half an emoji in lines, and file names that are bytes."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    line = {"custom_id": "\ud83d", "method": "POST", "url": "/v1/completions", "body": {"prompt": "\ud83d"}}
+    (folder / "in.jsonl").write_text(json.dumps(line) + "\n" + "[" * 20_000)
+    files = [str(folder / "in.jsonl"), str(folder / "out.jsonl")]
+    stub = Stub()
+    with serving(stub) as url:
+        assert main(["batch", "run", *files, "--endpoint", url]) == 0
+    assert "1 results in" in capfd.readouterr().out
+    assert main(["batch", "run", *files, "--resume"]) == 0
+    assert "caf\\udce9" in capfd.readouterr().out
+    assert len(stub.keys) == 1
+    (result,) = map(json.loads, (folder / "out.jsonl").read_text().splitlines())
+    assert (result["custom_id"], result["response"]["body"]["got"]["prompt"]) == ("\ud83d", "\ud83d")
 
 
 def test_jobs_need_a_rack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

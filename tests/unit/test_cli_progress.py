@@ -43,6 +43,12 @@ def test_noise_goes_to_the_log_and_phases_to_the_terminal(tmp_path: Path) -> Non
     assert log.stat().st_mode & 0o077 == 0
 
 
+def test_a_name_that_is_no_text_is_shown_escaped(tmp_path: Path) -> None:
+    done = script(tmp_path / "x.log", r'terminal.say("caf\xe9 \udcff \ud83d")')
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[1] == "caf\xe9 \\udcff \\ud83d"
+
+
 def test_a_failed_phase_claims_no_time(tmp_path: Path) -> None:
     body = """
     with terminal.phase("engine"):
