@@ -113,7 +113,7 @@ async def one_round(url: str, policy: str, options: argparse.Namespace, turn: in
             answers.append(await ask(client, policy, messages))
 
     load, began = Load(), time.perf_counter()
-    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_S) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_S, trust_env=False) as client:
         await asyncio.gather(*(client_loop(client) for _ in range(options.clients)))
     return Figures(tuple(answers), time.perf_counter() - began, load.others())
 

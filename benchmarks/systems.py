@@ -275,11 +275,12 @@ def _mlx_server(spec: Spec, model: Path) -> Iterator[MlxServer]:
 
 def _wait_until_up(process: "subprocess.Popen[bytes]", url: str, limit_s: float = 120) -> None:
     deadline = time.monotonic() + limit_s
+    straight = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"mlx-lm's server ended with status {process.returncode}")
         try:
-            urllib.request.urlopen(f"{url}/health", timeout=1).close()
+            straight.open(f"{url}/health", timeout=1).close()
             return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)

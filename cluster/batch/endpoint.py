@@ -10,6 +10,7 @@ import httpx
 
 from pomarium.cluster.batch.lines import Answer, Request, answer_of
 from pomarium.worker.errors import PomariumError
+from pomarium.worker.handoff.address import is_local
 
 ROOM = 64
 OUTAGE_S = 900.0
@@ -28,18 +29,31 @@ class HttpEngine:
     """A dispatch.Engine at a URL."""
 
     def __init__(
-        self, url: str, key: str | None, room: int = ROOM, start_s: float = 0.0, outage_s: float = OUTAGE_S
+        self,
+        url: str,
+        key: str | None,
+        room: int = ROOM,
+        start_s: float = 0.0,
+        outage_s: float = OUTAGE_S,
+        own: bool = False,
     ) -> None:
         """`url`: with or without /v1 at its end. `key`: a bearer token.
 
         start_s, outage_s: how long it may be away at the start, and later.
+        own: it is Pomarium's. A proxy of the environment is then never asked for it, nor for one in the local network.
+
+        Raises EndpointError if `url` is none.
         """
         self.room, self._start_s, self._outage_s = room, start_s, outage_s
         self._url = url.rstrip("/").removesuffix("/v1")
+        limits = httpx.Limits(max_connections=room, max_keepalive_connections=room)
+        straight = own or is_local(_host(self._url))
         self._client = httpx.AsyncClient(
+            # With a transport of its own it looks at no proxy's variable, and still at those of certificates.
+            transport=httpx.AsyncHTTPTransport(limits=limits) if straight else None,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(ANSWER_S, connect=10.0),
-            limits=httpx.Limits(max_connections=room, max_keepalive_connections=room),
+            limits=limits,
         )
 
     async def start(self) -> None:
@@ -85,3 +99,16 @@ class HttpEngine:
     async def close(self) -> None:
         """Give back connections."""
         await self._client.aclose()
+
+
+def _host(url: str) -> str:
+    """Raises EndpointError."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise EndpointError(
+            f"{url!r} is no URL ({error}): write http://HOST:PORT, an IPv6 address in brackets."
+        ) from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise EndpointError(f"{url!r} is no URL of an endpoint: write http://HOST:PORT.")
+    return parsed.host

@@ -2,7 +2,7 @@
 
     arguments of `batch submit` --submit--> Ray's job server on the head --> python -m pomarium.cluster.batch there
 
-Asked over HTTP with the rack's token (ray.job_submission), so this process needs no connection to Ray.
+Asked over HTTP with the rack's token (ray.job_submission), so this process needs no connection to Ray, and no proxy.
 """
 
 import asyncio
@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from pomarium.cluster.rack import current
+from pomarium.cluster.rack.direct import direct
 from pomarium.worker.errors import PomariumError, SettingsError
+from pomarium.worker.handoff.address import host_of
 
 KIND = {"pomarium": "batch"}
 """Marks our jobs among others of the rack."""
@@ -82,6 +84,7 @@ def _client() -> Iterator[Any]:
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+    os.environ.update(direct(os.environ, host_of(rack.address)))
     url = current.for_ray_commands(rack)["RAY_API_SERVER_ADDRESS"]
     try:
         yield JobSubmissionClient(url)

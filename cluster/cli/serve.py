@@ -24,6 +24,7 @@ from pomarium.cluster.rack.inventory import KEEP_S
 from pomarium.cluster.serving.plan import ModelPlan, Scaling, ServePlan, served_names
 from pomarium.worker import settings
 from pomarium.worker.errors import CheckpointError, SettingsError
+from pomarium.worker.handoff.address import authority
 
 KEY_VARIABLE = "POMARIUM_API_KEY"
 EMBEDDED_NAME = "smollm2"
@@ -259,7 +260,7 @@ def check_port(host: str, port: int) -> None:
         raise SettingsError(f"--host {host} is no address of this machine ({e.strerror}).") from e
     except OSError as e:
         raise SettingsError(
-            f"Cannot listen on {host}:{port} ({e.strerror}): choose another with --port or --host."
+            f"Cannot listen on {authority(host, port)} ({e.strerror}): choose another with --port or --host."
         ) from e
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pomarium.cluster.rack import node
+from pomarium.cluster.rack.direct import direct, proxied
 from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import NodeSpec, Ports
 from pomarium.cluster.state import state_folder
 from pomarium.worker.errors import SettingsError
+from pomarium.worker.handoff.address import host_of, http_url
 
 RECORD = "rack.json"
 NO_RACK = "No rack is up on this machine: start one with `pomarium rack up`, or join one with `pomarium rack join`."
@@ -137,10 +139,12 @@ def environment(rack: CurrentRack) -> dict[str, str]:
     return rack.membership.variables() | {"RAY_ADDRESS": rack.address}
 
 
-def for_ray_commands(rack: CurrentRack) -> dict[str, str]:
-    """What Ray's own commands (`ray status`, `ray job submit`) need on this machine."""
-    jobs = f"http://{rack.address.rpartition(':')[0]}:{node.JOBS_PORT}"
-    return environment(rack) | {"RAY_API_SERVER_ADDRESS": jobs}
+def for_ray_commands(rack: CurrentRack, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What Ray's own commands (`ray status`, `ray job submit`) need on this machine, where those that speak HTTP would
+    ask the proxy that `environ` names."""
+    host = host_of(rack.address)
+    straight = direct(environ, host) if proxied(environ) else {}
+    return environment(rack) | straight | {"RAY_API_SERVER_ADDRESS": http_url(host, node.JOBS_PORT)}
 
 
 def _rack(data: dict[str, Any]) -> CurrentRack:

@@ -109,6 +109,8 @@ def join(
 
 def resolve(head: str) -> str:
     """HOST or HOST:PORT as IP address and port. Raises SettingsError."""
+    if head.startswith("[") or head.count(":") > 1:
+        raise SettingsError(f"{head!r} is an IPv6 address, and racks use IPv4: give the head's IPv4 address.")
     host, colon, port = head.rpartition(":")
     host, port = (host, port) if colon else (head, str(GCS_PORT))
     if not host or not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):

@@ -100,7 +100,7 @@ class BatchRunner:
     async def _answer(self, batch: Batch, files: Files, tally: Tally) -> bool:
         """False if it was cancelled."""
         # An endpoint that lacks its Macs is waited for, however long: the batch is the endpoint's own.
-        engine = HttpEngine(self._url, self._key, ROOM, math.inf, math.inf)
+        engine = HttpEngine(self._url, self._key, ROOM, math.inf, math.inf, own=True)
         work = asyncio.create_task(job.run(files, [engine], tally, lambda: None, lambda: None))
         try:
             while not work.done():

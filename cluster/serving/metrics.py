@@ -19,6 +19,7 @@ from pomarium.cluster.rack import power, roster
 from pomarium.cluster.rack.mac_power import LOST, MacPower, Power, without_node
 from pomarium.cluster.rack.roster import Member
 from pomarium.worker.errors import SettingsError
+from pomarium.worker.handoff.address import http_url
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ MACS = "pomarium_macs"
 def addresses(nodes: Iterable[Mapping[str, Any]]) -> list[str]:
     """URL of each living node's exporter, from `ray.nodes()`."""
     return [
-        f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics"
+        f"{http_url(n['NodeManagerAddress'], n['MetricsExportPort'])}/metrics"
         for n in nodes
         if n["Alive"] and n["MetricsExportPort"]
     ]
@@ -89,9 +90,7 @@ def macs_page(counts: Mapping[str, int]) -> str:
 async def collect() -> str:
     """The page of this moment. Machines that do not answer are left out."""
     nodes, macs = await asyncio.gather(asyncio.to_thread(ray.nodes), asyncio.to_thread(_macs))
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=FETCH_S)) as session:
-        pages = await asyncio.gather(*(_fetch(session, url) for url in addresses(nodes)), return_exceptions=True)
-    return merge([macs, *(page for page in pages if isinstance(page, str))])
+    return merge([macs, *await fetched(addresses(nodes))])
 
 
 def _macs() -> str:
@@ -106,6 +105,13 @@ def _macs() -> str:
 @cache
 def _client(address: str) -> GcsClient:
     return GcsClient(address=address)
+
+
+async def fetched(urls: Iterable[str]) -> list[str]:
+    """The pages that answer, and no proxy of the environment for them."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=FETCH_S), trust_env=False) as session:
+        pages = await asyncio.gather(*(_fetch(session, url) for url in urls), return_exceptions=True)
+    return [page for page in pages if isinstance(page, str)]
 
 
 async def _fetch(session: aiohttp.ClientSession, url: str) -> str:

@@ -13,6 +13,7 @@ from pomarium.cluster import model_names
 from pomarium.cluster.placement_model import Network
 from pomarium.cluster.rack.inventory import KEEP_S, LOAD, ReplicasEntry
 from pomarium.worker.errors import SettingsError
+from pomarium.worker.handoff.address import http_url
 
 RESOURCE = "mlx"
 """Ray resource that a machine offers once per worker it can run."""
@@ -119,8 +120,7 @@ class ServePlan:
     @property
     def url(self) -> str:
         """Base URL for clients on this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        return f"http://{host}:{self.port}"
+        return http_url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host), self.port)
 
     def workers(self) -> int:
         """How many `mlx` resources the plan takes at least."""

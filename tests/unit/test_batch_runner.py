@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 from endpoint_stub import Stub, serving
+from recording_proxy import proxied
 from starlette.responses import JSONResponse
 
 from pomarium.cluster.batch import endpoint
@@ -73,6 +74,16 @@ def test_a_batch_comes_to_its_end(store: BatchStore) -> None:
     assert card["completed_at"] >= card["finalizing_at"] >= card["in_progress_at"] > 0
     assert card["errors"] is card["failed_at"] is None
     assert store.file(batch.output_file_id or "").purpose == "batch_output"
+
+
+def test_no_proxy_of_the_environment_is_asked_for_the_endpoint(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = create(store, upload(store, 2))
+    with proxied(monkeypatch) as proxy, serving(Stub()) as url:
+        run(store, url, lambda: store.batch(name).status.over)
+    assert (store.batch(name).status, store.batch(name).counts.completed) == (State.COMPLETED, 2)
+    assert proxy.asked == []
 
 
 def test_without_errors_there_is_no_error_file(store: BatchStore) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recording_proxy import proxied
 
 from pomarium.cluster.executor.codec import (
     Method,
@@ -114,6 +115,17 @@ def test_results_come_back_to_their_calls_in_order(link: WorkerLink, peer: Peer)
         replies.append(call(link, "echo", index))
     assert [reply.result() for reply in replies] == list(range(100))
     assert len(peer.executed) == 134
+
+
+def test_no_proxy_of_the_environment_comes_between(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with proxied(monkeypatch) as proxy:
+        link = WorkerLink("worker 0", peer.address, TOKEN, Failures())
+        try:
+            link.wait_ready(WAIT_S)
+            assert call(link, "echo", 5).result() == 5
+        finally:
+            link.close()
+    assert proxy.asked == []
 
 
 def test_a_callable_travels_by_value(link: WorkerLink) -> None:

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from link_proxy import LinkProxy
+from recording_proxy import proxied
 
 from pomarium.proto import handoff_pb2 as pb
 from pomarium.proto import handoff_pb2_grpc as pb_grpc
@@ -113,6 +114,13 @@ def is_equal(one: dict[str, mx.array], other: dict[str, mx.array]) -> bool:
         a.dtype == b.dtype and bytes(memoryview(a)) == bytes(memoryview(b))
         for a, b in zip(one.values(), other.values(), strict=True)
     )
+
+
+def test_no_proxy_of_the_environment_comes_between(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    with proxied(monkeypatch) as proxy:
+        ends.outbox().send(0, hidden(0))
+        assert is_equal(ends.inbox.receive(0, WAIT_S), hidden(0))
+    assert proxy.asked == []
 
 
 def test_steps_come_out_as_they_went_in(ends: Ends) -> None:

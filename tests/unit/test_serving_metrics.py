@@ -1,12 +1,16 @@
 """Prometheus pages of several machines become one valid page, and Macs are counted by state."""
 
+import asyncio
+
 import pytest
+from endpoint_stub import Stub, serving
 from prometheus_client.parser import text_string_to_metric_families
+from recording_proxy import proxied
 
 from pomarium.cluster.rack.labels import MacFacts
 from pomarium.cluster.rack.mac_power import MacPower, Power
 from pomarium.cluster.rack.roster import Member
-from pomarium.cluster.serving.metrics import addresses, macs_by_state, macs_page, merge
+from pomarium.cluster.serving.metrics import addresses, fetched, macs_by_state, macs_page, merge
 
 PAGE_1 = """# HELP steps_total Steps.
 # TYPE steps_total counter
@@ -102,3 +106,9 @@ def test_the_page_of_macs_is_prometheus_text() -> None:
     (family,) = text_string_to_metric_families(merge([page, PAGE_2]).split("# HELP steps")[0])
     assert (family.name, family.type) == ("pomarium_macs", "gauge")
     assert {s.labels["state"]: s.value for s in family.samples if s.value} == {"awake": 1.0, "going to sleep": 1.0}
+
+
+def test_no_proxy_of_the_environment_is_asked_for_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    with proxied(monkeypatch) as proxy, serving(Stub()) as url:
+        assert asyncio.run(fetched([f"{url}/v1/models", f"{url}/none"])) == ['{"data":[]}']
+    assert proxy.asked == []

@@ -44,7 +44,17 @@ def test_given_names_must_match_the_models() -> None:
         served_names(["a/b", "c/d"], ["x"])
 
 
-@pytest.mark.parametrize(("host", "url"), [("0.0.0.0", "http://127.0.0.1:81"), ("10.0.0.7", "http://10.0.0.7:81")])
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:81"),
+        ("10.0.0.7", "http://10.0.0.7:81"),
+        ("::", "http://[::1]:81"),
+        ("::1", "http://[::1]:81"),
+        ("fe80::1%eth0", "http://[fe80::1%25eth0]:81"),
+        ("mac.local", "http://mac.local:81"),
+    ],
+)
 def test_url_is_one_that_this_machine_can_open(host: str, url: str) -> None:
     assert ServePlan((model(),), host, 81).url == url
 
