@@ -211,7 +211,7 @@ def custom_ids(where: Place) -> Iterator[tuple[str | None, int | None]]:
 
 
 def errors_beside(out: str) -> str:
-    """Where errors go if the user names no file: OUT.errors.jsonl beside OUT.jsonl."""
+    """Where errors go if the user names no file: out.errors.jsonl beside out.jsonl."""
     name = out.removesuffix(".gz")
     ending = ".gz" if name != out else ""
     return f"{name.removesuffix('.jsonl')}.errors.jsonl{ending}"

@@ -64,7 +64,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="requests, one JSON object per line")
     parser.add_argument("out", metavar="OUT", help="results, as they come")
-    parser.add_argument("--errors", metavar="FILE", help="refused lines (default: OUT.errors.jsonl beside OUT.jsonl)")
+    parser.add_argument(
+        "--errors", metavar="FILE", help="refused lines (default: out.errors.jsonl beside an OUT out.jsonl)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from what OUT and ERRORS hold")
     parser.add_argument("--overwrite", action="store_true", help="drop what OUT and ERRORS hold")
     parser.add_argument("--model", metavar="MODEL", help="folder, GGUF file or id (default: the embedded model)")

@@ -145,6 +145,12 @@ def test_errors_stand_beside_results(out: str, errors: str) -> None:
     assert output.errors_beside(out) == errors
 
 
+@pytest.mark.parametrize("out", ["out.jsonl", "out.jsonl.gz"])
+def test_the_page_names_the_errors_file_that_is_written(out: str) -> None:
+    page = " ".join((Path(__file__).parents[2] / "docs" / "batch.md").read_text().split())
+    assert f"`{output.errors_beside(out)}` beside `{out}`" in page
+
+
 def test_one_file_under_two_names(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("")
     (tmp_path / "b").symlink_to(tmp_path / "a")

@@ -4,6 +4,7 @@ Each test runs the script of a small copy of the checkout with stand-ins for the
 """
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -187,3 +188,13 @@ def test_help_lists_every_target_meant_for_people() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("install", "serve", "test", "test-fast", "lint", "bench", "clean", "help"):
         assert f"make {target} " in shown
+
+
+@pytest.mark.parametrize(
+    ("page", "sentence"),
+    [("README.md", "{} GiB of disk"), ("docs/development.md", "Set-up asks for {} GiB of free disk")],
+)
+def test_the_pages_name_the_disk_that_set_up_asks_for(page: str, sentence: str) -> None:
+    needed = re.search(r"need_mib=(\d+)", (ROOT / "deploy" / "setup.sh").read_text())
+    assert needed is not None
+    assert sentence.format(int(needed[1]) // 1024) in " ".join((ROOT / page).read_text().split())
