@@ -6,7 +6,7 @@ ARGS ?=
 # Set-up leaves compiling to the first import of a module: a Python that keeps nothing would compile at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install install-dev serve test test-full test-fast lint lint-style lint-types lint-layers format proto bench bench-batch bench-autoscale rack-simulation mutants clean
+.PHONY: help install install-dev serve test test-full test-fast lint lint-style lint-types lint-layers format proto engine-options bench bench-batch bench-autoscale rack-simulation mutants clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,9 @@ proto: install-dev ## generate the gRPC stubs from proto/*.proto
 	@mkdir -p build/typing/pomarium && ln -sfn ../../../proto build/typing/pomarium/proto
 	@$(BIN)/python -m grpc_tools.protoc -Ibuild/typing --python_out=build/typing --pyi_out=build/typing \
 		--grpc_python_out=build/typing build/typing/pomarium/proto/*.proto
+
+engine-options: install-dev ## list the installed vLLM's options in cluster/serving/engine_options.json
+	@$(BIN)/python -m pomarium.cluster.serving.engine_args
 
 bench: install-dev ## measure our engine, mlx-lm and vLLM's CPU backend (docs/benchmarks.md)
 	@$(BIN)/python benchmarks/engine.py $(ARGS)

@@ -2,7 +2,7 @@
 
 A subcommand is a module with `add_parser(subparsers)`; its parser sets `run(args) -> int`. A parser that sets
 `passes_through` gets the arguments that it does not know as `args.extra`. All of them are in `args.argv`, as they were
-given. Only the module asked for is imported.
+given, and the options of the command are `args.options`. Only the module asked for is imported.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from pomarium.cluster.serving import engine_options
 from pomarium.worker.errors import PomariumError
 
 COMMANDS = ("serve", "batch", "plan", "rack", "env", "doctor", "selftest")
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = parse(arguments)
+        engine_options.check(args.extra, args.options)
         return int(args.run(args))
     except PomariumError as e:
         print(f"pomarium: {' '.join(str(e).split())}", file=sys.stderr)
@@ -49,10 +51,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for command in wanted:
         importlib.import_module(f"pomarium.cluster.cli.{command}").add_parser(subparsers)
     args, extra = parser.parse_known_args(list(arguments))
+    args.extra, args.argv, args.options = extra, list(arguments), _options(parser, arguments)
     if extra and not args.passes_through:
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    args.extra, args.argv = extra, list(arguments)
+        wrong = next((word for word in extra if word.startswith("--")), "")
+        meant = engine_options.nearest(wrong.partition("=")[0], args.options) if wrong else None
+        parser.error(f"unrecognized arguments: {' '.join(extra)}{f' (did you mean {meant}?)' if meant else ''}")
     return args
+
+
+def _options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """All options of the innermost command that `arguments` name."""
+    for word in arguments:
+        for action in parser._actions:  # argparse has no other way to tell what it was given
+            if isinstance(action, argparse._SubParsersAction) and word in action.choices:
+                parser = action.choices[word]
+                break
+    return [word for action in parser._actions for word in action.option_strings]
 
 
 if __name__ == "__main__":
