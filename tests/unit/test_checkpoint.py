@@ -19,6 +19,7 @@ from pomarium.worker.errors import CheckpointError, PomariumError, UnsupportedEr
 from pomarium.worker.models.checkpoint import Checkpoint, inspect, read_safetensors_header
 from pomarium.worker.models.load import load
 from pomarium.worker.models.quantisation import Quantisation
+from pomarium.worker.models.stages import StageCut
 
 TOKENS = mx.array([[5, 9, 44, 3, 77, 8, 120]])
 
@@ -69,12 +70,20 @@ def _index(directory: Path, **weight_map: str) -> None:
     index.write_text(json.dumps({"weight_map": weight_map}))
 
 
+def _sharded(directory: Path) -> None:
+    """Into two files, of which only the first is there."""
+    first = "model-00001-of-00002.safetensors"
+    (directory / "model.safetensors").rename(directory / first)
+    _index(directory, **{"model.norm.weight": first, "lm_head.weight": "model-00002-of-00002.safetensors"})
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (_remove("config.json"), "no config.json"),
         (_write("config.json", "{"), "not valid JSON"),
         (_write("config.json", "[]"), "JSON"),
+        (_write("config.json", "[" * 20_000), "not valid JSON"),
         (_write("config.json", "{}"), "no model_type"),
         (_write("config.json", '{"model_type": "../x"}'), "no model_type"),
         (_remove("model.safetensors"), "no model*.safetensors"),
@@ -82,7 +91,9 @@ def _index(directory: Path, **weight_map: str) -> None:
         (_cut_header, "model.safetensors is truncated"),
         (_write("model.safetensors", "nonsense and more"), "model.safetensors is truncated or no"),
         (_write("model.safetensors.index.json", "{}"), "not a valid index"),
-        (lambda d: _index(d, a="model-00002-of-00002.safetensors"), "model-00002-of-00002.safetensors is missing"),
+        (lambda d: _sharded(d), "model-00002-of-00002.safetensors is missing"),
+        (lambda d: _index(d, a="model.safetensors", b="model-2.safetensors"), "model-2.safetensors is missing"),
+        (_write("model.safetensors.index.json", "[" * 20_000), "not a valid index"),
         (lambda d: _index(d, absent="model.safetensors"), "no shard holds the tensor 'absent'"),
     ],
 )
@@ -255,6 +266,65 @@ def test_a_tiny_checkpoint_of_a_family_loads_as_built(name: str, tmp_path: Path)
     write_checkpoint(name, tmp_path)
     assert TINY[name]["model_type"] == inspect(tmp_path).model_type
     assert mx.array_equal(load(tmp_path, dense=True, dtype=mx.float32).model(TOKENS), build(name)(TOKENS))
+
+
+def test_a_whole_model_beside_the_index_of_other_files_is_whole(directory: Path) -> None:
+    _index(
+        directory,
+        **{"model.norm.weight": "model-00001-of-00002.safetensors", "gone": "model-00002-of-00002.safetensors"},
+    )
+    assert inspect(directory).files == (directory / "model.safetensors",)
+    assert mx.array_equal(load(directory, dense=True, dtype=mx.float32).model(TOKENS), build("llama_untied")(TOKENS))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a[1]b",
+        "[ ]",
+        "x*y",
+        "what?",
+        "[!a]",
+        "with space",
+        "modèle-模型-🍎",
+        "two\nlines",
+        "a\\b",
+        "'quote\"",
+        "%25",
+        "-x",
+    ],
+)
+def test_a_folder_has_any_name(directory: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = build("llama_untied")(TOKENS)
+    folder = directory.rename(directory.with_name(name))
+    assert inspect(folder).path == folder
+    for cut in (None, StageCut(0, 1, inspect(folder).config["num_hidden_layers"])):
+        loaded = load(folder, dense=True, dtype=mx.float32, cut=cut)
+        if cut is None:
+            assert mx.array_equal(loaded.model(TOKENS), expected)
+    monkeypatch.chdir(folder.parent)
+    assert mx.array_equal(load(Path(name), dense=True, dtype=mx.float32).model(TOKENS), expected)
+
+
+def test_scratch_folders_of_any_name_do_too(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "[tmp]"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    folder = directory.rename(directory.with_name("[model]"))
+    assert mx.array_equal(load(folder, dense=True, dtype=mx.float32).model(TOKENS), build("llama_untied")(TOKENS))
+
+
+def test_what_does_not_fit_names_its_parameters(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    tensors = dict(mx.load(str(file)))
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    mx.save_safetensors(str(file), tensors)
+    with pytest.raises(CheckpointError, match=r"Missing 1 parameters: model\.layers\.1\.mlp\.up_proj\.weight\.$"):
+        load(directory, dense=True, dtype=None)
+    mx.save_safetensors(str(file), {f"{name}.x": tensor for name, tensor in tensors.items()})
+    with pytest.raises(CheckpointError, match=r"parameters not in model: .*\.weight\.x") as caught:
+        load(directory, dense=True, dtype=None)
+    assert len(str(caught.value)) < 700 + len(str(directory))
 
 
 def test_errors_are_reported_as_one_line() -> None:

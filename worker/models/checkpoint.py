@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,8 @@ from pomarium.worker.models.config_forms import completed
 from pomarium.worker.models.quantisation import Quantisation, quantisation_of
 from pomarium.worker.models.wrappers import check_text_model
 
+WHOLE = "model.safetensors"
+"""The file of a model that is not cut into shards."""
 _MAX_HEADER = 100 << 20  # the safetensors library's own limit
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
 _BITS |= {"I64": 64, "U64": 64, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
@@ -71,7 +73,7 @@ def inspect(directory: Path) -> Checkpoint:
             dtypes[dtype] += nbytes
             total += nbytes
             held.add(name)
-    _check_index(directory, held)
+    _check_index(directory, files, held)
     check_text_model(directory, config, held)
     return Checkpoint(directory, model_type, total, _dtype(config, dtypes), quantisation, files, config)
 
@@ -84,7 +86,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} holds no config.json, so it is not a model folder.")
     try:
         config = load_config(directory)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory / 'config.json'} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{directory / 'config.json'} does not hold a JSON object.")
@@ -110,7 +112,9 @@ def _weight_files(directory: Path) -> tuple[Path, ...]:
     return files
 
 
-def _check_index(directory: Path, held: set[str]) -> None:
+def _check_index(directory: Path, files: Collection[Path], held: set[str]) -> None:
+    """The shards of an index are there. One beside a whole model in one file, which it does not name, tells of other
+    files and is not read, as transformers and mlx-lm do not."""
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
         return
@@ -118,8 +122,10 @@ def _check_index(directory: Path, held: set[str]) -> None:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         shards = sorted({str(shard) for shard in weight_map.values()})
         names = sorted(weight_map)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is not a valid index of shards.") from error
+    if directory / WHOLE in files and WHOLE not in shards:
+        return
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
         raise CheckpointError(f"{directory} is incomplete: {', '.join(missing)} is missing.")

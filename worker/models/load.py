@@ -8,6 +8,8 @@ is for the CPU device, where MLX multiplies quantised matrices on one thread and
 only its own layers are read, with embedding or head if it has them; the rest is blank before anything is evaluated.
 """
 
+import glob
+import tempfile
 from collections.abc import Callable, Mapping, Set
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,6 +28,9 @@ from pomarium.worker.models import experts, fp8
 from pomarium.worker.models.checkpoint import Checkpoint, inspect
 from pomarium.worker.models.stage_weights import blank, foreign_parameters
 from pomarium.worker.models.stages import StageCut, layers_of, subclass
+
+MOST_TOLD = 400
+"""Characters of an error that are told: a model may lack hundreds of parameters."""
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear, QuantizedMultiLinear)
@@ -78,7 +83,7 @@ def load(directory: Path, *, dense: bool, dtype: mx.Dtype | None, cut: StageCut 
     except (ValueError, AttributeError) as error:
         raise UnsupportedError(f"{directory}: mlx-lm has no model type {checkpoint.model_type!r}.") from error
     try:
-        model, config = load_model(
+        model, config = _load_model(
             directory,
             lazy=True,
             strict=True,
@@ -86,9 +91,8 @@ def load(directory: Path, *, dense: bool, dtype: mx.Dtype | None, cut: StageCut 
             get_model_classes=_classes_after(_conversions(checkpoint, dtype)),
         )
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
-            f"{directory} does not fit mlx-lm's {checkpoint.model_type} model: {type(error).__name__}: {first_line}."
+            f"{directory} does not fit mlx-lm's {checkpoint.model_type} model: {type(error).__name__}: {_told(error)}."
         ) from error
     foreign = frozenset[str]() if cut is None else _foreign(model, cut, checkpoint)
     model.update(tree_unflatten([(path, blank(p)) for path, p in tree_flatten(model.parameters()) if path in foreign]))
@@ -97,6 +101,26 @@ def load(directory: Path, *, dense: bool, dtype: mx.Dtype | None, cut: StageCut 
     _cast_and_evaluate(model, dtype, foreign, checkpoint)
     weight_bytes = sum(array.nbytes for path, array in tree_flatten(model.parameters()) if path not in foreign)
     return LoadedModel(model, config, weight_bytes)
+
+
+def _load_model(directory: Path, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's `load_model`, which takes the path of a model for a pattern of names: where it would be one, by a link.
+
+    What is loaded lazily stays readable without the link, for MLX keeps its files open.
+    """
+    if glob.escape(str(directory)) == str(directory):
+        return load_model(directory, **options)
+    parent = tempfile.gettempdir()
+    with tempfile.TemporaryDirectory(dir=parent if glob.escape(parent) == parent else "/tmp") as folder:
+        link = Path(folder) / "model"
+        link.symlink_to(directory.absolute(), target_is_directory=True)
+        return load_model(link, **options)
+
+
+def _told(error: Exception) -> str:
+    """What `error` says as one line, cut: MLX names the parameters that do not fit on lines of their own."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if len(text) <= MOST_TOLD else f"{text[:MOST_TOLD]} ..."
 
 
 def _conversions(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> tuple[Conversion, ...]:
