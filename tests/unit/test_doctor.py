@@ -28,6 +28,7 @@ WELL = Facts(
     blas_fault=None,
     settings_fault=None,
     embedded_fault=None,
+    folders={"state": ("/state/pomarium", None), "cache": ("/cache/pomarium", None)},
     ray_reachable=None,
     environ={},
 )
@@ -55,6 +56,8 @@ def test_a_sound_machine_has_no_fault(facts: Facts) -> None:
     ("base", "change", "subject", "fatal"),
     [
         (WELL, {"python": (3, 10, 1)}, "Python", True),
+        (WELL, {"folders": {"state": ("/no", "Permission denied")}}, "state folder", True),
+        (WELL, {"folders": {"cache": ("", "HOME is not set")}}, "cache folder", True),
         (WELL, {"versions": {**WELL.versions, "ray": "2.59.0"}}, "ray", True),
         (WELL, {"versions": {**WELL.versions, "vllm": None}}, "vllm", True),
         (WELL, {"versions": {**WELL.versions, "fastapi": "0.137.0"}}, "fastapi", True),

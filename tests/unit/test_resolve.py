@@ -47,6 +47,18 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path) -> None:
     assert resolve(str(file)) != first
 
 
+def test_a_linked_gguf_file_is_cached_under_its_own_name(tmp_path: Path) -> None:
+    write_gguf("llama", tmp_path / ("0f" * 32), Kind.Q4_0)
+    (tmp_path / "tiny.GGUF").symlink_to(tmp_path / ("0f" * 32))
+    assert resolve(str(tmp_path / "tiny.GGUF")).name.startswith("tiny-")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "/models/caf\udce9", "\udce9", "a\0b"])
+def test_what_no_file_can_be_called(name: str) -> None:
+    with pytest.raises(CheckpointError, match="organisation/name, or smollm2"):
+        resolve(name)
+
+
 def test_a_failed_conversion_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF\3\0\0\0")
     with pytest.raises(CheckpointError, match="truncated"):

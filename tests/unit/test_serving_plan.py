@@ -1,5 +1,7 @@
 """What is served, decided from the command line alone."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,10 +34,42 @@ def test_nothing_to_serve_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("text", "name"),
-    [("/models/Llama-8B", "Llama-8B"), ("/models/tiny.Q4_1.gguf", "tiny.Q4_1"), ("org/Model-1.5", "org/Model-1.5")],
+    [
+        ("/models/Llama-8B", "Llama-8B"),
+        ("/models/Llama-8B/", "Llama-8B"),
+        ("/models/tiny.Q4_1.gguf", "tiny.Q4_1"),
+        ("/models/X.GGUF", "X"),
+        ("/models/a [1] 模型", "a [1] 模型"),
+        ("/", "/"),
+        ("org/Model-1.5", "org/Model-1.5"),
+        ("a" * 5000, "a" * 5000),
+    ],
 )
 def test_own_name_of_a_model(text: str, name: str) -> None:
     assert served_names([text], []) == (name,)
+
+
+def test_names_are_those_that_were_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a hub's cache, where each file is a link to one that is called by its hash."""
+    blob = tmp_path / "blobs" / ("0f" * 32)
+    blob.mkdir(parents=True)
+    (blob / "weights").write_text("")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "Tiny-Q4.gguf").symlink_to(blob / "weights")
+    (snapshot / "folder").symlink_to(blob)
+    (snapshot / "folder.gguf").symlink_to(blob)
+    monkeypatch.chdir(snapshot)
+    typed = ["Tiny-Q4.gguf", "./Tiny-Q4.gguf", str(snapshot / "folder"), "folder", "folder.gguf", "../snapshot/folder"]
+    assert served_names(typed, []) == ("Tiny-Q4", "Tiny-Q4", "folder", "folder", "folder.gguf", "folder")
+    assert served_names(["."], []) == ("snapshot",)
+
+
+def test_a_name_that_is_no_text_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"is not UTF-8.*--served-name"):
+        served_names(["/models/caf\udce9"], [])
+    with pytest.raises(SettingsError, match="is not UTF-8"):
+        served_names(["/models/m"], ["\udce9"])
 
 
 def test_given_names_must_match_the_models() -> None:

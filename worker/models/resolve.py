@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
 from pomarium.worker.errors import CheckpointError
+from pomarium.worker.home import user_path
 from pomarium.worker.models import embedded
 from pomarium.worker.models.gguf.cache import converted
 
@@ -33,14 +34,20 @@ def resolve(name: str | None, *, use_modelscope: bool = False, modelscope_cache:
 
     Raises:
         CheckpointError: there is no such model, or it cannot be fetched or converted.
+        SettingsError: a home folder that is needed is not known.
         UnsupportedError: a GGUF file of a kind that is not converted.
     """
     if name is None or name in _EMBEDDED:
         return embedded.path()
     if not name:
         raise CheckpointError(f"the model's name is empty; a model is {ACCEPTED}.")
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = user_path(name)
+    try:
+        str(path).encode()
+        is_folder = path.is_dir()
+    except (OSError, ValueError) as error:  # ValueError: bytes that are no UTF-8, which tokenizers do not open
+        raise CheckpointError(f"no model can be opened at {name!r} ({error}); a model is {ACCEPTED}.") from None
+    if is_folder:
         return path.resolve()
     if path.suffix.lower() == ".gguf":
         return _from_gguf(path)
@@ -56,10 +63,10 @@ def resolve(name: str | None, *, use_modelscope: bool = False, modelscope_cache:
 def _from_gguf(path: Path) -> Path:
     if not path.is_file():
         raise CheckpointError(f"the GGUF file {path} does not exist.")
+    stem = re.sub(r"[^\w.\-]", "_", path.stem)[:80]  # before links are followed: a hub's lead to names that are hashes
     path = path.resolve()
     facts = path.stat()
     identity = f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}"
-    stem = re.sub(r"[^\w.\-]", "_", path.stem)[:80]
     return converted(path, f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
 
 

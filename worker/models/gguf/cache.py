@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pomarium.worker.errors import CheckpointError
+from pomarium.worker.home import home
 from pomarium.worker.models.gguf.convert import convert
 
 CONVERTER_VERSION = 1
@@ -24,7 +25,7 @@ def cache_folder() -> Path:
     if os.path.isabs(xdg):
         return Path(xdg) / "pomarium"
     usual = Path("Library/Caches") if sys.platform == "darwin" else Path(".cache")
-    return Path.home() / usual / "pomarium"
+    return home() / usual / "pomarium"
 
 
 def converted(file: Path, key: str, check: Callable[[Path], None] | None = None) -> Path:
@@ -35,13 +36,14 @@ def converted(file: Path, key: str, check: Callable[[Path], None] | None = None)
 
     Raises:
         CheckpointError: the file is damaged, or the cache folder cannot be written.
+        SettingsError: there is no home folder, and XDG_CACHE_HOME is not set.
         UnsupportedError: the file's contents cannot be converted.
     """
     folder = cache_folder() / "gguf"
     target = folder / f"{key}-v{CONVERTER_VERSION}"
-    if target.is_dir():
-        return target
     try:
+        if target.is_dir():
+            return target
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{target.name}.lock"):
             if not target.is_dir():
