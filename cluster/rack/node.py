@@ -32,17 +32,28 @@ GCS_PORT = 6379
 JOBS_PORT = 8265
 """Of the head, for `ray job submit` and `pomarium batch submit`. Ray's own default."""
 
-SYSTEM_CONFIG: Mapping[str, int] = {
+OWN_SYSTEM_CONFIG: Mapping[str, int] = {
     # Ray would run workers at nice 15: behind the engine that waits for them.
     "worker_niceness": 0,
     # Ray would kill a worker when the machine's memory runs low, the largest first: the one that serves.
     "memory_monitor_refresh_ms": 0,
+}
+"""Ray's own settings (src/ray/common/ray_config_def.h) for any Ray of ours, a single machine's too."""
+
+SYSTEM_CONFIG: Mapping[str, int] = {
+    **OWN_SYSTEM_CONFIG,
     # A node that does not answer is dead after 500 ms + 5 x 1 s and the pauses between: 8 s at most instead of 67.
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 5,
 }
-"""Ray's own settings (src/ray/common/ray_config_def.h); the head hands them to all nodes."""
+"""Those of a rack; the head hands them to all nodes."""
+
+MOST_STARTS = 1000
+"""Failed starts in a row after which Serve gives an endpoint up: in effect never. A controller that took the place of a
+lost one does not know that the endpoint was up before."""
+SERVE_VARIABLES: Mapping[str, str] = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": str(MOST_STARTS)}
+"""For the environment of Serve's controller, which knows a bound of its own per replica, too."""
 
 AUTOSCALER: Mapping[str, str] = {
     "RAY_enable_autoscaler_v2": "1",
@@ -163,6 +174,7 @@ def environment(spec: NodeSpec, membership: Membership, base: Mapping[str, str])
     """Variables of the node's processes, workers and engines among them."""
     kept = {name: value for name, value in base.items() if name not in _LEFT_OUT}
     own = {
+        **SERVE_VARIABLES,
         MARKER: marker(membership.session, spec.name),
         "RAY_START_HOOK": START_HOOK,
         # `python` in a job's command line is the rack's.
@@ -191,3 +203,8 @@ def mac_kin_of(spec: NodeSpec, session: str) -> Kin:
 def runs(spec: NodeSpec, session: str) -> bool:
     """Whether the node's raylet lives."""
     return any(name == "raylet" for name in kin.names(kin_of(spec, session)))
+
+
+def heads(spec: NodeSpec, session: str) -> bool:
+    """Whether the node has what is to be the rack's head: its GCS lives, or none belongs there."""
+    return not spec.head or any(name.startswith("gcs_server") for name in kin.names(kin_of(spec, session)))

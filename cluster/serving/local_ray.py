@@ -4,6 +4,7 @@ All processes of an own Ray inherit a marker in their environment, by which they
 parents are by then (cluster/rack/kin.py).
 """
 
+import logging
 import math
 import os
 import secrets
@@ -13,12 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pomarium.cluster import ray_address
-from pomarium.cluster.rack import kin
+from pomarium.cluster import faults, ray_address
+from pomarium.cluster.rack import kin, node, starting
 from pomarium.cluster.rack.kin import Kin
 from pomarium.cluster.rack.mac_power import Power
 from pomarium.cluster.serving.plan import RESOURCE, ServePlan
-from pomarium.worker.errors import SettingsError
+from pomarium.worker.errors import PomariumError, SettingsError
+
+logger = logging.getLogger(__name__)
 
 MARKER = "POMARIUM_SESSION"
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -31,6 +34,19 @@ RAY_SOCKET_SUFFIX = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/pla
 
 TERM_S = 3.0
 """How long leftovers have to end after SIGTERM before they are killed."""
+
+
+ATTEMPTS = 3
+IMPATIENCE = (starting.IMPATIENCE, "timed out", "Timed out")
+"""Of the words of a Ray that gave up because the machine is slow: within 15 s for its agents, 30 s for its node."""
+
+
+class RayStartError(PomariumError):
+    """A Ray of our own did not start; says why."""
+
+
+class HeadLostError(PomariumError):
+    """Ray's head is gone, and with it what kept the endpoint."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,7 @@ def environment(session: str) -> dict[str, str]:
     machine out: the loopback interface is open to all of them.
     """
     return {
+        **node.SERVE_VARIABLES,
         MARKER: session,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
@@ -84,28 +101,46 @@ def start(plan: ServePlan) -> LocalRay:
 
     Raises:
         SettingsError: see `session_folder`.
+        RayStartError: it does not start; says why.
     """
-    local = LocalRay(secrets.token_hex(8), session_folder(os.environ))
-    os.environ.update(environment(local.session))
+    session = secrets.token_hex(8)
+    os.environ.update(environment(session))  # once: Ray remembers the first token that it reads
+    for attempt in range(1, ATTEMPTS + 1):
+        local = LocalRay(session, session_folder(os.environ))
+        try:
+            _init(local, plan)
+        except Exception as error:
+            reason = starting.aborted(local.folder) or faults.sentence(error)
+            logger.exception("Ray did not start, attempt %d of %d.", attempt, ATTEMPTS)
+            stop(local)
+            if not any(sign in reason for sign in IMPATIENCE):
+                raise RayStartError(f"Ray did not start on this machine: {reason.rstrip('.')}.") from error
+        except BaseException:
+            stop(local)
+            raise
+        else:
+            return local
+    raise RayStartError(
+        f"Ray did not start on this machine: {ATTEMPTS} times its processes took longer than Ray allows them, for the "
+        "machine is too busy. Try again when it has less to do."
+    )
+
+
+def _init(local: LocalRay, plan: ServePlan) -> None:
+    """Raises what Ray raises."""
     import ray
 
-    try:
-        ray.init(
-            address="local",
-            num_cpus=math.ceil(plan.cpus()),
-            num_gpus=0,
-            resources={RESOURCE: plan.workers()},
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level="WARNING",
-            _temp_dir=str(local.folder),
-            # Ray would run actors at nice 15, behind whatever else this machine does.
-            _system_config={"worker_niceness": 0},
-        )
-    except BaseException:
-        stop(local)
-        raise
-    return local
+    ray.init(
+        address="local",
+        num_cpus=math.ceil(plan.cpus()),
+        num_gpus=0,
+        resources={RESOURCE: plan.workers()},
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level="WARNING",
+        _temp_dir=str(local.folder),
+        _system_config=dict(node.OWN_SYSTEM_CONFIG),
+    )
 
 
 def join(address: str, plan: ServePlan) -> None:
@@ -116,12 +151,14 @@ def join(address: str, plan: ServePlan) -> None:
     """
     ray_address.require(address)
     import ray
+    from ray.exceptions import RayError, RpcError
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     try:
         ray.init(address=address, logging_level="WARNING")
-    except (ConnectionError, RuntimeError, ValueError) as e:
-        raise SettingsError(f"No Ray answers at RAY_ADDRESS={address} ({e}): start it or unset the variable.") from e
+    except (OSError, RuntimeError, ValueError, RayError, RpcError) as e:
+        said = faults.one_line(str(e))[:300]
+        raise SettingsError(f"No Ray answers at RAY_ADDRESS={address} ({said}): start it or unset the variable.") from e
     from pomarium.cluster.rack import power
 
     there = ray.cluster_resources().get(RESOURCE, 0)
