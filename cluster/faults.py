@@ -4,8 +4,9 @@ An engine that does not start fails in one of three processes. What fails in the
 fails in vLLM's EngineCore process, or in a worker that it drives, reaches the replica only as "Engine core
 initialization failed": therefore `record_engine_core_faults`, called in that process by our executor, hands the
 sentence on through a file that the replica names in its environment; where vLLM's own backend serves, our plugin calls
-`record_backend_faults` in each of its processes. Serve passes a replica's failure to the command
-line as text: therefore `StartError` marks the sentence in it, and `marked_sentence` finds it.
+`record_backend_faults` in each of its processes. In the same folder stands what an engine that served has died of: the
+worker that our executor lost (`record_loss`), else what EngineCore logged last. Serve passes a replica's failure to the
+command line as text: therefore `StartError` marks the sentence in it, and `marked_sentence` finds it.
 """
 
 import json
@@ -13,6 +14,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -23,6 +25,8 @@ FILE_VARIABLE = "POMARIUM_FAULT_FILE"
 ENGINE_CORE_LOGGER = "vllm.v1.engine.core"
 WORKER_PROCESS_LOGGER = "vllm.v1.executor.multiproc_executor"
 """Where a worker process of vLLM's own executor logs what ends it: it tells EngineCore no more than that it ended."""
+_LAST, _LOST = ".last", ".lost"
+"""Suffixes of the files beside FILE_VARIABLE's: what was logged last, and what the executor has lost."""
 _MARK = "pomarium-start-error:"
 _WRAPPERS = ("Failed to create vLLM engine config: ",)
 
@@ -75,8 +79,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
-        yield current
         remote = current.cause if isinstance(current, RayTaskError) else None
+        if remote is None:  # else its text is the remote traceback, and its type may be that of its cause as well
+            yield current
         current = remote or current.__cause__ or current.__context__
 
 
@@ -92,17 +97,28 @@ def _validation_message(text: str) -> str:
     return f"{field}: {inner}" if field else inner
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What an engine died of. rank: of the worker that is gone without a word, if it was that."""
+
+    sentence: str
+    rank: int | None = None
+
+
 class _FaultFile(logging.Handler):
-    """Writes the first logged exception's sentence to a file, as long as the replica still waits for it."""
+    """Writes the sentences of the first and of the last exception that was logged, as long as there is the folder."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.ERROR)
         self._path = path
 
     def emit(self, record: logging.LogRecord) -> None:
-        starting = self._path.parent.exists() and not self._path.exists()
-        if starting and record.exc_info and record.exc_info[1]:
-            self._path.write_text(json.dumps(sentence(record.exc_info[1])))
+        if not record.exc_info or not record.exc_info[1] or not self._path.parent.exists():
+            return
+        text = json.dumps(sentence(record.exc_info[1]))
+        if not self._path.exists():
+            _write(self._path, text)
+        _write(self._path.with_suffix(_LAST), text)
 
 
 def record_engine_core_faults() -> None:
@@ -117,6 +133,29 @@ def record_backend_faults() -> None:
     """The same in any process of vLLM's own backend, worker processes included; may be called repeatedly."""
     _record(ENGINE_CORE_LOGGER)
     _record(WORKER_PROCESS_LOGGER)
+
+
+def record_loss(error: Exception, rank: int | None) -> None:
+    """In vLLM's EngineCore process: the engine ends for this. rank: see Loss. Only the first time counts."""
+    if path := os.environ.get(FILE_VARIABLE):
+        lost = Path(path).with_suffix(_LOST)
+        if lost.parent.exists() and not lost.exists():
+            _write(lost, json.dumps([sentence(error), rank]))
+
+
+def recorded_loss(path: Path) -> Loss | None:
+    """What the engine whose processes were given `path` died of, as far as they could tell."""
+    if (lost := path.with_suffix(_LOST)).exists():
+        return Loss(*json.loads(lost.read_text()))
+    last = recorded_sentence(path.with_suffix(_LAST))
+    return None if last is None else Loss(last)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: it may be read at any time."""
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 def _record(name: str) -> None:

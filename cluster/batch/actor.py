@@ -21,7 +21,8 @@ from pomarium.cluster.executor import bundles
 from pomarium.cluster.serving import patience
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.check import Found
-from pomarium.cluster.serving.hosting import EngineFaultError, Hosted, Name, as_text
+from pomarium.cluster.serving.hosting import Hosted, Name, as_text
+from pomarium.cluster.serving.loss import EngineFaultError
 from pomarium.cluster.serving.plan import REPLICA_CPUS, ModelPlan
 from pomarium.worker.errors import PomariumError
 
@@ -50,7 +51,7 @@ class EngineActor:
         """Status and body.
 
         Raises:
-            EngineFaultError: the engine is dead.
+            EngineLostError: the engine is dead.
         """
         status, pieces = 500, []
         try:
@@ -64,8 +65,6 @@ class EngineActor:
             await self._hosted.check_health()
             logger.exception("A request failed.")
             return 500, json.dumps({"error": {"message": str(error), "type": "server_error", "code": 500}}).encode()
-        if status >= 500:
-            await self._hosted.check_health()
         return status, b"".join(pieces)
 
 

@@ -121,6 +121,9 @@ def _stay(rack: CurrentRack) -> int:
     """Until the head's node ends, which is a failure, or this command is told to end."""
     try:
         while node.runs(rack.nodes[0], rack.membership.session):
+            if not node.heads(rack.nodes[0], rack.membership.session):
+                teardown.down(os.environ)
+                raise NodeStartError("Ray's head process (GCS) has ended, and so the rack was taken down.")
             time.sleep(STAY_S)
     except KeyboardInterrupt:
         teardown.down(os.environ)
@@ -201,14 +204,29 @@ def run_status(args: argparse.Namespace) -> int:
     rack = current.enter()
     if rack is None:
         raise SettingsError(current.NO_RACK)
-    from pomarium.cluster.rack import power, reports, roster, status
+    if not node.heads(rack.nodes[0], rack.membership.session):
+        raise NodeStartError(
+            "Ray's head process (GCS) has ended: the rack serves for a minute at most. Take it down with "
+            "`pomarium rack down`, and start it again with `pomarium rack up`."
+        )
+    from pomarium.cluster.rack import power, reports, roster, serve_actors, status
 
     client = roster.connect(rack.membership)
     reports.use(client)
     members, serving, waiting = roster.read(client), reports.read_all(), reports.read_waiting()
-    found = status.RackStatus(rack.address, rack.simulated, members, serving, own_version(), waiting, power.read_all())
+    found = status.RackStatus(
+        rack.address,
+        rack.simulated,
+        members,
+        serving,
+        own_version(),
+        waiting,
+        power.read_all(),
+        serve_actors.read(),
+        reports.read_losses(),
+    )
     print(json.dumps(status.document(found), indent=1) if args.json else status.text(found))
-    return 1 if found.lost else 0
+    return 1 if found.lost or found.missing else 0
 
 
 def run_env(_: argparse.Namespace) -> int:

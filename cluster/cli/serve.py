@@ -10,14 +10,14 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pomarium.cluster.cli.interrupts import Interrupts
-from pomarium.cluster.cli.progress import Terminal, log_file, quiet
+from pomarium.cluster.cli.progress import log_file, quiet
 from pomarium.cluster.rack import current, inventory, units
 from pomarium.cluster.rack.facts import network_of
 from pomarium.cluster.rack.inventory import KEEP_S
@@ -25,6 +25,9 @@ from pomarium.cluster.serving.plan import ModelPlan, Scaling, ServePlan, served_
 from pomarium.worker import settings
 from pomarium.worker.errors import CheckpointError, SettingsError
 from pomarium.worker.handoff.address import authority
+
+if TYPE_CHECKING:
+    from pomarium.cluster.serving.watch import Watch
 
 KEY_VARIABLE = "POMARIUM_API_KEY"
 EMBEDDED_NAME = "smollm2"
@@ -117,8 +120,10 @@ def run(args: argparse.Namespace) -> int:
 
             with session.serving(plan, phase):
                 terminal.say(f"ready    {time.monotonic() - started:5.1f} s\n\n{welcome(plan)}\n")
+                from pomarium.cluster.serving import watch  # imports Ray, whose environment is there only now
+
                 try:
-                    _wait(terminal, session.status)
+                    _wait(watch.Watch(terminal.say, watch.look, watch.head_answers))
                 except KeyboardInterrupt:
                     terminal.say("stopping ...")
             terminal.say("stopped")
@@ -284,13 +289,8 @@ def welcome(plan: ServePlan) -> str:
     )
 
 
-def _wait(terminal: Terminal, status: "Callable[[], Any]") -> NoReturn:
-    """Until interrupted, tell when the endpoint stops or resumes answering."""
-    running = True
+def _wait(watched: "Watch") -> NoReturn:
+    """Until interrupted, tell of what becomes of the endpoint. Raises HeadLostError."""
     while True:
         time.sleep(POLL_S)
-        now = status()
-        if now.running != running:
-            running = now.running
-            clock = time.strftime("%H:%M:%S")
-            terminal.say(f"{clock} ready again" if running else f"{clock} an engine was lost; Serve starts another")
+        watched.step()

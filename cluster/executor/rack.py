@@ -29,7 +29,7 @@ from pomarium.cluster.executor.link import gather
 from pomarium.cluster.executor.member import Member, surroundings
 from pomarium.cluster.executor.session import ensure_connected
 from pomarium.cluster.executor.team import Team, assemble
-from pomarium.cluster.faults import record_engine_core_faults
+from pomarium.cluster.faults import record_engine_core_faults, record_loss
 from pomarium.worker.errors import PomariumError
 from pomarium.worker.pipeline.place import Surroundings
 
@@ -197,6 +197,7 @@ class RackExecutor(Executor):
                 return
             self._failure = error
             callbacks = list(self._failure_callbacks)
+        record_loss(error, rank if isinstance(error, WorkerLostError) else None)
         logger.error("%s", error)
         for worker in self.workers:
             if worker.rank != rank:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
+from ray._private.state import actors
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, placement_group_table
 
 from pomarium.cluster.executor import bundles, launch
@@ -36,6 +37,8 @@ GROUP_TIMEOUT_S = 6.0
 ASKED_S = 20.0
 """Ray's autoscaler looks each second; a Mac that was just told to sleep is asked again when it does, after 5 s."""
 PAUSE_S = 0.5
+DEAD_LOOK_S = 0.05
+"""How often it is looked whether Ray takes a worker for dead."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,29 @@ class Team:
     def dissolve(self) -> None:
         """End the processes and give back their places."""
         _dissolve(self.processes, self.reservation)
+
+
+def end_of(team: Team, rank: int, deadline: float) -> str | None:
+    """What became of the worker of `rank`, whose connection broke: a clause. None: nothing that Ray would know.
+
+    Args:
+        deadline: of time.monotonic. Ray sees the end of a process at once, that of a node after some seconds.
+    """
+    member = team.members[rank]
+    endpoint = member.contact.endpoint
+    where = f"on {member.mac}, pid {endpoint.pid}" if member.mac != endpoint.host else f"pid {endpoint.pid}"
+    actor = team.processes[rank].actor._actor_id.hex()
+    while True:
+        if not alive({endpoint.node_id}):
+            return f"{member.mac} is gone"
+        if actors(actor_id=actor).get("State") == "DEAD":
+            return (
+                f"its worker ({where}) crashed or was killed, as by signal 9, which the system sends when memory "
+                "runs out"
+            )
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(DEAD_LOOK_S)
 
 
 def assemble(

@@ -2,6 +2,7 @@
 
     replica that serves --publish, every few seconds--> Ray's internal --read_all--> ReplicaReports
     replica that waits for Macs --publish_waiting-----> key-value store --read_waiting--> WaitingReports
+    replica whose engine dies --publish_loss----------'                 '--read_losses--> LossReports, one per model
 
 A process of Ray's (driver, actor) can call these at once; any other calls `use` before.
 """
@@ -18,6 +19,7 @@ from ray.experimental import internal_kv
 NAMESPACE = b"pomarium"
 PREFIX = b"replica:"
 WAITING_PREFIX = b"waiting:"
+LOSS_PREFIX = b"loss:"
 FRESH_S = 15.0
 """A report that is older is of a replica that is gone."""
 
@@ -69,6 +71,16 @@ class WaitingReport:
     waking: bool = False
 
 
+@dataclass(frozen=True)
+class LossReport:
+    """An engine that died. model, replica, written: as of a ReplicaReport. reason: a clause that tells of what."""
+
+    model: str
+    replica: str
+    reason: str
+    written: float
+
+
 Report = TypeVar("Report", ReplicaReport, WaitingReport)
 
 
@@ -79,12 +91,17 @@ def use(client: GcsClient) -> None:
 
 def publish(report: ReplicaReport) -> None:
     """Tell it, in place of the replica's last report."""
-    _put(PREFIX, report)
+    _put(PREFIX, report.replica, report)
 
 
 def publish_waiting(report: WaitingReport) -> None:
     """Tell it, in place of the replica's last report of this kind."""
-    _put(WAITING_PREFIX, report)
+    _put(WAITING_PREFIX, report.replica, report)
+
+
+def publish_loss(report: LossReport) -> None:
+    """Tell it, in place of the model's last loss."""
+    _put(LOSS_PREFIX, report.model, report)
 
 
 def withdraw(replica: str) -> None:
@@ -107,13 +124,18 @@ def read_waiting() -> tuple[WaitingReport, ...]:
     return fresh([decode_waiting(text) for text in _texts(WAITING_PREFIX)], time.time())
 
 
+def read_losses() -> tuple[LossReport, ...]:
+    """The last loss of each model, however long ago, by model."""
+    return tuple(sorted((decode_loss(text) for text in _texts(LOSS_PREFIX)), key=lambda report: report.model))
+
+
 def fresh(reports: Sequence[Report], now: float) -> tuple[Report, ...]:
     """Those not older than FRESH_S at Unix time `now`, by model and replica."""
     kept = [report for report in reports if now - report.written <= FRESH_S]
     return tuple(sorted(kept, key=lambda report: (report.model, report.replica)))
 
 
-def encode(report: ReplicaReport | WaitingReport) -> bytes:
+def encode(report: ReplicaReport | WaitingReport | LossReport) -> bytes:
     """JSON."""
     return json.dumps(asdict(report)).encode()
 
@@ -129,8 +151,13 @@ def decode_waiting(text: bytes) -> WaitingReport:
     return WaitingReport(**json.loads(text))
 
 
-def _put(prefix: bytes, report: ReplicaReport | WaitingReport) -> None:
-    internal_kv._internal_kv_put(prefix + report.replica.encode(), encode(report), namespace=NAMESPACE)
+def decode_loss(text: bytes) -> LossReport:
+    """The inverse of `encode`. Raises ValueError or TypeError for other text."""
+    return LossReport(**json.loads(text))
+
+
+def _put(prefix: bytes, key: str, report: ReplicaReport | WaitingReport | LossReport) -> None:
+    internal_kv._internal_kv_put(prefix + key.encode(), encode(report), namespace=NAMESPACE)
 
 
 def _delete(prefix: bytes, replica: str) -> None:

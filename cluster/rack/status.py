@@ -1,16 +1,19 @@
 """The state of a rack as text and as JSON. Pure.
 
-Members (roster.py), reports of replicas (reports.py), sleeping Macs (power.py) --> RackStatus --text--> tables
+Members (roster.py), reports of replicas (reports.py), sleeping Macs (power.py), Ray Serve's processes (serve_actors.py)
+                                                                                --> RackStatus --text--> tables
                                                                                               --json--> one document
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from pomarium.cluster.rack import serve_actors
 from pomarium.cluster.rack.labels import facts_of
 from pomarium.cluster.rack.mac_power import LOST, MacPower, Power, without_node
-from pomarium.cluster.rack.reports import ReplicaReport, StageReport, WaitingReport
+from pomarium.cluster.rack.reports import LossReport, ReplicaReport, StageReport, WaitingReport
 from pomarium.cluster.rack.roster import Member
+from pomarium.cluster.rack.serve_actors import Part, ServeActor
 from pomarium.cluster.rack.units import format_size
 
 ALIVE = "alive"
@@ -23,6 +26,7 @@ class RackStatus:
     members: of the rack. replicas: that serve from it. waiting: replicas that lack Macs.
     powers: of the Macs of a rack where these sleep; empty for another.
     version: of Pomarium and Python here; Macs of another one serve nothing.
+    actors: Ray Serve's processes, the oldest first. losses: the last of each model.
     """
 
     address: str
@@ -32,6 +36,25 @@ class RackStatus:
     version: str
     waiting: tuple[WaitingReport, ...] = ()
     powers: tuple[MacPower, ...] = ()
+    actors: tuple[ServeActor, ...] = ()
+    losses: tuple[LossReport, ...] = ()
+
+    @property
+    def unserved(self) -> tuple[LossReport, ...]:
+        """What models that nobody serves were lost of, or do not start for."""
+        served = {report.model for report in self.serving}
+        return tuple(loss for loss in self.losses if self.missing and loss.model not in served)
+
+    @property
+    def serving(self) -> tuple[ReplicaReport, ...]:
+        """Replicas that have told of themselves of late and whose processes Ray has not seen end since."""
+        gone = serve_actors.gone(self.actors)
+        return tuple(report for report in self.replicas if report.replica not in gone)
+
+    @property
+    def missing(self) -> tuple[Part, ...]:
+        """What the endpoint does not serve without."""
+        return serve_actors.missing(self.actors, {report.replica for report in self.serving})
 
     @property
     def macs(self) -> tuple[Member, ...]:
@@ -66,12 +89,15 @@ def text(status: RackStatus) -> str:
     lines += _aligned(_mac_rows(status))
     if reasons := [f"{mac.name} is {mac.state}: {mac.reason}" for mac in status.powers if mac.reason]:
         lines += ["", *reasons]
-    if status.replicas:
-        lines += ["", *_aligned(_replica_rows(status.replicas))]
-    elif not status.waiting:
+    if status.serving:
+        lines += ["", *_aligned(_replica_rows(status.serving))]
+    elif not status.waiting and not status.missing:
         lines += ["", "no model is served"]
     if status.waiting:
         lines += ["", *(f"{report.model} waits for Macs: {report.reason}" for report in status.waiting)]
+    if status.missing:
+        lines += ["", *(f"the endpoint does not serve: {part}" for part in status.missing)]
+        lines += [f"{loss.model}: {loss.reason}" for loss in status.unserved]
     return "\n".join(lines)
 
 
@@ -86,7 +112,7 @@ def document(status: RackStatus) -> dict[str, object]:
             "head": mac.head,
             **({} if mac.facts is None else {k: v for k, v in asdict(mac.facts).items() if k != "name"}),
             "stages": [asdict(stage) | {"model": replica.model, "replica": replica.replica}
-                       for replica, stage in _stages_on(mac.name, status.replicas)],
+                       for replica, stage in _stages_on(mac.name, status.serving)],
         }
         for mac in status.macs
     ]  # fmt: skip
@@ -94,8 +120,10 @@ def document(status: RackStatus) -> dict[str, object]:
         "address": status.address,
         "simulated": status.simulated,
         "macs": macs,
-        "replicas": [asdict(replica) for replica in status.replicas],
+        "replicas": [asdict(replica) for replica in status.serving],
         "waiting": [asdict(report) for report in status.waiting],
+        "missing": [asdict(part) for part in status.missing],
+        "losses": [asdict(loss) for loss in status.unserved],
     }
 
 
@@ -109,7 +137,7 @@ def _mac_rows(status: RackStatus) -> list[tuple[str, ...]]:
         if member.facts is None:
             rows.append((member.name, member.address, "-", "-", "-", state, "runs no stages"))
             continue
-        stages = [_stage(replica, stage) for replica, stage in _stages_on(member.name, status.replicas)]
+        stages = [_stage(replica, stage) for replica, stage in _stages_on(member.name, status.serving)]
         sizes = (format_size(member.facts.memory), format_size(member.facts.model_memory))
         rows.append((member.name, member.address, member.facts.chip, *sizes, state, "; ".join(stages) or "-"))
     return rows

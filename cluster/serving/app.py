@@ -10,6 +10,7 @@ from ray.serve.deployment import Application
 
 from pomarium.cluster.executor.environment import NODE_OWN
 from pomarium.cluster.model_names import deployment_name
+from pomarium.cluster.rack.node import MOST_STARTS
 from pomarium.cluster.serving import replica_scaling
 from pomarium.cluster.serving.check import Found
 from pomarium.cluster.serving.engine import EngineReplica
@@ -21,7 +22,6 @@ APP_NAME = "pomarium"
 MAX_REQUESTS = 10_000
 """Requests that Serve hands to one replica at once: vLLM's scheduler queues them, Serve must not."""
 
-MOST_STARTS = 1000
 DRAIN_S = 900
 """What an engine that is not needed any more leaves to requests that it has taken: it gets no new ones meanwhile."""
 
@@ -60,7 +60,7 @@ def build(
         num_replicas=1,
         max_ongoing_requests=MAX_REQUESTS,
         ray_actor_options={"num_cpus": INGRESS_CPUS, "resources": {HEAD: 0.001}},
-        max_constructor_retry_count=1,
+        max_constructor_retry_count=MOST_STARTS,
         graceful_shutdown_timeout_s=1,
     )
     return ingress.bind(engines, plan.api_keys, batches, frozenset(m.name for m in plan.models if m.sleeps))
@@ -81,9 +81,7 @@ def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str], on_h
         "request_router_config": RequestRouterConfig(
             request_router_class=ROUTER, request_router_kwargs={"holds": model.sleeps}
         ),
-        # The first failed start is reported; after one success Serve goes on replacing replicas whatever this says. Of
-        # a model that may sleep nothing has started when the command line says that it is ready: it is tried again.
-        "max_constructor_retry_count": MOST_STARTS if model.sleeps else 1,
+        "max_constructor_retry_count": MOST_STARTS,
         "health_check_period_s": 2,
         # Three in a row make a replica dead. An interpreter lock held for so long (imports) is before its start.
         "health_check_timeout_s": 3,

@@ -13,7 +13,8 @@ from pomarium.cluster.serving import heartbeat
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.check import Found
 from pomarium.cluster.serving.heartbeat import Alive
-from pomarium.cluster.serving.hosting import EngineFaultError, Hosted, Name, as_text
+from pomarium.cluster.serving.hosting import Hosted, Name, as_text
+from pomarium.cluster.serving.loss import EngineFaultError
 from pomarium.cluster.serving.plan import ENDPOINT, ModelPlan
 
 logger = logging.getLogger(__name__)

@@ -30,12 +30,14 @@ class State:
         message: Serve's, or of a replica that waits for Macs; "" if there is nothing to say.
         running: engines that serve.
         waiting: a replica lacks Macs. waking: Macs are being woken for it.
+        lost: what the last engine died of, a clause; None: none of late.
     """
 
     message: str = ""
     running: int = 0
     waiting: bool = False
     waking: bool = False
+    lost: str | None = None
 
 
 def verdict(state: State, held_s: float, served_s: float) -> str | None:

@@ -11,7 +11,9 @@ this module, so it imports neither vLLM nor Ray Serve LLM before it runs.
 import asyncio
 import logging
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,12 +23,14 @@ from typing import TYPE_CHECKING
 from pomarium.cluster import faults
 from pomarium.cluster.lean_import import import_vllm, without_collections
 from pomarium.cluster.rack import reports
-from pomarium.cluster.serving import asgi_bridge, ray_llm
+from pomarium.cluster.rack.reports import LossReport
+from pomarium.cluster.serving import asgi_bridge, kept_logging, loss, ray_llm
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.check import Found
+from pomarium.cluster.serving.loss import EngineFaultError, EngineLostError
 from pomarium.cluster.serving.plan import ModelPlan
+from pomarium.cluster.serving.ray_folder import session_folder
 from pomarium.worker import settings
-from pomarium.worker.errors import PomariumError
 from pomarium.worker.models import embedded
 
 if TYPE_CHECKING:
@@ -39,12 +43,13 @@ logger = logging.getLogger(__name__)
 WATCH_S = 0.25
 """How often it is looked whether the engine lives."""
 
+CAUSE_S = 1.0
+CAUSE_LOOK_S = 0.05
+"""For how long it is looked for what a dead engine died of, and how often."""
+CAUSE_UNKNOWN = "the log says of what"
+
 FLUSH_S = 0.5
 """What a process with a dead engine leaves to its running requests, to answer with an error."""
-
-
-class EngineFaultError(PomariumError):
-    """What an engine raised, as text."""
 
 
 @contextmanager
@@ -53,6 +58,8 @@ def as_text() -> Iterator[None]:
     Serve that does so answers nobody for ten seconds and more."""
     try:
         yield
+    except EngineFaultError:
+        raise
     except Exception as error:
         raise EngineFaultError(faults.sentence(error)) from error
 
@@ -72,9 +79,11 @@ class Name:
 class Hosted:
     """A running engine. Made by `start`."""
 
-    def __init__(self, name: str, replica: str, team: "Team | None", server: "Server") -> None:
+    def __init__(self, name: str, replica: str, team: "Team | None", server: "Server", fault_file: Path) -> None:
         # The team is kept, for a process of Ray's ends with the last handle to it.
         self._name, self._replica, self._team, self._server = name, replica, team, server
+        self._fault_file = fault_file
+        self._cause: asyncio.Task[str] | None = None
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._leave_when_dead())]
         if team is not None:
@@ -92,19 +101,55 @@ class Hosted:
         Raises:
             faults.StartError: with the sentence to show, whichever process failed.
         """
-        team, server = await _start(plan, found, name)
-        return cls(plan.name, name.replica, team, server)
+        kept_logging.install()
+        try:
+            fault_file = Path(tempfile.mkdtemp(prefix="engine-", dir=session_folder())) / "fault.json"
+        except OSError as error:
+            raise faults.StartError(faults.sentence(error)) from None
+        try:
+            team, server = await _start(plan, found, name, fault_file)
+        except BaseException:
+            shutil.rmtree(fault_file.parent, ignore_errors=True)
+            raise
+        return cls(plan.name, name.replica, team, server, fault_file)
 
     def answer(
         self, method: str, path: str, body: bytes, headers: Sequence[tuple[str, str]]
     ) -> AsyncGenerator[Head | bytes, None]:
-        """One HTTP request to vLLM's OpenAI application: `Head`, then the body in pieces. Raises what that raises."""
-        return asgi_bridge.call(self._server.app, asgi_bridge.scope(method, path, headers), body)
+        """One HTTP request to vLLM's OpenAI application: `Head`, then the body in pieces.
+
+        Raises:
+            EngineLostError: the engine is dead, before the answer was whole.
+            Exception: what the application raises.
+        """
+        request = asgi_bridge.scope(method, path, headers)
+        return loss.honest(asgi_bridge.call(self._server.app, request, body), self.check_health)
 
     async def check_health(self) -> None:
-        """Raises EngineFaultError if the engine is dead."""
-        with as_text():
+        """Raises EngineLostError if the engine is dead."""
+        try:
             await self._server.check_health()
+        except Exception as error:
+            if self._cause is None:
+                self._cause = asyncio.create_task(asyncio.to_thread(self._find_cause))
+            found, _ = await asyncio.wait({self._cause}, timeout=2 * CAUSE_S)  # Ray's head may be gone as well
+            known = bool(found) and self._cause.exception() is None
+            raise EngineLostError(self._cause.result() if known else CAUSE_UNKNOWN) from error
+
+    def _find_cause(self) -> str:
+        """What the engine died of, a clause. Takes CAUSE_S at most."""
+        from pomarium.cluster.executor import team
+
+        deadline, members = time.monotonic() + CAUSE_S, self._team
+
+        def worker_end(rank: int) -> str | None:
+            return None if members is None else team.end_of(members, rank, deadline)
+
+        while True:
+            recorded, code = faults.recorded_loss(self._fault_file), self._server.exit_code()
+            if recorded is not None or code is not None or time.monotonic() > deadline:
+                return loss.cause(recorded, code, worker_end)
+            time.sleep(CAUSE_LOOK_S)
 
     async def _report(self, team: "Team") -> None:
         from pomarium.cluster.serving.reporting import report
@@ -118,12 +163,17 @@ class Hosted:
             await asyncio.sleep(WATCH_S)
             try:
                 await self.check_health()
-            except EngineFaultError:
+            except EngineLostError as lost:
                 logger.exception("The engine of %s is dead; its process ends, so that another is started.", self._name)
-                withdrawal = asyncio.create_task(asyncio.to_thread(reports.withdraw, self._replica))
-                await asyncio.wait({withdrawal}, timeout=FLUSH_S)
+                telling = asyncio.create_task(asyncio.to_thread(self._tell_of_the_loss, str(lost)))
+                await asyncio.wait({telling}, timeout=FLUSH_S)
                 await asyncio.sleep(FLUSH_S)
+                shutil.rmtree(self._fault_file.parent, ignore_errors=True)
                 os._exit(1)
+
+    def _tell_of_the_loss(self, reason: str) -> None:
+        reports.publish_loss(LossReport(self._name, self._replica, reason, time.time()))
+        reports.withdraw(self._replica)
 
 
 def _tell_of_its_end(task: "asyncio.Task[None]") -> None:
@@ -164,13 +214,12 @@ def _assemble(plan: ModelPlan, found: Found, name: Name) -> "Team | None":
     )
 
 
-async def _start(plan: ModelPlan, found: Found, name: Name) -> "tuple[Team | None, Server]":
+async def _start(plan: ModelPlan, found: Found, name: Name, fault_file: Path) -> "tuple[Team | None, Server]":
+    """fault_file: where the engine's processes leave what they end of."""
     from pomarium.cluster.executor import handover
 
     team: Team | None = None
     with ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="pomarium-"))
-        fault_file = Path(scratch) / "fault.json"
         os.environ[faults.FILE_VARIABLE] = str(fault_file)
         stack.callback(os.environ.pop, faults.FILE_VARIABLE)
         try:

@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from pomarium.cluster.serving import batch_api, bodies, holding, metrics, openai_errors
+from pomarium.cluster import faults
+from pomarium.cluster.serving import batch_api, bodies, holding, metrics, openai_errors, reasons, watch
 from pomarium.cluster.serving.batch_store import BatchStore
 from pomarium.cluster.serving.holding import SILENT
+from pomarium.cluster.serving.loss import EngineLostError
 from pomarium.cluster.serving.plan import Batches
 from pomarium.cluster.serving.reasons import Reasons
 from pomarium.cluster.serving.relay import RefusalError, Relay
@@ -35,6 +37,8 @@ HEALTH_S = 1.5
 """An engine that does not answer a health check in this time would not serve a request either. Together with
 reasons.READ_S it bounds the answer of /health at 2 s."""
 
+HEAD_IS_GONE = f"{watch.HEAD_GONE}: engines go on for some seconds, and then all of it ends."
+
 PASSED_HEADERS = frozenset({"content-type", "x-request-id", "traceparent", "tracestate"})
 
 api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -42,7 +46,7 @@ api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
 @api.exception_handler(RefusalError)
 async def _answer_refusal(_: Request, refusal: RefusalError) -> Response:
-    return JSONResponse(refusal.body, refusal.status)
+    return JSONResponse(refusal.body, refusal.status, headers=openai_errors.headers(refusal.status))
 
 
 @api.exception_handler(HTTPException)
@@ -64,6 +68,7 @@ class Ingress:
 
     `engines`: one handle per model name. `api_keys`: accepted bearer tokens; empty admits everybody. `batches`: where
     uploaded files and batches are kept; None: there are none. `sleepers`: models that may be without an engine.
+    `head_answers`: whether Ray's head does.
     """
 
     def __init__(
@@ -72,11 +77,13 @@ class Ingress:
         api_keys: frozenset[str] = frozenset(),
         batches: Batches | None = None,
         sleepers: frozenset[str] = frozenset(),
+        head_answers: Callable[[], bool] = watch.head_answers,
     ) -> None:
         self._engines = dict(engines)
         self._keys = tuple(key.encode() for key in api_keys)
         self._created = int(time.time())
         self._reasons = Reasons()
+        self._head_answers = head_answers
         self._batches = batches
         self._sleepers = sleepers
         self._store = None if batches is None else BatchStore(Path(batches.folder))
@@ -86,9 +93,15 @@ class Ingress:
 
     @api.get("/health")
     async def health(self) -> Response:
-        """200 if each model would serve a request, else 503 with the reason per model."""
-        found = await asyncio.gather(*(self._health_of(name, handle) for name, handle in self._engines.items()))
+        """200 if each model would serve a request, else 503 with the reason per model. 503, too, once Ray's head has
+        ended: what still serves ends within a minute."""
+        head, *found = await asyncio.gather(
+            asyncio.to_thread(self._head_answers),
+            *(self._health_of(name, handle) for name, handle in self._engines.items()),
+        )
         models = {name: said for name, (_, said) in zip(self._engines, found, strict=True)}
+        if not head:
+            return JSONResponse({"status": "unavailable", "reason": HEAD_IS_GONE, "models": models}, 503)
         if not all(well for well, _ in found):
             return JSONResponse({"status": "unavailable", "models": models}, 503)
         return JSONResponse({"status": "ok", "models": models})
@@ -242,7 +255,7 @@ class Ingress:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "pomarium"}
 
 
-async def _unhealthy(engine: DeploymentHandle, reasons: Reasons) -> str | None:
+async def _unhealthy(engine: DeploymentHandle, known: Reasons) -> str | None:
     """Why a request would not be served, or None. Takes at most 2 s."""
     answer = engine.healthy.remote()
     asked = asyncio.ensure_future(_answer_of(answer))
@@ -250,13 +263,15 @@ async def _unhealthy(engine: DeploymentHandle, reasons: Reasons) -> str | None:
     if not asked.done():
         answer.cancel()
         asked.cancel()
-        return await reasons.why(engine.deployment_name, SILENT)
+        return await known.why(engine.deployment_name, SILENT)
     error = asked.exception()
     if error is None:
         return None
     if isinstance(error, NoReplicaError | RayActorError):
-        return await reasons.why(engine.deployment_name)
+        return await known.why(engine.deployment_name)
     logger.warning("health check failed: %s", error)
+    if isinstance(error, EngineLostError):
+        return f"{reasons.LOST} ({faults.sentence(error)}); {reasons.ANOTHER}"
     return "its engine has failed and is being replaced"
 
 

@@ -131,6 +131,12 @@ class Server:
         """vLLM's AsyncLLM."""
         return self._server.engine._engine_client
 
+    def exit_code(self) -> int | None:
+        """Of the process EngineCore, negative for a signal; None if it runs, or is none of this process's."""
+        manager = self._client.engine_core.resources.engine_manager
+        codes = [process.exitcode for process in ([] if manager is None else manager.processes)]
+        return next((code for code in codes if code is not None), None)
+
     async def check_health(self) -> None:
         """Raises vLLM's EngineDeadError once the engine is gone."""
         await self._server.check_health()

@@ -3,6 +3,14 @@
 from http import HTTPStatus
 from typing import Any
 
+RETRY_AFTER_S = 5
+"""When a client that got 503 is to try again: another engine may serve at once, a new one after seconds."""
+
+
+def headers(status: int) -> dict[str, str]:
+    """HTTP headers of an error with `status`."""
+    return {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+
 
 def body(status: int, message: str, *, kind: str, param: str | None = None) -> dict[str, Any]:
     """`{"error": {message, type, param, code}}`; `code` repeats the HTTP status, as vLLM does."""

@@ -1,6 +1,7 @@
 """Why a model is not served: what a replica that waits for Macs tells, else Serve's last message about the deployment.
 
-    rack.reports, Serve's controller --in a thread, one at a time--> {deployment: message} --explain--> one sentence
+    rack.reports, serve_actors, Serve's controller --in a thread, one at a time--> {deployment: State} --explain-->
+    one sentence
 
 The message about a replica that could not start quotes its StartError, hence the sentence that says what is missing.
 """
@@ -8,9 +9,11 @@ The message about a replica that could not start quotes its StartError, hence th
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from pomarium.cluster import faults
 from pomarium.cluster.model_names import deployment_name
+from pomarium.cluster.serving import watch
 from pomarium.cluster.serving.holding import State
 
 READ_S = 0.5
@@ -26,20 +29,26 @@ RUNNING = "RUNNING"
 """Serve's name for a replica that serves."""
 
 UNKNOWN = "no engine answers; it is starting or being replaced"
-LOST = "its engine was lost; another is being started"
+LOST = "its engine was lost"
+ANOTHER = "another is being started"
+
+LOST_S = 600.0
+"""For how long a loss is told while no engine runs."""
 
 SERVE_SAYS_LOST = "A replica's health check failed."
 """Serve's message about any lost replica; it goes on to tell to deploy again, for which there is no need."""
 
 
-def explain(message: str, otherwise: str) -> str:
-    """What a deployment's status `message` comes down to: our own sentence in it, else Serve's words; `otherwise` if it
-    is empty."""
-    if sentence := faults.marked_sentence(message):
+def explain(state: State, otherwise: str) -> str:
+    """What is known of a deployment comes down to: our own sentence in Serve's message, what its engine was lost of,
+    else Serve's words; `otherwise` if there are none."""
+    if sentence := faults.marked_sentence(state.message):
         return sentence
-    if message.startswith(SERVE_SAYS_LOST):
-        return LOST
-    line = faults.one_line(message)
+    if state.lost:
+        return f"{LOST} ({state.lost}); {ANOTHER}"
+    line = faults.one_line(state.message)
+    if line.startswith(SERVE_SAYS_LOST):
+        return f"{LOST}; {ANOTHER}"
     if not line:
         return otherwise
     return f"no engine answers; Serve says: {line[:LONGEST]}{'...' if len(line) > LONGEST else ''}"
@@ -49,11 +58,16 @@ def states() -> Mapping[str, State]:
     """What is known of each deployment of all applications. Blocks until controller and head answer."""
     from ray import serve
 
-    from pomarium.cluster.rack import reports
+    from pomarium.cluster.rack import reports, serve_actors
 
     applications = serve.status().applications.values()
+    actors, losses, since = serve_actors.read(), reports.read_losses(), time.time() - LOST_S
     found = {
-        name: State(status.message, status.replica_states.get(RUNNING, 0))
+        name: State(
+            status.message,
+            status.replica_states.get(RUNNING, 0),
+            lost=watch.loss_of(name, actors, losses, since),
+        )
         for app in applications
         for name, status in app.deployments.items()
     }
@@ -62,7 +76,7 @@ def states() -> Mapping[str, State]:
         known = found.get(name, State())
         if not known.waking:
             sentence = str(faults.StartError(told.reason))
-            found[name] = State(sentence, known.running, waiting=True, waking=told.waking)
+            found[name] = replace(known, message=sentence, waiting=True, waking=told.waking)
     return found
 
 
@@ -77,7 +91,7 @@ class Reasons:
 
     async def why(self, deployment: str, otherwise: str = UNKNOWN) -> str:
         """One sentence on why no replica of `deployment` serves; `otherwise` if the controller has nothing to say."""
-        return explain((await self.state(deployment)).message, otherwise)
+        return explain(await self.state(deployment), otherwise)
 
     async def state(self, deployment: str) -> State:
         """What is known of `deployment`; an empty State if nothing is."""

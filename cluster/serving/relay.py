@@ -11,11 +11,13 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from pomarium.cluster import faults
 from pomarium.cluster.serving import heartbeat, holding, openai_errors
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.engine import Accepted
 from pomarium.cluster.serving.heartbeat import SilentError
 from pomarium.cluster.serving.holding import HopelessError, State
+from pomarium.cluster.serving.loss import EngineLostError
 from pomarium.cluster.serving.routing import NoReplicaError
 
 LOST = "it was lost under way"
@@ -63,8 +65,8 @@ class Relay:
         except (NoReplicaError, DeploymentUnavailableError):
             self._refused = True
             raise self._unavailable(await self._why()) from None
-        except (RayActorError, StopAsyncIteration):
-            raise self._unavailable(LOST) from None
+        except (RayActorError, StopAsyncIteration, EngineLostError) as lost:
+            raise self._unavailable(_lost(lost)) from None
         except SilentError:
             raise self._unavailable(SILENT) from None
         except HopelessError as hopeless:
@@ -88,8 +90,8 @@ class Relay:
                 yield await heartbeat.next_item(self._iterator)
         except StopAsyncIteration:
             return
-        except RayActorError:
-            raise self._unavailable(LOST) from None
+        except (RayActorError, EngineLostError) as lost:
+            raise self._unavailable(_lost(lost)) from None
         except SilentError:
             raise self._unavailable(SILENT) from None
 
@@ -110,3 +112,8 @@ class Relay:
         """Tell the engine that nobody waits any more. Harmless once the answer is complete."""
         if not self._refused:  # else Serve raises once more what kept it from sending the request
             self._items.cancel()
+
+
+def _lost(error: Exception) -> str:
+    """The engine was lost, and of what as far as that is known."""
+    return f"{LOST}: {faults.sentence(error)}" if isinstance(error, EngineLostError) else LOST

@@ -4,16 +4,21 @@ serving(plan): Ray (own or joined) and Serve, meanwhile models found and checked
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pomarium.cluster import faults
 from pomarium.cluster.model_names import ENGINE_PREFIX
 from pomarium.cluster.serving import local_ray
 from pomarium.cluster.serving.check import Check, Found
+from pomarium.cluster.serving.local_ray import HeadLostError
 from pomarium.cluster.serving.plan import ENDPOINT, ServePlan
 from pomarium.worker.errors import PomariumError
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ApplicationStatusOverview
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Told of each phase; enters it, and leaves it when it is done."""
@@ -22,17 +27,15 @@ Phase = Callable[[str], AbstractContextManager[None]]
 SERVE_NAMESPACE = "serve"
 """Ray's namespace of Serve's actors."""
 
+SERVE_SAYS_FAILED = "A replica failed to start"
+"""How Serve's message about a deployment begins once a start has failed."""
+
+START_LOOK_S = 0.2
+"""How often it is looked whether the engines are up."""
+
 
 class EngineStartError(PomariumError):
     """An engine did not start; says why."""
-
-
-@dataclass(frozen=True)
-class Status:
-    """Serve's view of the endpoint: running or not, and what it says about it."""
-
-    running: bool
-    message: str
 
 
 @contextmanager
@@ -58,7 +61,12 @@ def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.envir
             _deploy(plan, found, environ if joined else {})
         try:
             yield
-        finally:
+        except HeadLostError:  # nobody is left who could take it away in order
+            raise
+        except BaseException:
+            _remove(joined)
+            raise
+        else:
             _remove(joined)
 
 
@@ -97,18 +105,23 @@ def _deploy(plan: ServePlan, found: Sequence[Found], environ: Mapping[str, str])
 
     _start_serve(plan)
     patience.starts(ENDPOINT)
-    try:
-        serve.run(
-            app.build(plan, found, app.passed_environment(environ), macs_sleep=bool(power.read_all())),
-            name=app.APP_NAME,
-            route_prefix="/",
-            blocking=False,
-        )
-    except RuntimeError as e:
-        messages = [d.message for d in serve.status().applications[app.APP_NAME].deployments.values()]
-        sentence = faults.marked_sentence("\n".join([*messages, str(e)]))
-        raise EngineStartError(sentence or f"The engine did not start: {faults.one_line(str(e))}") from e
+    built = app.build(plan, found, app.passed_environment(environ), macs_sleep=bool(power.read_all()))
+    target = serve.RunTarget(target=built, name=app.APP_NAME, route_prefix="/")
+    serve.run_many([target], wait_for_applications_running=False)
+    while not _is_up(serve.status().applications[app.APP_NAME]):
+        time.sleep(START_LOOK_S)
     patience.came_up(ENDPOINT)
+
+
+def _is_up(known: "ApplicationStatusOverview") -> bool:
+    """Whether all its deployments run. Raises EngineStartError at the first start that failed: Serve tries again."""
+    messages = [deployment.message for deployment in known.deployments.values()]
+    failed = any(message.startswith(SERVE_SAYS_FAILED) for message in messages)
+    if failed or known.status == "DEPLOY_FAILED":
+        said = "\n".join(filter(None, [*messages, known.message]))
+        sentence = faults.marked_sentence(said)
+        raise EngineStartError(sentence or f"The engine did not start: {faults.one_line(said)}")
+    return known.status == "RUNNING"
 
 
 def _remove(joined: bool) -> None:
@@ -135,14 +148,3 @@ def _end_engines(application: str) -> None:
         if actor["namespace"] == SERVE_NAMESPACE and actor["name"].startswith(engines):
             with suppress(ValueError):  # it ended meanwhile
                 ray.kill(ray.get_actor(actor["name"], namespace=SERVE_NAMESPACE))
-
-
-def status() -> Status:
-    """How the endpoint is doing, as Serve's controller knows it."""
-    from ray import serve
-
-    from pomarium.cluster.serving import app
-
-    known = serve.status().applications[app.APP_NAME]
-    messages = [d.message for d in known.deployments.values() if d.message]
-    return Status(known.status.value == "RUNNING", "; ".join(faults.one_line(m) for m in messages))

@@ -7,11 +7,14 @@ The tests run in order on one rack and one server.
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -115,6 +118,40 @@ def fill(path: Path) -> None:
     with path.open("wb", buffering=0) as file:
         while file.write(bytes(1 << 20)):
             pass
+
+
+def status_code(rack: Rack) -> int:
+    """Exit code of `rack status`."""
+    line = [sys.executable, "-m", "pomarium.cluster.cli.main", "rack", "status"]
+    return subprocess.run(line, env=rack.environ, capture_output=True, timeout=60, check=False).returncode
+
+
+def serves_processes(rack: Rack, name: str) -> list[psutil.Process]:
+    """Ray Serve's processes of a kind, among those of this rack."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            ours = process.environ().get("XDG_STATE_HOME") == rack.environ["XDG_STATE_HOME"]
+            if ours and name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def test_status_tells_of_a_dead_ingress(rack: Rack) -> None:
+    """With Serve's controller frozen nobody starts another meanwhile."""
+    assert status_code(rack) == 0
+    (controller,), (ingress,) = (serves_processes(rack, name) for name in ("ServeController", "pomarium:ingress"))
+    controller.send_signal(signal.SIGSTOP)
+    try:
+        ingress.kill()
+        (missing,) = rack.until(lambda: rack.status()["missing"], 10)
+        assert missing["what"] == "the ingress"
+        assert f"pid {ingress.pid}" in missing["why"]
+        assert status_code(rack) == 1
+    finally:
+        controller.send_signal(signal.SIGCONT)
+    served_again(rack)
+    rack.until(lambda: status_code(rack) == 0, 30)
 
 
 def test_a_full_disk(rack: Rack, disk: Path) -> None:

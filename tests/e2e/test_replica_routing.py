@@ -1,9 +1,7 @@
 """Two engines of one model: prompts find the cache that knows them, and nobody waits for a replica that is frozen."""
 
-import json
 import re
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +10,7 @@ import httpx
 import psutil
 import pytest
 from serve_process import Server
+from streaming import Stream
 from tiny_models import write_checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.full]
@@ -59,29 +58,9 @@ def replicas(server: Server) -> list[psutil.Process]:
     return [p for p in server.processes() if "ServeReplica:pomarium:engine" in " ".join(p.cmdline())]
 
 
-class Stream(threading.Thread):
-    """One streamed completion; `last` is its last event before the end, `ended` the time of it."""
-
-    def __init__(self, url: str, prompt: str) -> None:
-        super().__init__(daemon=True)
-        self._url, self._prompt = url, prompt
-        self.begun = threading.Event()
-        self.ended = 0.0
-        self.last: dict[str, Any] = {}
-
-    def run(self) -> None:
-        body = {"prompt": self._prompt, "max_tokens": STREAM_TOKENS, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{self._url}/v1/completions", json=body, timeout=120) as answer:
-            for line in answer.iter_lines():
-                if line.startswith("data: {"):
-                    self.last = json.loads(line.removeprefix("data: "))
-                    self.begun.set()
-        self.ended = time.monotonic()
-
-
 def test_a_frozen_replica_ends_its_requests_and_the_other_goes_on(server: Server) -> None:
     """SIGSTOP: no connection is reset and no error sent, as when a machine loses its power."""
-    streams = [Stream(server.url, f"{i} " * 50) for i in range(4)]
+    streams = [Stream(server.url, f"{i} " * 50, STREAM_TOKENS) for i in range(4)]
     for stream in streams:
         stream.start()
     for stream in streams:

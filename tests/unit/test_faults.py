@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError, field_validator
 from ray.exceptions import RayTaskError
 
 from pomarium.cluster import faults
+from pomarium.cluster.faults import Loss
 from pomarium.worker.errors import CheckpointError, PomariumError, SettingsError
 
 
@@ -114,3 +115,39 @@ def test_a_worker_process_of_vllms_own_speaks_before_its_engine_core(
         for logger, handlers in zip(loggers, before, strict=True):
             logger.handlers = handlers
     assert faults.recorded_sentence(file) == "ValueError: Too little memory."
+
+
+def test_the_worker_that_was_lost_is_what_an_engine_died_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "fault.json"
+    monkeypatch.setenv(faults.FILE_VARIABLE, str(file))
+    assert faults.recorded_loss(file) is None
+    logger = logging.getLogger(faults.ENGINE_CORE_LOGGER)
+    before = list(logger.handlers)
+    faults.record_engine_core_faults()
+    try:
+        for sentence in ("Long ago.", "Of late."):
+            try:
+                raise PomariumError(sentence)
+            except PomariumError:
+                logger.exception("EngineCore encountered a fatal error.")
+        assert faults.recorded_loss(file) == Loss("Of late.")
+        faults.record_loss(PomariumError("worker 1 was lost"), 1)
+        faults.record_loss(PomariumError("worker 0 was lost"), 0)
+    finally:
+        logger.handlers = before
+    assert faults.recorded_loss(file) == Loss("worker 1 was lost", 1)
+    assert faults.recorded_sentence(file) == "Long ago."
+
+
+def test_nobody_asks_for_losses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(faults.FILE_VARIABLE, raising=False)
+    faults.record_loss(PomariumError("lost"), None)
+    monkeypatch.setenv(faults.FILE_VARIABLE, str(tmp_path / "gone" / "fault.json"))
+    faults.record_loss(PomariumError("lost"), None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_ray_hands_on_from_another_process_is_told_without_its_traceback() -> None:
+    error = RayTaskError("call", "Traceback: ...", PomariumError("The disk is full.")).as_instanceof_cause()
+    assert "Traceback" in str(error)
+    assert faults.sentence(error) == "The disk is full."

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from pomarium.cluster.rack import reports, status
 from pomarium.cluster.rack.labels import MacFacts
-from pomarium.cluster.rack.reports import ReplicaReport, StageReport, WaitingReport
+from pomarium.cluster.rack.reports import LossReport, ReplicaReport, StageReport, WaitingReport
 from pomarium.cluster.rack.roster import Member, members, namesake
+from pomarium.cluster.rack.serve_actors import CONTROLLER, ENGINE, INGRESS, PROXY, ServeActor
 from pomarium.cluster.rack.status import RackStatus
 
 GIB = 1 << 30
@@ -52,6 +53,11 @@ def test_reports_survive_json(report: ReplicaReport) -> None:
     assert reports.decode(reports.encode(report)) == report
 
 
+@given(st.builds(LossReport, st.text(), st.text(), st.text(), st.floats(0, 4e9)))
+def test_reports_of_losses_survive_json(report: LossReport) -> None:
+    assert reports.decode_loss(reports.encode(report)) == report
+
+
 @given(st.builds(WaitingReport, st.text(), st.text(), st.text(), st.floats(0, 4e9)))
 def test_reports_of_waiting_survive_json(report: WaitingReport) -> None:
     assert reports.decode_waiting(reports.encode(report)) == report
@@ -74,6 +80,35 @@ def test_the_table_shows_macs_stages_and_replicas() -> None:
     assert lines[-1].split() == ["smollm2", "r1", "0-19", "on", "mac-1,", "20-29", "on", "mac-2", "3", "GiB",
                                  "3", "1", "12.5"]  # fmt: skip
     assert "no model is served" in status.text(RackStatus("a:1", True, (ONE,), (), VERSION))
+
+
+ACTORS = (
+    ServeActor(CONTROLLER, alive=True),
+    ServeActor(PROXY, alive=True),
+    ServeActor(INGRESS, "ingress", "i1", alive=True),
+    ServeActor(ENGINE, "engine:smollm2", "r1", alive=True),
+)
+
+
+def test_a_replica_whose_process_has_ended_does_not_serve() -> None:
+    """Its last report is seconds old."""
+    whole = RackStatus("a:1", False, (ONE, TWO), (REPORT,), VERSION, actors=ACTORS)
+    assert (whole.serving, whole.missing) == ((REPORT,), ())
+    lost = replace(whole, actors=(*ACTORS[:3], replace(ACTORS[3], alive=False, end="it was killed")))
+    assert lost.serving == ()
+    text = status.text(lost)
+    assert "r1" not in text
+    assert "no model is served" not in text
+    assert text.endswith("\n\nthe endpoint does not serve: the engine of smollm2 was lost: it was killed")
+    document = status.document(lost)
+    assert document["replicas"] == []
+    assert document["missing"] == [{"what": "the engine of smollm2", "why": "it was killed", "coming": False}]
+    assert all(mac["stages"] == [] for mac in document["macs"])  # type: ignore[attr-defined]
+
+
+def test_the_engines_of_a_batch_job_are_none_of_serves() -> None:
+    job = replace(REPORT, replica="job#0")
+    assert RackStatus("a:1", False, (ONE,), (job,), VERSION, actors=ACTORS[:2]).serving == (job,)
 
 
 def test_a_replica_that_waits_says_for_what() -> None:

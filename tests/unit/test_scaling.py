@@ -149,7 +149,9 @@ class Untouchable:
 )
 def test_health_of_a_model_that_may_sleep_asks_no_engine(state: State, status: int, word: str) -> None:
     async def ask() -> Any:
-        ingress = Ingress({"m": Untouchable()}, sleepers=frozenset({"m"}))  # type: ignore[dict-item]
+        handles: Any = {"m": Untouchable()}
+        sleepers = frozenset({"m"})
+        ingress = Ingress(handles, sleepers=sleepers, head_answers=lambda: True)
         ingress._reasons = Reasons(lambda: {"engine:m": state})
         return await ingress.health()
 

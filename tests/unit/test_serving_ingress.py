@@ -7,18 +7,19 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from pomarium.cluster import faults
-from pomarium.cluster.serving import asgi_bridge, heartbeat, holding, reasons
+from pomarium.cluster.serving import asgi_bridge, heartbeat, holding, openai_errors, reasons
 from pomarium.cluster.serving import ingress as ingress_module
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.engine import Accepted
 from pomarium.cluster.serving.heartbeat import Alive, beating
 from pomarium.cluster.serving.holding import State
 from pomarium.cluster.serving.ingress import Ingress
+from pomarium.cluster.serving.loss import EngineLostError
 from pomarium.cluster.serving.reasons import Reasons
 from pomarium.cluster.serving.relay import RefusalError, Relay
 from pomarium.cluster.serving.routing import NoReplicaError
@@ -68,6 +69,11 @@ class Handle:
     def remote(self, *arguments: Any) -> Items:
         self.calls.append(arguments)
         return self._items
+
+
+def dual(error: Exception) -> Exception:
+    """`error` as Ray raises it where a call of another process failed with it."""
+    return RayTaskError("request", "Traceback ...", error).as_instanceof_cause()
 
 
 def request(body: bytes = b"", headers: dict[str, str] | None = None) -> Request:
@@ -162,6 +168,32 @@ def test_an_engine_lost_in_a_stream_is_a_last_event() -> None:
     assert items.cancelled
 
 
+@pytest.mark.parametrize(
+    "lost", [EngineLostError("its worker was killed"), dual(EngineLostError("its worker was killed"))]
+)
+def test_what_an_engine_died_of_reaches_the_client(lost: Exception) -> None:
+    """Also as Ray hands it on: an exception whose own text is the replica's traceback."""
+    expected = "The engine of `m` is not available: it was lost under way: its worker was killed. Try again shortly."
+    error = refusal(lambda: Ingress({"m": Handle(Items(Accepted(), lost))}).generate(request(b"{}")))
+    assert (error.status, error.body["error"]["message"]) == (503, expected)
+
+    async def ask() -> str:
+        items = Items(Accepted(), Head(200, SSE), b"data: 1\n\n", lost)
+        return await text(await Ingress({"m": Handle(items)}).generate(request(b"{}")))
+
+    event = asyncio.run(ask()).split("\n\n")[1]
+    assert json.loads(event.removeprefix("data: "))["error"]["message"] == expected
+
+
+def test_a_503_says_when_to_try_again() -> None:
+    for status, names in ((503, ["Retry-After"]), (500, []), (401, [])):
+        assert list(openai_errors.headers(status)) == names
+    answer = asyncio.run(
+        ingress_module._answer_refusal(request(), RefusalError(*openai_errors.engine_unavailable("m", "x")))
+    )
+    assert int(answer.headers["retry-after"]) > 0
+
+
 MISSING = "model needs 12.3 GiB more memory: add a Mac"
 
 
@@ -206,20 +238,20 @@ def test_an_engine_that_falls_silent_in_a_stream_is_a_last_event(monkeypatch: py
 
 
 def test_signs_of_life_keep_a_slow_answer_and_do_not_reach_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "SILENCE_S", 0.1)
+    monkeypatch.setattr(heartbeat, "SILENCE_S", 1.0)
     closed = []
 
     async def slow() -> Any:
         try:
             yield Head(200, "text/plain")
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(1.5)
             yield b"late"
         finally:
             closed.append(True)
 
     async def replica() -> Any:
         yield Accepted()
-        async for item in beating(slow(), 0.02):
+        async for item in beating(slow(), 0.1):
             yield item
 
     class Stream:
@@ -291,7 +323,7 @@ class Health:
 
 def health(fault: Exception | None, read: Callable[[], dict[str, State]]) -> tuple[int, dict[str, Any], float]:
     async def ask() -> tuple[int, dict[str, Any], float]:
-        ingress = Ingress({"m": Health(fault)})
+        ingress = Ingress({"m": Health(fault)}, head_answers=lambda: True)
         ingress._reasons = Reasons(read)
         began = time.monotonic()
         answer = await ingress.health()
@@ -304,7 +336,7 @@ def health(fault: Exception | None, read: Callable[[], dict[str, State]]) -> tup
     ("message", "reason"),
     [
         (f"Retrying. Error:\n{faults.StartError(MISSING)}\n", MISSING),
-        ("A replica's health check failed. This deployment will be UNHEALTHY.", reasons.LOST),
+        ("A replica's health check failed. This deployment will be UNHEALTHY.", f"{reasons.LOST}; {reasons.ANOTHER}"),
         ("Deploying,\n since 3 s.", "no engine answers; Serve says: Deploying, since 3 s."),
         ("", reasons.UNKNOWN),
     ],
@@ -346,3 +378,33 @@ def test_a_controller_that_hangs_holds_one_thread() -> None:
     answers = asyncio.run(ask())
     assert answers == [reasons.UNKNOWN] * 5 + ["no engine answers; Serve says: late"]
     assert len(calls) == 1
+
+
+def test_health_tells_that_rays_head_has_ended() -> None:
+    async def ask() -> Response:
+        return await Ingress({}, head_answers=lambda: False).health()
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 503
+    assert json.loads(bytes(answer.body))["reason"].startswith("Ray's head process (GCS) has ended")
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (
+            State("A replica's health check failed. Deploy again.", lost="its worker was killed"),
+            "(its worker was killed)",
+        ),
+        (State("", lost="its worker was killed"), "(its worker was killed)"),
+        (State(f"Error:\n{faults.StartError(MISSING)}", lost="its worker was killed"), MISSING),
+        (State("has taken more than 30 s to start", lost="its worker was killed"), "(its worker was killed)"),
+    ],
+)
+def test_what_an_engine_was_lost_of_is_told(state: State, expected: str) -> None:
+    assert expected in reasons.explain(state, "nothing")
+
+
+def test_a_health_check_that_meets_a_dead_engine_tells_of_what() -> None:
+    status, body, _ = health(dual(EngineLostError("its worker was killed")), dict)
+    assert (status, body["models"]["m"]) == (503, f"{reasons.LOST} (its worker was killed); {reasons.ANOTHER}")

@@ -1,0 +1,96 @@
+"""What a client reads of an engine that dies, and what it died of."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from pomarium.cluster.faults import Loss
+from pomarium.cluster.serving import loss
+from pomarium.cluster.serving.asgi_bridge import Head
+from pomarium.cluster.serving.loss import EngineLostError, cause, error_event, honest
+
+JSON, SSE = "application/json", "text/event-stream; charset=utf-8"
+TOKEN = b'data: {"id": "1", "choices": [{"text": "data: {\\"error\\": "}]}\n\n'
+ERROR = b'data: {"error": {"message": "EngineCore encountered an issue.", "code": 500}}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+async def answer(*items: Head | bytes | Exception) -> AsyncGenerator[Head | bytes, None]:
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
+def passed(*items: Head | bytes | Exception, dead: bool) -> tuple[list[Head | bytes], str]:
+    """What reached the client, and the loss it ended with, if any."""
+
+    async def confirm() -> None:
+        if dead:
+            raise EngineLostError("its worker was killed")
+
+    async def run() -> tuple[list[Head | bytes], str]:
+        got: list[Head | bytes] = []
+        try:
+            async for item in honest(answer(*items), confirm):
+                got.append(item)
+        except EngineLostError as lost:
+            return got, str(lost)
+        return got, ""
+
+    return asyncio.run(run())
+
+
+def test_what_a_living_engine_answers_passes_as_it_is() -> None:
+    for items in ([Head(500, JSON), b"{}"], [Head(200, SSE), TOKEN, ERROR + DONE], [Head(200, JSON), ERROR]):
+        assert passed(*items, dead=False) == (items, "")
+
+
+def test_a_5xx_of_a_dead_engine_is_a_loss() -> None:
+    assert passed(Head(500, JSON), b"{}", dead=True) == ([], "its worker was killed")
+
+
+def test_an_error_event_of_a_dead_engine_is_a_loss_after_the_tokens_before_it() -> None:
+    head = Head(200, SSE)
+    assert passed(head, TOKEN, TOKEN + ERROR + DONE, dead=True) == ([head, TOKEN, TOKEN], "its worker was killed")
+    assert passed(head, ERROR, DONE, dead=True) == ([head], "its worker was killed")
+
+
+def test_what_was_whole_before_the_engine_died_stays_so() -> None:
+    for items in ([Head(200, JSON), b"{}"], [Head(200, SSE), TOKEN, DONE], [Head(400, JSON), ERROR]):
+        assert passed(*items, dead=True) == (items, "")
+
+
+def test_an_application_that_raises_for_a_dead_engine_is_a_loss() -> None:
+    assert passed(ValueError("see above"), dead=True) == ([], "its worker was killed")
+    with pytest.raises(ValueError, match="see above"):
+        passed(ValueError("see above"), dead=False)
+
+
+def test_the_error_event_is_found_at_the_start_of_an_event_only() -> None:
+    assert error_event(ERROR) == 0
+    assert error_event(TOKEN + ERROR) == len(TOKEN)
+    assert error_event(TOKEN + DONE) is None
+
+
+@pytest.mark.parametrize(
+    ("left", "exit_code", "expected"),
+    [
+        (Loss("worker 1 was lost: UNAVAILABLE", 1), None, "mac-2 is gone"),
+        (Loss("worker 0 was lost: UNAVAILABLE", 0), -9, "worker 0 was lost: UNAVAILABLE"),
+        (Loss("RecursionError: too deep."), 1, "RecursionError: too deep"),
+        (Loss("ValueError: long ago"), -9, "its process EngineCore was killed by signal 9 (SIGKILL: by hand, or by the "
+         "system when memory runs out)"),
+        (None, -11, "its process EngineCore was killed by signal 11 (SIGSEGV)"),
+        (None, 3, "its process EngineCore ended with exit code 3"),
+        (None, None, "its process EngineCore ended"),
+    ],
+)  # fmt: skip
+def test_the_cause(left: Loss | None, exit_code: int | None, expected: str) -> None:
+    assert cause(left, exit_code, {1: "mac-2 is gone"}.get) == expected
+
+
+def test_signals_have_names() -> None:
+    assert loss.signal_name(15) == "signal 15 (SIGTERM)"
+    assert loss.signal_name(64 + 1) == "signal 65 (unknown)"
