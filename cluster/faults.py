@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from pomarium.cluster.disk import is_full
 from pomarium.worker.errors import PomariumError
 
 FILE_VARIABLE = "POMARIUM_FAULT_FILE"
@@ -54,6 +55,10 @@ def sentence(error: BaseException) -> str:
     for e in chain:
         if isinstance(e, PomariumError):
             return one_line(str(e))
+    for e in chain:
+        if is_full(e):
+            where = f" where {e.filename} was to be written" if isinstance(e, OSError) and e.filename else ""
+            return f"No space is left on the disk{where}: make room there."
     for e in chain:
         if isinstance(e, ValidationError):
             return one_line(_validation_message(str(e)))

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from pomarium.cluster import disk
 from pomarium.cluster.autoscaling.setup import for_simulated, with_autoscaler
 from pomarium.cluster.cli import rack_options
 from pomarium.cluster.cli.interrupts import Interrupts
@@ -224,6 +225,7 @@ def run_status(args: argparse.Namespace) -> int:
         power.read_all(),
         serve_actors.read(),
         reports.read_losses(),
+        disk.shortage(disk.rooms(str(rack.folder))),
     )
     print(json.dumps(status.document(found), indent=1) if args.json else status.text(found))
     return 1 if found.lost or found.missing else 0

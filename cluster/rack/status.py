@@ -27,6 +27,7 @@ class RackStatus:
     powers: of the Macs of a rack where these sleep; empty for another.
     version: of Pomarium and Python here; Macs of another one serve nothing.
     actors: Ray Serve's processes, the oldest first. losses: the last of each model.
+    disk: a sentence on a full disk of this machine; None: all have room.
     """
 
     address: str
@@ -38,6 +39,7 @@ class RackStatus:
     powers: tuple[MacPower, ...] = ()
     actors: tuple[ServeActor, ...] = ()
     losses: tuple[LossReport, ...] = ()
+    disk: str | None = None
 
     @property
     def unserved(self) -> tuple[LossReport, ...]:
@@ -98,6 +100,8 @@ def text(status: RackStatus) -> str:
     if status.missing:
         lines += ["", *(f"the endpoint does not serve: {part}" for part in status.missing)]
         lines += [f"{loss.model}: {loss.reason}" for loss in status.unserved]
+    if status.disk:
+        lines += ["", status.disk]
     return "\n".join(lines)
 
 
@@ -124,6 +128,7 @@ def document(status: RackStatus) -> dict[str, object]:
         "waiting": [asdict(report) for report in status.waiting],
         "missing": [asdict(part) for part in status.missing],
         "losses": [asdict(loss) for loss in status.unserved],
+        "disk": status.disk,
     }
 
 

@@ -3,13 +3,15 @@
 The command line and the ingress import this module, so it imports neither vLLM nor Ray Serve LLM before it runs.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from ray import serve
 
-from pomarium.cluster.serving import heartbeat
+from pomarium.cluster import faults
+from pomarium.cluster.serving import heartbeat, patience
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.check import Found
 from pomarium.cluster.serving.heartbeat import Alive
@@ -32,10 +34,18 @@ class EngineReplica:
         """Start the engine. `found`: the checkpoint on the machine that deployed it.
 
         Raises:
-            faults.StartError: with the sentence to show, whichever process failed.
+            faults.StartError: with the sentence to show, whichever process failed. Once the endpoint was up, only
+                after a while: see patience.py.
         """
         replica = str(serve.get_replica_context().replica_id.unique_id)
-        self._hosted = await Hosted.start(plan, found, Name(replica, ENDPOINT))
+        try:
+            self._hosted = await Hosted.start(plan, found, Name(replica, ENDPOINT))
+        except faults.StartError as error:
+            if await asyncio.to_thread(patience.is_up, ENDPOINT):
+                reason = faults.marked_sentence(str(error)) or str(error)
+                await asyncio.sleep(await asyncio.to_thread(patience.start_failed, plan.name, replica, reason))
+            raise
+        await asyncio.to_thread(patience.started, plan.name)
 
     async def request(
         self, method: str, path: str, body: bytes, headers: Sequence[tuple[str, str]]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pomarium.cluster import faults
+from pomarium.cluster import disk, faults
 from pomarium.cluster.lean_import import import_vllm, without_collections
 from pomarium.cluster.rack import reports
 from pomarium.cluster.rack.reports import LossReport
@@ -31,6 +31,7 @@ from pomarium.cluster.serving.loss import EngineFaultError, EngineLostError
 from pomarium.cluster.serving.plan import ModelPlan
 from pomarium.cluster.serving.ray_folder import session_folder
 from pomarium.worker import settings
+from pomarium.worker.errors import PomariumError
 from pomarium.worker.models import embedded
 
 if TYPE_CHECKING:
@@ -103,8 +104,9 @@ class Hosted:
         """
         kept_logging.install()
         try:
+            disk.require(session_folder())
             fault_file = Path(tempfile.mkdtemp(prefix="engine-", dir=session_folder())) / "fault.json"
-        except OSError as error:
+        except (PomariumError, OSError) as error:
             raise faults.StartError(faults.sentence(error)) from None
         try:
             team, server = await _start(plan, found, name, fault_file)

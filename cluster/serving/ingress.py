@@ -68,7 +68,7 @@ class Ingress:
 
     `engines`: one handle per model name. `api_keys`: accepted bearer tokens; empty admits everybody. `batches`: where
     uploaded files and batches are kept; None: there are none. `sleepers`: models that may be without an engine.
-    `head_answers`: whether Ray's head does.
+    `head_answers`: whether Ray's head does. `shortage`: a sentence on a disk that is full, if one is.
     """
 
     def __init__(
@@ -78,12 +78,13 @@ class Ingress:
         batches: Batches | None = None,
         sleepers: frozenset[str] = frozenset(),
         head_answers: Callable[[], bool] = watch.head_answers,
+        shortage: Callable[[], str | None] = watch.shortage,
     ) -> None:
         self._engines = dict(engines)
         self._keys = tuple(key.encode() for key in api_keys)
         self._created = int(time.time())
         self._reasons = Reasons()
-        self._head_answers = head_answers
+        self._head_answers, self._shortage = head_answers, shortage
         self._batches = batches
         self._sleepers = sleepers
         self._store = None if batches is None else BatchStore(Path(batches.folder))
@@ -104,7 +105,8 @@ class Ingress:
             return JSONResponse({"status": "unavailable", "reason": HEAD_IS_GONE, "models": models}, 503)
         if not all(well for well, _ in found):
             return JSONResponse({"status": "unavailable", "models": models}, 503)
-        return JSONResponse({"status": "ok", "models": models})
+        full = await asyncio.to_thread(self._shortage)
+        return JSONResponse({"status": "ok", "models": models} | ({"disk": full} if full else {}))
 
     async def _health_of(self, name: str, engine: DeploymentHandle) -> tuple[bool, str]:
         """Whether a request would be served, and a word or sentence on it."""

@@ -4,9 +4,11 @@
     engine's process --wait_for: the reason, every second--> rack.reports --serving/reasons.py, `rack status`--> people
 
 A group is the endpoint, or a batch job. While it starts, a refusal ends the command with its reason. Once it was up, a
-process that replaces a lost one waits: Ray Serve would start it again and again, with pauses that grow to a minute and
-the imports of an engine each time, where a waiting one has its imports done and starts its workers a second after the
-Macs are back.
+process that replaces a lost one waits: Ray Serve would start it again and again, with the imports of an engine each
+time, where a waiting one has its imports done and starts its workers a second after the Macs are back.
+
+Whatever else keeps a replacement from starting would have Serve start the next one at once, three times a second where
+it fails early. So it tells why and stays for a while before it fails (`start_failed`), longer each time.
 """
 
 import logging
@@ -18,13 +20,16 @@ from ray.experimental import internal_kv
 
 from pomarium.cluster.executor.bundles import PlacementError
 from pomarium.cluster.rack import reports
-from pomarium.cluster.rack.reports import WaitingReport
+from pomarium.cluster.rack.reports import LossReport, WaitingReport
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 PAUSE_S = 1.0
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
+"""After the first failed start in a row, and at most."""
 
 
 def starts(group: str) -> None:
@@ -40,6 +45,30 @@ def came_up(group: str) -> None:
 def is_up(group: str) -> bool:
     """Which of the two was told last."""
     return bool(internal_kv._internal_kv_exists(_key(group), namespace=reports.NAMESPACE))
+
+
+def pause_s(failures: int) -> float:
+    """For how long the start after so many failed ones in a row is put off: 2, 4, 8, ... 60 s."""
+    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(failures - 1, 10))
+
+
+def start_failed(model: str, replica: str, reason: str) -> float:
+    """Tell that a start of an engine of `model` failed. How long to stay before the next may begin, in seconds."""
+    failures = 1 + int(internal_kv._internal_kv_get(_failures(model), namespace=reports.NAMESPACE) or b"0")
+    internal_kv._internal_kv_put(_failures(model), str(failures).encode(), namespace=reports.NAMESPACE)
+    pause = pause_s(failures)
+    said = f"its start failed, {failures} in a row: {reason.removesuffix('.')}; the next in {pause:g} s"
+    reports.publish_loss(LossReport(model, replica, said, time.time()))
+    return pause
+
+
+def started(model: str) -> None:
+    """An engine of `model` has started: the next failure is the first again."""
+    internal_kv._internal_kv_del(_failures(model), namespace=reports.NAMESPACE)
+
+
+def _failures(model: str) -> bytes:
+    return b"failed:" + model.encode()
 
 
 def _key(group: str) -> bytes:

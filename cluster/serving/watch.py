@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from pomarium.cluster import faults, ray_address
+from pomarium.cluster import disk, faults, ray_address
 from pomarium.cluster.model_names import ENGINE_PREFIX, deployment_name
 from pomarium.cluster.rack import reports, serve_actors
 from pomarium.cluster.rack.reports import LossReport
 from pomarium.cluster.rack.serve_actors import CONTROLLER, ENGINE, ServeActor
 from pomarium.cluster.serving.local_ray import HeadLostError
+from pomarium.cluster.serving.ray_folder import session_folder
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ AGAIN = "Serve starts another"
 
 @dataclass(frozen=True)
 class Status:
-    """Whether all of the endpoint runs, and what is to be said where it does not."""
+    """Whether all of the endpoint runs, and what is to be said of it, if anything."""
 
     running: bool
     message: str = ""
@@ -78,7 +79,8 @@ class Watch:
         if status.running and not self._told.running:
             self._ready_at = now
         if status != self._told:
-            self._tell("ready again" if status.running else status.message)
+            good = "there is room on the disks again" if self._told.running else "ready again"
+            self._tell(status.message or good)
             self._told = status
 
     def _without_head(self, now: float) -> None:
@@ -125,6 +127,11 @@ def head_answers() -> bool:
     return ray_address.answers(ray.get_runtime_context().gcs_address)
 
 
+def shortage() -> str | None:
+    """A sentence on a full disk of this machine, if there is one."""
+    return disk.shortage(disk.rooms(session_folder()))
+
+
 def look(since: float) -> Status:
     """How the endpoint is doing, as Ray's head and Serve's controller know it. since: Unix time, of losses to tell."""
     from ray import serve
@@ -138,7 +145,8 @@ def look(since: float) -> Status:
     if known is None:
         return Status(False, "Serve does not know the endpoint any more: somebody has removed it")
     if known.status == "RUNNING":
-        return Status(True)
+        full = shortage()
+        return Status(True, f"{full} What is lost does not start again before" if full else "")
     messages = {name: deployment.message for name, deployment in known.deployments.items()}
     return Status(False, told(messages, actors, reports.read_losses(), since))
 

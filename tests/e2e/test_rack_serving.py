@@ -6,6 +6,7 @@ The tests run in order on one rack and one server.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ import psutil
 import pytest
 from openai import APIError
 from rack_serving import HEAL_S, Rack, answer, served_again, serving
+
+from pomarium.cluster.serving import patience
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -155,11 +158,13 @@ def test_status_tells_of_a_dead_ingress(rack: Rack) -> None:
 
 
 def test_a_full_disk(rack: Rack, disk: Path) -> None:
-    """What cannot be logged is not logged: requests are served, one that runs meanwhile among them."""
+    """What cannot be logged is not logged: requests are served, one that runs meanwhile among them. What is lost then
+    starts again once there is room, and until then the disk is named and the attempts are few."""
     if not os.path.ismount(disk):
         pytest.skip("a file system of its own for this test takes root")
     streaming = Streaming(rack, 400)
     ballast = disk / "ballast"
+    named = f"The disk of {disk}"
     try:
         with pytest.raises(OSError, match="No space left"):
             fill(ballast)
@@ -167,19 +172,25 @@ def test_a_full_disk(rack: Rack, disk: Path) -> None:
         assert answer(rack) == "The capital of France is Paris."
         before = streaming.pieces
         rack.until(lambda: streaming.pieces > before or streaming.ended, 20)
-        assert rack.health()[0] == 200
+        status, said = rack.health()
+        assert status == 200
+        assert json.loads(said)["disk"].startswith(named)
+        assert rack.status()["disk"].startswith(named)
         streaming.finishes()
+        victim, streaming = rack.stages()[0]["pid"], Streaming(rack)
+        psutil.Process(victim).kill()
+        killed = time.monotonic()
+        streaming.ends_within(FAULT_S, killed)
+        _, said = rack.until(lambda: (now := rack.health())[0] == 503 and now, FAULT_S)
+        assert json.loads(said)["models"]["smollm2"] != "ok"
+        rack.until(lambda: rack.status()["replicas"] == [], FAULT_S)
+        _, said = rack.until(lambda: named in (now := rack.health())[1] and now, 60)
+        rack.until(lambda: any(named in loss["reason"] for loss in rack.status()["losses"]), FAULT_S)
+        assert named in rack.server.output
+        rack.until(lambda: re.search(r"its start failed, ([3-9]|\d\d) in a row", rack.health()[1]), 120)
+        assert time.monotonic() - killed > sum(patience.pause_s(failures) for failures in (1, 2))
     finally:
         ballast.unlink()
-
-
-def test_a_killed_worker(rack: Rack) -> None:
-    victim, streaming = rack.stages()[0]["pid"], Streaming(rack)
-    psutil.Process(victim).kill()
-    killed = time.monotonic()
-    streaming.ends_within(FAULT_S, killed)
-    _, reason = rack.until(lambda: (now := rack.health())[0] == 503 and now, FAULT_S)
-    assert json.loads(reason)["models"]["smollm2"] != "ok"
     served_again(rack)
     assert victim not in [stage["pid"] for stage in rack.stages()]
 

@@ -151,7 +151,7 @@ def test_health_of_a_model_that_may_sleep_asks_no_engine(state: State, status: i
     async def ask() -> Any:
         handles: Any = {"m": Untouchable()}
         sleepers = frozenset({"m"})
-        ingress = Ingress(handles, sleepers=sleepers, head_answers=lambda: True)
+        ingress = Ingress(handles, sleepers=sleepers, head_answers=lambda: True, shortage=lambda: None)
         ingress._reasons = Reasons(lambda: {"engine:m": state})
         return await ingress.health()
 

@@ -323,7 +323,7 @@ class Health:
 
 def health(fault: Exception | None, read: Callable[[], dict[str, State]]) -> tuple[int, dict[str, Any], float]:
     async def ask() -> tuple[int, dict[str, Any], float]:
-        ingress = Ingress({"m": Health(fault)}, head_answers=lambda: True)
+        ingress = Ingress({"m": Health(fault)}, head_answers=lambda: True, shortage=lambda: None)
         ingress._reasons = Reasons(read)
         began = time.monotonic()
         answer = await ingress.health()
