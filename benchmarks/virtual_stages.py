@@ -354,7 +354,7 @@ def engine(
         "pipeline_parallel_size": stages,
         "scheduler_cls": scheduler,
     }
-    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "POMARIUM_STEP_SECONDS": "0"}
     with tempfile.TemporaryDirectory() as made_up, patch.dict(os.environ, variables):
         (Path(made_up) / "config.json").write_text(json.dumps(MODEL_CONFIG))
         llm = LLM(str(folder or made_up), **{**defaults, **arguments})

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.pomarium.platform")
 
-WORKER_CLASS = "pomarium.worker.metal_worker.MetalWorker"
+WORKER_CLASS = "pomarium.cluster.scheduling.timed_worker.TimedWorker"
 
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -83,7 +83,7 @@ class PomariumPlatform(Platform):
             raise refusal
         _set_executor(vllm_config, facts)
         _set_engine(vllm_config, settings)
-        _set_scheduler(vllm_config)
+        _set_scheduler(vllm_config, settings)
         _set_process_start(device)
 
     @classmethod
@@ -177,11 +177,10 @@ def _set_engine(config: "VllmConfig", settings: worker_settings.Settings) -> Non
         logger.warning("gpu_memory_utilization has no effect here: set VLLM_METAL_MEMORY_FRACTION instead.")
 
 
-def _set_scheduler(config: "VllmConfig") -> None:
-    if config.parallel_config.pipeline_parallel_size > 1:
-        from pomarium.cluster.scheduling import install
+def _set_scheduler(config: "VllmConfig", settings: worker_settings.Settings) -> None:
+    from pomarium.cluster.scheduling.install import install
 
-        install.stage(config)
+    install(config, settings.step_seconds)
 
 
 def _set_process_start(device: Device) -> None:

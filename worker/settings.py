@@ -9,6 +9,7 @@ Imports nothing but the standard library.
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, MutableMapping
@@ -21,8 +22,15 @@ from pomarium.worker.errors import SettingsError
 MACHINE_MEMORY = "POMARIUM_MACHINE_MEMORY"
 """Bytes that this machine may use for models, set by the rack's node that the process belongs to, not by users."""
 
+STEP_TIMEOUT = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"
+"""vLLM's variable. Seconds after which a step that has not ended is taken for a fault; unset: never, for a worker that
+is lost or frozen is seen by its links, and one that computes for long is not to be ended."""
+
 AUTO_FRACTION = 0.9
 """Share of the memory base that `auto` stands for under paged attention."""
+
+STEP_SECONDS = 1.0
+"""What a step is to take at most: who waits for a token beside a long prompt hardly notices so much."""
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
@@ -53,6 +61,7 @@ class Settings:
         memory_fraction: share of the memory base in (0, 1]; None is `auto`.
         device: None if the user did not ask for one: the GPU then, or the CPU on a machine without a GPU backend.
         modelscope_cache: absolute folder of the local ModelScope models.
+        step_seconds: what a step of the engine is to take at most; 0: no bound.
         visible_devices: as the executor wrote it for this worker; None outside of one.
     """
 
@@ -66,6 +75,7 @@ class Settings:
     modelscope_cache: Path | None = None
     gdn_lazy_kernels: bool = True
     mla_kernel: bool = False
+    step_seconds: float = STEP_SECONDS
     visible_devices: str | None = None
 
     @property
@@ -102,6 +112,12 @@ def _fraction(text: str) -> float | None:
     if text.lower() == "auto":
         return None
     if _NUMBER.fullmatch(text) is None or not 0.0 < float(text) <= 1.0:
+        raise ValueError
+    return float(text)
+
+
+def _seconds(text: str) -> float:
+    if _NUMBER.fullmatch(text) is None or not math.isfinite(float(text)):
         raise ValueError
     return float(text)
 
@@ -222,6 +238,15 @@ VARIABLES: tuple[Variable, ...] = (
         "also in mixed batches. 0: MLX operations, with the same output, as on the CPU.",
     ),
     Variable(
+        "POMARIUM_STEP_SECONDS",
+        "step_seconds",
+        "1",
+        "a number of seconds, or 0",
+        _seconds,
+        "What a step of the engine is to take at most: its tokens follow from what steps were seen to take, between 16 "
+        "tokens of prompts and `--max-num-batched-tokens`. 0: no bound.",
+    ),
+    Variable(
         "VLLM_METAL_VISIBLE_DEVICES",
         "visible_devices",
         "set by the executor",
@@ -240,6 +265,11 @@ def load(environ: Mapping[str, str]) -> Settings:
     if errors:
         raise SettingsError(" ".join(errors.values()))
     return Settings(**values)  # type: ignore[arg-type]  # VARIABLES pairs each field with the parser of its type
+
+
+def step_timeout(environ: Mapping[str, str]) -> float | None:
+    """STEP_TIMEOUT's seconds; None: no bound."""
+    return None if (text := environ.get(STEP_TIMEOUT)) is None else float(text)
 
 
 def wants_mlx(environ: Mapping[str, str] = os.environ) -> bool:

@@ -107,6 +107,7 @@ def _outcomes(settings: Settings, kind: DeviceKind, backend: device.GpuBackend |
         "modelscope_cache": str(settings.modelscope_cache or "ModelScope's own default"),
         "gdn_lazy_kernels": f"{_on_off(settings.gdn_lazy_kernels)} (no effect yet)",
         "mla_kernel": f"{_on_off(settings.mla_kernel)} (no effect yet)",
+        "step_seconds": f"{settings.step_seconds:g} s" if settings.step_seconds else "no bound",
         "visible_devices": "set by the executor"
         if settings.visible_devices is None
         else "overridden by the executor with a warning",

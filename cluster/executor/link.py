@@ -30,7 +30,7 @@ from pomarium.worker.handoff.errors import CredentialsError
 class Reply(Future[Any]):
     """The result of a call. `result()` waits no longer than the call was given, whatever the caller asks for."""
 
-    def __init__(self, what: str, timeout_s: float) -> None:
+    def __init__(self, what: str, timeout_s: float | None) -> None:
         super().__init__()
         self._what, self._timeout_s = what, timeout_s
 
@@ -43,6 +43,19 @@ class Reply(Future[Any]):
             if self.done():
                 raise
             raise TimeoutError(f"{self._what} did not end within {limit:g} s") from None
+
+    def then(self, change: Callable[[Any], Any]) -> "Reply":
+        """A reply whose result is what `change` makes of this one's, on the thread that brings it."""
+        changed = Reply(self._what, self._timeout_s)
+
+        def on_done(reply: Future[Any]) -> None:
+            if (error := reply.exception()) is not None:
+                changed.set_exception(error)
+            else:
+                changed.set_result(change(reply.result()))
+
+        self.add_done_callback(on_done)
+        return changed
 
 
 def gather(replies: Sequence[Reply]) -> Future[list[Any]]:
@@ -123,11 +136,12 @@ class WorkerLink:
         ready: pb.Ready = self._ready.result(timeout_s)
         return ready
 
-    def call(self, method: str, payload: bytes, timeout_s: float, fatal: bool = False) -> Reply:
+    def call(self, method: str, payload: bytes, timeout_s: float | None, fatal: bool = False) -> Reply:
         """Queue a call and return its reply.
 
         Args:
             payload: of `encode_call`.
+            timeout_s: None: as long as the worker is not lost.
             fatal: the worker cannot go on if this raises: the link fails with it.
 
         Raises what the link failed with, if it has.

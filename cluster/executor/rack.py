@@ -3,16 +3,20 @@
     EngineCore --execute_model, sample_tokens--> RackExecutor --Call--> every worker, in one order
                <--Future of the last stage------              <-Report-
 
-Ray places, starts and ends the workers and is in no step's path. `execute_model` goes to every stage and is answered by
-none; the last stage answers `sample_tokens`. Any failure fails every pending Future first and then calls the engine's
-callback, so no thread is left waiting. Stages are told their layers and rank before they load (`member.surroundings`),
-then each other's addresses; what they hand on never passes through here.
+Ray places, starts and ends the workers and is in no step's path. `execute_model` goes to every stage; the last one
+answers `sample_tokens`, the others `execute_model` with the time that they took, and the slowest's goes with the tokens
+to the scheduler. A step may take whatever it takes: a worker that answers pings is not lost, and how long it has been
+computing is in the replica's /health and metrics. Any failure fails every pending Future first and then calls the
+engine's callback, so no thread is left waiting. Stages are told their layers and rank before they load
+(`member.surroundings`), then each other's addresses; what they hand on never passes through here.
 """
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from vllm.logger import init_logger
@@ -25,13 +29,15 @@ from pomarium.cluster.executor.codec import WorkerError, WorkerLostError, encode
 from pomarium.cluster.executor.handover import offered
 from pomarium.cluster.executor.host import INIT_WORKER, LISTEN
 from pomarium.cluster.executor.launch import RemoteWorker, connect
-from pomarium.cluster.executor.link import gather
+from pomarium.cluster.executor.link import Reply, gather
 from pomarium.cluster.executor.member import Member, surroundings
 from pomarium.cluster.executor.session import ensure_connected
 from pomarium.cluster.executor.team import Team, assemble
 from pomarium.cluster.faults import record_engine_core_faults, record_loss
+from pomarium.cluster.scheduling.timed import slower
 from pomarium.worker.errors import PomariumError
 from pomarium.worker.pipeline.place import Surroundings
+from pomarium.worker.settings import step_timeout
 
 logger = init_logger("vllm.pomarium.executor")
 
@@ -40,9 +46,6 @@ START_TIMEOUT_S = 240.0
 CALL_TIMEOUT_S = 3600.0
 """Any other call whose caller names no time: loading weights may include a download. A bound, not an expectation: a
 worker that is lost or frozen is seen within seconds."""
-STEP_TIMEOUT_S = 150.0
-"""For a step's tokens, unless VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS is set (vLLM has 300). Longer than a stage
-waits for its neighbours, whose failure names the link."""
 SHUTDOWN_TIMEOUT_S = 5.0
 
 
@@ -71,7 +74,8 @@ class RackExecutor(Executor):
         self._failure: Exception | None = None
         self._failure_callbacks: list[FailureCallback] = []
         self._closed = False
-        self._step_timeout_s = float(os.environ.get("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", STEP_TIMEOUT_S))
+        self._step_timeout_s = step_timeout(os.environ)
+        self._relayed: deque[list[Reply]] = deque()
         try:
             members = offered(os.environ, self.parallel_config.world_size) or self._assemble()
             self.workers = connect(members, self._on_worker_failure)
@@ -115,10 +119,14 @@ class RackExecutor(Executor):
     ) -> ModelRunnerOutput | Future[ModelRunnerOutput | None] | None:
         """Sends the step to every stage; None (or a Future of it): the tokens come with `sample_tokens`."""
         payload = encode_call("execute_model", (scheduler_output,))
+        sampled = bool(scheduler_output.total_num_scheduled_tokens)
         with self._order:
-            for worker in self.workers:
-                worker.link.post("execute_model", payload)
-        output = None if scheduler_output.total_num_scheduled_tokens else EMPTY_MODEL_RUNNER_OUTPUT
+            *relays, last = (worker.link for worker in self.workers)
+            told = [link.call("execute_model", payload, self._step_timeout_s, fatal=True) for link in relays]
+            last.post("execute_model", payload)
+            if sampled:
+                self._relayed.append(told)
+        output = None if sampled else EMPTY_MODEL_RUNNER_OUTPUT
         if not non_block:
             return output
         future: Future[ModelRunnerOutput | None] = Future()
@@ -131,7 +139,10 @@ class RackExecutor(Executor):
         """Tokens of the oldest step that was not sampled, from the last stage."""
         payload = encode_call("sample_tokens", (grammar_output,))
         with self._order:
+            told = self._relayed.popleft()
             reply = self.workers[-1].link.call("sample_tokens", payload, self._step_timeout_s, fatal=True)
+        if told:
+            reply = reply.then(partial(_slowest, told))
         if non_block:
             return reply
         output: ModelRunnerOutput = reply.result()
@@ -204,3 +215,9 @@ class RackExecutor(Executor):
                 worker.link.fail(error)
         for callback in callbacks:
             callback()
+
+
+def _slowest(relayed: Sequence[Reply], output: ModelRunnerOutput) -> ModelRunnerOutput:
+    """The last stage's output with the time of the slowest stage, of those whose answers have come before it."""
+    done = [reply for reply in relayed if reply.done() and reply.exception() is None]
+    return slower(output, [told for reply in done if (told := reply.result()) is not None])

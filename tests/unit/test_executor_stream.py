@@ -26,6 +26,7 @@ from pomarium.cluster.executor.link import Reply, WorkerLink
 from pomarium.cluster.executor.service import ControlService, serve
 from pomarium.proto import control_pb2 as pb
 from pomarium.worker.errors import CheckpointError
+from pomarium.worker.settings import STEP_TIMEOUT, step_timeout
 
 TOKEN = "a token"
 WAIT_S = 10.0
@@ -105,6 +106,24 @@ def link(peer: Peer, failures: Failures) -> Iterator[WorkerLink]:
 
 def call(link: WorkerLink, method: Method, *args: Any, fatal: bool = False, timeout_s: float = WAIT_S) -> Reply:
     return link.call(method_name(method), encode_call(method, args), timeout_s, fatal)
+
+
+def test_a_step_ends_when_it_ends() -> None:
+    """A worker that computes is not lost: without a time of the user's own there is none, and with one it counts."""
+    assert step_timeout({}) is None
+    assert step_timeout({STEP_TIMEOUT: "7"}) == 7.0
+    endless, bound = Reply("worker 0: sample_tokens", None), Reply("worker 0: sample_tokens", 0.05)
+    late = endless.then(len)
+    threading.Timer(0.3, endless.set_result, ["abc"]).start()
+    with pytest.raises(TimeoutError, match=r"did not end within 0\.05 s"):
+        bound.result()
+    assert late.result() == 3
+
+
+def test_a_changed_reply_fails_as_the_one_before(link: WorkerLink) -> None:
+    reply = call(link, "our_fault").then(len)
+    with pytest.raises(WorkerError, match="broken"):
+        reply.result()
 
 
 def test_results_come_back_to_their_calls_in_order(link: WorkerLink, peer: Peer) -> None:

@@ -68,6 +68,7 @@ def test_an_empty_environment_means_the_defaults_of_the_issue() -> None:
         modelscope_cache=None,
         gdn_lazy_kernels=True,
         mla_kernel=False,
+        step_seconds=1.0,
         visible_devices=None,
     )
     assert load({}).resolved_fraction == 0.9
@@ -269,3 +270,14 @@ def test_the_module_imports_nothing_heavy() -> None:
 def test_every_field_of_settings_has_one_variable() -> None:
     assert sorted(variable.field for variable in VARIABLES) == sorted(Settings.__dataclass_fields__)
     assert len({variable.name for variable in VARIABLES}) == len(VARIABLES)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("0", 0.0), ("0.25", 0.25), (" 3 ", 3.0), ("1e2", 100.0)])
+def test_seconds_of_a_step(text: str, seconds: float) -> None:
+    assert load({"POMARIUM_STEP_SECONDS": text}).step_seconds == seconds
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1 s", "nan", "inf", "1e400", "auto", "'1'"])
+def test_what_is_no_number_of_seconds_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"POMARIUM_STEP_SECONDS=.* is not accepted: set it to a number of seconds"):
+        load({"POMARIUM_STEP_SECONDS": text})

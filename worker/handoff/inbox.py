@@ -59,10 +59,11 @@ class Inbox:
         self._failure: HandoffError | None = None
         self._steps: queue.SimpleQueue[Step | HandoffError] = queue.SimpleQueue()
 
-    def receive(self, step: int, timeout_s: float) -> dict[str, mx.array]:
+    def receive(self, step: int, timeout_s: float | None) -> dict[str, mx.array]:
         """The tensors of the next step, which must be `step`.
 
-        Raises HandoffTimeoutError if it is not there in time, what the link failed with, or StepError, which fails it.
+        Raises HandoffTimeoutError if it is not there in time (None: it may take any), what the link failed with, or
+        StepError, which fails it.
         """
         self._raise_failure()
         try:

@@ -82,7 +82,7 @@ class Outbox:
         outbox._begin(timeout_s)
         return outbox
 
-    def send(self, step: int, arrays: Mapping[str, mx.array], timeout_s: float = 30.0) -> None:
+    def send(self, step: int, arrays: Mapping[str, mx.array], timeout_s: float | None = 30.0) -> None:
         """Queue the tensors of a step.
 
         Raises HandoffTimeoutError if there is no credit in time (nothing was queued then), what the link failed with,

@@ -24,12 +24,13 @@ from pomarium.worker.handoff.server import HandoffServer
 from pomarium.worker.handoff.settings import HandoffSettings
 from pomarium.worker.handoff.tensors import Expected
 from pomarium.worker.pipeline.place import StagePlace
+from pomarium.worker.settings import step_timeout
 
 HIDDEN, TOKENS = "hidden", "tokens"
 
-STEP_TIMEOUT_S = 120.0
-"""How long a stage waits for a neighbour that is alive. A lost or frozen one is seen within seconds by the link; this
-bounds a neighbour whose step does not end."""
+PATIENCE = 0.8
+"""Share of the time that a step may take, if that is bound at all, for which a stage waits for a neighbour that is
+alive: its error, which names the link, comes before the engine's. A lost or frozen one is seen within seconds."""
 CONNECT_TIMEOUT_S = 20.0
 
 OnFailure = Callable[[HandoffError], None]
@@ -61,6 +62,8 @@ class StageLinks:
             PlaintextRefusedError, CredentialsError or OSError.
         """
         self._place, self._on_failure = place, on_failure
+        limit_s = step_timeout(environ)
+        self._patience_s = None if limit_s is None else PATIENCE * limit_s
         self._tls = tls_of(environ)
         self._settings = HandoffSettings(allow_plaintext=plaintext_allowed(environ))
         self._server = HandoffServer(
@@ -128,13 +131,13 @@ class StageLinks:
 
     def _received(self, inbox: Inbox, name: str, step: int) -> mx.array:
         began = time.perf_counter()
-        array = inbox.receive(step, STEP_TIMEOUT_S)[name]
+        array = inbox.receive(step, self._patience_s)[name]
         self.waited_s += time.perf_counter() - began
         return array
 
     def _send(self, outbox: Outbox, arrays: Mapping[str, mx.array]) -> None:
         began = time.perf_counter()
-        outbox.send(self.step, arrays, STEP_TIMEOUT_S)
+        outbox.send(self.step, arrays, self._patience_s)
         self.handing_s += time.perf_counter() - began
 
     def _outbox(self, address: str) -> Outbox:
