@@ -15,6 +15,7 @@ from vllm.v1.serial_utils import run_method
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from pomarium.cluster.executor.codec import decode, describe, encode
+from pomarium.cluster.scheduling.timed import BudgetedStep
 from pomarium.cluster.step_metrics import StepMetrics
 from pomarium.proto import control_pb2 as pb
 from pomarium.worker.metal_worker import MetalWorker
@@ -34,6 +35,7 @@ class WorkerHost:
 
     def __init__(self, rank: int) -> None:
         self._wrapper = WorkerWrapperBase(rpc_rank=0, global_rank=rank)
+        self._metrics: StepMetrics | None = None
         self._report: Callable[[pb.Report], None] = lambda report: None
 
     @property
@@ -67,6 +69,8 @@ class WorkerHost:
             return self._init(**kwargs)
         if method == LISTEN:
             return self.worker.listen(self._on_link_failure)
+        if self._metrics is not None and args and isinstance(args[0], BudgetedStep):
+            self._metrics.budget(args[0].step_budget)
         return run_method(self._wrapper, method, args, kwargs)
 
     def _init(self, surroundings: Surroundings, **kwargs: Any) -> None:
@@ -75,7 +79,8 @@ class WorkerHost:
         worker = self.worker
         if isinstance(worker, MetalWorker):
             worker.take_place(surroundings)
-            worker.subscribe(StepMetrics(worker.model_config.served_model_name, worker.rank))
+            self._metrics = StepMetrics(worker.model_config.served_model_name, worker.rank)
+            worker.subscribe(self._metrics)
 
     def _on_link_failure(self, error: Exception) -> None:
         self._report(pb.Report(failure=describe(NO_CALL, "handoff", error)))

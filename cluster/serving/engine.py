@@ -63,14 +63,14 @@ class EngineReplica:
         finally:
             await answer.aclose()
 
-    async def healthy(self) -> bool:
-        """True if a request would be served now.
+    async def healthy(self) -> str:
+        """`ok` if a request would be served now, followed by what is to be said of it, if anything.
 
         Raises:
             EngineFaultError: if the engine is dead.
         """
         await self.check_health()
-        return True
+        return self._hosted.word()
 
     async def check_health(self) -> None:
         """Serve's periodic check. Raises EngineFaultError if the engine is dead."""

@@ -30,6 +30,7 @@ from pomarium.cluster.serving.check import Found
 from pomarium.cluster.serving.loss import EngineFaultError, EngineLostError
 from pomarium.cluster.serving.plan import ModelPlan
 from pomarium.cluster.serving.ray_folder import session_folder
+from pomarium.cluster.serving.step_watch import StepWatch
 from pomarium.worker import settings
 from pomarium.worker.errors import PomariumError
 from pomarium.worker.models import embedded
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WATCH_S = 0.25
-"""How often it is looked whether the engine lives."""
+"""How often it is looked whether the engine lives, and how long its step has been running."""
 
 CAUSE_S = 1.0
 CAUSE_LOOK_S = 0.05
@@ -85,8 +86,10 @@ class Hosted:
         self._name, self._replica, self._team, self._server = name, replica, team, server
         self._fault_file = fault_file
         self._cause: asyncio.Task[str] | None = None
+        self._steps = StepWatch(settings.load(os.environ).step_seconds)
+        self._load = server.load(self._steps)
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._leave_when_dead())]
+        self._tasks = [loop.create_task(self._leave_when_dead()), loop.create_task(self._watch_steps())]
         if team is not None:
             self._tasks.append(loop.create_task(self._report(team)))
         for task in self._tasks:
@@ -153,11 +156,25 @@ class Hosted:
                 return loss.cause(recorded, code, worker_end)
             time.sleep(CAUSE_LOOK_S)
 
+    def word(self) -> str:
+        """How a living engine does: `ok`, and what is to be said of its steps, if anything."""
+        return self._steps.word(time.monotonic())
+
+    async def _watch_steps(self) -> None:
+        from pomarium.cluster.step_metrics import StepRunning
+
+        gauge = StepRunning(self._name, self._replica)
+        while True:
+            now = time.monotonic()
+            self._steps.look(now, self._server.busy())
+            gauge.set(self._steps.running_s(now))
+            await asyncio.sleep(WATCH_S)
+
     async def _report(self, team: "Team") -> None:
         from pomarium.cluster.serving.reporting import report
 
         stages = await self._server.stages(team.members)
-        await report(self._name, self._replica, stages[-1].end, stages, self._server.load())
+        await report(self._name, self._replica, stages[-1].end, stages, self._load)
 
     async def _leave_when_dead(self) -> None:
         """End the process once the engine is dead: a lost one is replaced at once, an unhealthy one later."""

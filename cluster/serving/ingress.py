@@ -111,8 +111,7 @@ class Ingress:
     async def _health_of(self, name: str, engine: DeploymentHandle) -> tuple[bool, str]:
         """Whether a request would be served, and a word or sentence on it."""
         if name not in self._sleepers:
-            reason = await _unhealthy(engine, self._reasons)
-            return reason is None, reason or "ok"
+            return await _asked(engine, self._reasons)
         # An engine that is asked is one that is needed: Serve would never let it go.
         state = await self._reasons.state(engine.deployment_name)
         if state.running:
@@ -257,28 +256,28 @@ class Ingress:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "pomarium"}
 
 
-async def _unhealthy(engine: DeploymentHandle, known: Reasons) -> str | None:
-    """Why a request would not be served, or None. Takes at most 2 s."""
+async def _asked(engine: DeploymentHandle, known: Reasons) -> tuple[bool, str]:
+    """Whether a request would be served, and what the engine says, or why it would not. Takes at most 2 s."""
     answer = engine.healthy.remote()
     asked = asyncio.ensure_future(_answer_of(answer))
     await asyncio.wait({asked}, timeout=HEALTH_S)  # not wait_for, which would wait for the cancellation as well
     if not asked.done():
         answer.cancel()
         asked.cancel()
-        return await known.why(engine.deployment_name, SILENT)
+        return False, await known.why(engine.deployment_name, SILENT)
     error = asked.exception()
     if error is None:
-        return None
+        return True, asked.result()
     if isinstance(error, NoReplicaError | RayActorError):
-        return await known.why(engine.deployment_name)
+        return False, await known.why(engine.deployment_name)
     logger.warning("health check failed: %s", error)
     if isinstance(error, EngineLostError):
-        return f"{reasons.LOST} ({faults.sentence(error)}); {reasons.ANOTHER}"
-    return "its engine has failed and is being replaced"
+        return False, f"{reasons.LOST} ({faults.sentence(error)}); {reasons.ANOTHER}"
+    return False, "its engine has failed and is being replaced"
 
 
-async def _answer_of(answer: Any) -> bool:
-    return bool(await answer)
+async def _answer_of(answer: Any) -> str:
+    return str(await answer)
 
 
 IngressDeployment = serve.ingress(api)(Ingress)

@@ -21,6 +21,7 @@ from pomarium.cluster.rack.reports import StageReport
 from pomarium.cluster.serving.asgi_bridge import App
 from pomarium.cluster.serving.plan import ModelPlan
 from pomarium.cluster.serving.reporting import Load, stages_of
+from pomarium.cluster.serving.step_watch import StepWatch
 from pomarium.worker import settings
 from pomarium.worker.memory import CPU_AUTO_KV_BYTES
 
@@ -115,9 +116,9 @@ class Server:
         await server.start(group)
         return cls(server, await server.engine.build_asgi_app())
 
-    def load(self) -> Load:
-        """The engine's load from now on."""
-        load = Load()
+    def load(self, steps: StepWatch) -> Load:
+        """The engine's load from now on; `steps` is told of each that ends."""
+        load = Load(steps)
         self._client.logger_manager.stat_loggers.append(load)
         return load
 
@@ -125,6 +126,10 @@ class Server:
         """What each of the engine's workers runs and holds."""
         layers = self._client.model_config.hf_text_config.num_hidden_layers
         return stages_of(members, layers, await self._client.collective_rpc("memory_held"))
+
+    def busy(self) -> bool:
+        """Whether requests are unfinished."""
+        return bool(self._client.output_processor.has_unfinished_requests())
 
     @property
     def _client(self) -> Any:

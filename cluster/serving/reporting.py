@@ -17,6 +17,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 from pomarium.cluster.executor.member import Member
 from pomarium.cluster.rack import reports
 from pomarium.cluster.rack.reports import ReplicaReport, StageReport
+from pomarium.cluster.serving.step_watch import StepWatch
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +27,14 @@ WINDOW_S = 5.0
 
 
 class Load:
-    """Listens to an engine as one of vLLM's stat loggers (vllm/v1/metrics/loggers.py, AggregateStatLoggerBase)."""
+    """Listens to an engine as one of vLLM's stat loggers (vllm/v1/metrics/loggers.py, AggregateStatLoggerBase).
 
-    def __init__(self) -> None:
+    Attributes:
+        steps: told of each step's end.
+    """
+
+    def __init__(self, steps: StepWatch) -> None:
+        self.steps = steps
         self.running = 0
         self.waiting = 0
         self._tokens: deque[tuple[float, int]] = deque()
@@ -41,6 +47,7 @@ class Load:
         engine_idx: int = 0,
     ) -> None:
         """One step's figures."""
+        self.steps.ended(time.monotonic())
         if scheduler_stats is not None:
             self.running, self.waiting = scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs
         if iteration_stats is not None and iteration_stats.num_generation_tokens:

@@ -301,11 +301,11 @@ def test_what_the_answer_raises_passes_the_heartbeat() -> None:
 
 
 class Health:
-    """A handle whose `healthy` raises `fault`, or never answers."""
+    """A handle whose `healthy` raises `fault`, answers a word, or never answers."""
 
     deployment_name = "engine:m"
 
-    def __init__(self, fault: Exception | None) -> None:
+    def __init__(self, fault: Exception | str | None) -> None:
         self._fault = fault
         self.healthy = self
 
@@ -315,13 +315,16 @@ class Health:
     def __await__(self) -> Any:
         if self._fault is None:
             yield from asyncio.sleep(60).__await__()
+        if isinstance(self._fault, str):
+            yield from asyncio.sleep(0).__await__()
+            return self._fault
         raise self._fault or AssertionError
 
     def cancel(self) -> None:
         """Serve's call is given up."""
 
 
-def health(fault: Exception | None, read: Callable[[], dict[str, State]]) -> tuple[int, dict[str, Any], float]:
+def health(fault: Exception | str | None, read: Callable[[], dict[str, State]]) -> tuple[int, dict[str, Any], float]:
     async def ask() -> tuple[int, dict[str, Any], float]:
         ingress = Ingress({"m": Health(fault)}, head_answers=lambda: True, shortage=lambda: None)
         ingress._reasons = Reasons(read)
@@ -345,6 +348,12 @@ def health(fault: Exception | None, read: Callable[[], dict[str, State]]) -> tup
 def test_health_tells_the_reason(fault: Exception, message: str, reason: str) -> None:
     status, body, _ = health(fault, lambda: {"engine:m": State(message)})
     assert (status, body) == (503, {"status": "unavailable", "models": {"m": reason}})
+
+
+def test_health_says_what_an_engine_says_of_its_steps() -> None:
+    for word in ("ok", "ok, but no step of its engine has ended for 12 s"):
+        status, body, _ = health(word, dict)
+        assert (status, body) == (200, {"status": "ok", "models": {"m": word}})
 
 
 def test_health_is_bounded_whatever_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
