@@ -8,6 +8,7 @@ An actor's process ends with its engine, so there is one kind of loss, whatever 
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from pomarium.cluster import faults
 from pomarium.cluster.batch.dispatch import EngineLostError
 from pomarium.cluster.batch.lines import Answer, Request, answer_of
 from pomarium.cluster.executor import bundles
+from pomarium.cluster.executor.environment import Secrets, parted
 from pomarium.cluster.serving import patience
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.check import Found
@@ -40,7 +42,8 @@ class EngineStartError(PomariumError):
 class EngineActor:
     """What runs in the actor's process."""
 
-    def __init__(self, plan: ModelPlan, found: Found, name: Name) -> None:
+    def __init__(self, plan: ModelPlan, found: Found, name: Name, secrets: Secrets) -> None:
+        secrets.enter(os.environ)
         self._plan, self._found, self._name = plan, found, name
 
     async def start(self) -> None:
@@ -78,20 +81,22 @@ class RayEngine:
     def __init__(self, plan: ModelPlan, found: Found, job: str, index: int, environment: Mapping[str, str]) -> None:
         """`environment`: variables that the actor gets beside its node's."""
         self.room = plan.step_requests * 3 // 2
-        self._plan, self._found, self._environment = plan, found, dict(environment)
+        self._variables, self._secrets = parted(environment)
+        self._plan, self._found = plan, found
         self._name = Name(f"{job}#{index}", job)
         self._actor: Any = None
 
     async def start(self) -> None:
         """See dispatch.Engine. Raises EngineStartError."""
         options: dict[str, Any] = {"num_cpus": REPLICA_CPUS, "max_restarts": 0, "max_concurrency": self.room + 8}
-        if self._environment:
-            options["runtime_env"] = {"env_vars": self._environment}
+        if self._variables:
+            options["runtime_env"] = {"env_vars": self._variables}
         for _ in range(STARTS):
             if self._actor is not None:
                 ray.kill(self._actor)
                 bundles.release_of(self._name.replica)
-            self._actor = ray.remote(EngineActor).options(**options).remote(self._plan, self._found, self._name)
+            made = ray.remote(EngineActor).options(**options)
+            self._actor = made.remote(self._plan, self._found, self._name, self._secrets)
             try:
                 await self._actor.start.remote()
             except RayActorError as error:

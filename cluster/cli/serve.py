@@ -21,6 +21,7 @@ from pomarium.cluster.cli.progress import log_file, quiet
 from pomarium.cluster.rack import current, inventory, units
 from pomarium.cluster.rack.facts import network_of
 from pomarium.cluster.rack.inventory import KEEP_S
+from pomarium.cluster.serving.api_keys import read as read_keys
 from pomarium.cluster.serving.plan import ModelPlan, Scaling, ServePlan, served_names
 from pomarium.worker import settings
 from pomarium.worker.errors import CheckpointError, SettingsError
@@ -96,6 +97,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=[],
         metavar="KEY",
         help=f"a key that requests must carry; may be repeated. {KEY_VARIABLE} does not show up in process lists",
+    )
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="such keys, one a line, in a file that only its owner reads"
     )
     parser.set_defaults(run=run, passes_through=True)
 
@@ -242,8 +246,9 @@ def _plans_of(rack: inventory.Inventory, args: argparse.Namespace, common: Model
 
 
 def api_keys(args: argparse.Namespace, environ: Mapping[str, str]) -> frozenset[str]:
-    """The keys that requests may carry; none if everybody may ask."""
-    return frozenset(key for key in [*args.api_key, environ.get(KEY_VARIABLE, "")] if key)
+    """The keys that requests may carry; none if everybody may ask. Raises SettingsError: see `--api-key-file`."""
+    keys = frozenset(key for key in [*args.api_key, environ.get(KEY_VARIABLE, "")] if key)
+    return keys if args.api_key_file is None else keys | read_keys(args.api_key_file)
 
 
 def split_extra(tokens: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import ray
 
 from pomarium.cluster.executor.codec import describe
+from pomarium.cluster.executor.environment import Secrets
 from pomarium.cluster.executor.service import ControlService, serve
 from pomarium.cluster.lean_import import import_vllm, without_collections
 from pomarium.proto import control_pb2 as pb
@@ -39,7 +40,8 @@ class Endpoint:
 class WorkerActor:
     """Process of one worker. Made with `ray.remote`, one per bundle that carries the resource `mlx`."""
 
-    def __init__(self, rank: int, token: str) -> None:
+    def __init__(self, rank: int, token: str, secrets: Secrets) -> None:
+        secrets.enter(os.environ)
         # Ray sets it from num_cpus=0; it would hold BLAS to one thread.
         os.environ.pop("OMP_NUM_THREADS", None)
         self._rank = rank

@@ -22,7 +22,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pomarium.cluster.executor.actor import Endpoint, WorkerActor
 from pomarium.cluster.executor.bundles import Reservation
 from pomarium.cluster.executor.codec import WorkerLostError
-from pomarium.cluster.executor.environment import RESOURCE, local_ranks, override_warning, worker_environment
+from pomarium.cluster.executor.environment import (
+    RESOURCE,
+    local_ranks,
+    override_warning,
+    parted,
+    worker_environment,
+)
 from pomarium.cluster.executor.link import WorkerLink
 from pomarium.cluster.executor.member import Contact, Member
 from pomarium.cluster.executor.service import ready
@@ -146,6 +152,7 @@ def kill(processes: Sequence[WorkerProcess]) -> None:
 
 def _start_process(reservation: Reservation, rank: int, device: int) -> WorkerProcess:
     token = secrets.token_urlsafe(32)
+    variables, secret = parted(worker_environment(os.environ, device))
     strategy = PlacementGroupSchedulingStrategy(
         reservation.group, placement_group_bundle_index=reservation.bundles[rank]
     )
@@ -157,8 +164,8 @@ def _start_process(reservation: Reservation, rank: int, device: int) -> WorkerPr
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy=strategy,
-            runtime_env={"env_vars": worker_environment(os.environ, device)},
+            runtime_env={"env_vars": variables},
         )
-        .remote(rank, token)
+        .remote(rank, token, secret)
     )
     return WorkerProcess(actor, token, actor.listen.remote())

@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application
 
-from pomarium.cluster.executor.environment import NODE_OWN
+from pomarium.cluster.executor.environment import ENDPOINT_OWN, NODE_OWN, parted
 from pomarium.cluster.model_names import deployment_name
 from pomarium.cluster.rack.node import MOST_STARTS
 from pomarium.cluster.serving import replica_scaling
@@ -37,7 +37,7 @@ PASSED_PREFIXES = ("VLLM_", "POMARIUM_", "HF_", "MLX_", "MODELSCOPE_", "TRANSFOR
 
 def passed_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """What of the command line's environment the replicas get."""
-    return {k: v for k, v in environ.items() if k.startswith(PASSED_PREFIXES) and k not in NODE_OWN}
+    return {k: v for k, v in environ.items() if k.startswith(PASSED_PREFIXES) and k not in NODE_OWN | ENDPOINT_OWN}
 
 
 def build(
@@ -68,7 +68,8 @@ def build(
 
 def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str], on_head: bool) -> Application:
     # Only if need be: an actor with an environment of its own cannot use a process that Ray holds ready.
-    runtime_env = {"runtime_env": {"env_vars": dict(environment)}} if environment else {}
+    variables, secrets = parted(environment)
+    runtime_env = {"runtime_env": {"env_vars": variables}} if variables else {}
     where: dict[str, Any] = {"num_cpus": 0, "resources": {HEAD: 0.001}} if on_head else {"num_cpus": REPLICA_CPUS}
     count: dict[str, Any] = {"num_replicas": model.replicas}
     if model.scaling is not None:
@@ -88,4 +89,4 @@ def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str], on_h
         "graceful_shutdown_wait_loop_s": 0.2,
         "graceful_shutdown_timeout_s": 2 if model.scaling is None else DRAIN_S,
     }
-    return serve.deployment(EngineReplica, **options).bind(model, found)
+    return serve.deployment(EngineReplica, **options).bind(model, found, secrets)

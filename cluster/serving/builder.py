@@ -14,9 +14,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from pomarium.cluster.executor.environment import parted
 from pomarium.cluster.placement_model import Network
 from pomarium.cluster.rack import inventory
 from pomarium.cluster.rack.facts import network_of
+from pomarium.cluster.serving import api_keys
 from pomarium.cluster.serving.engine_args import parse as parse_engine_args
 from pomarium.cluster.serving.plan import ENDPOINT, ModelPlan, Scaling, ServePlan, served_names
 from pomarium.worker import settings
@@ -65,12 +67,14 @@ class EndpointArgs(_Strict):
 
     Attributes:
         models: at least one.
-        api_key_variable: an environment variable with the key that requests must carry; None admits everybody.
+        api_key_file: a file on the head with the keys that requests may carry, one a line; None for none.
+        api_key_variable: an environment variable with such a key. Without either, everybody is admitted.
         host, port: as in the file's http_options, where Serve itself reads them.
         rack: a rack.yaml on the head, whose links placement then knows.
     """
 
     models: Annotated[tuple[ModelArgs, ...], Field(min_length=1)]
+    api_key_file: Annotated[str, Field(min_length=1)] | None = None
     api_key_variable: Annotated[str, Field(min_length=1)] | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -89,6 +93,7 @@ def endpoint(args: dict[str, Any]) -> Any:
     from pomarium.cluster.serving import app
 
     parsed = parse(args)
+    refuse_secrets(ray.get_runtime_context().runtime_env.get("env_vars", {}))
     # Models and the batches' folder are meant as on the head's disk, where `pomarium serve` would be run.
     on_head = ray.remote(num_cpus=0, resources={app.HEAD: 0.001}, max_retries=0)(_built)
     return ray.get(on_head.remote(parsed))
@@ -107,6 +112,16 @@ def _built(args: EndpointArgs) -> Any:
     return app.build(plan, found, {}, macs_sleep=bool(power.read_all()))
 
 
+def refuse_secrets(variables: Mapping[str, str]) -> None:
+    """Raises SettingsError if the application's runtime_env sets a secret."""
+    _, secrets = parted(variables)
+    for name in sorted(secrets.values):
+        raise SettingsError(
+            f"runtime_env.env_vars: {name} would stand in Ray's logs and process lists: name a file with the key in "
+            f"args.api_key_file, or set {name} where `pomarium rack up` is run."
+        )
+
+
 def parse(args: Mapping[str, Any]) -> EndpointArgs:
     """`args` as the file has them. Raises SettingsError: one sentence for each fault."""
     try:
@@ -123,7 +138,10 @@ def plan_of(args: EndpointArgs, environ: Mapping[str, str]) -> ServePlan:
     for name, count in Counter(model.name for model in models).items():
         if count > 1:
             raise SettingsError(f"args: two models are called {name!r}: give one of them another `name`.")
-    return ServePlan(models, args.host, args.port, _keys(args.api_key_variable, environ))
+    keys = _keys(args.api_key_variable, environ)
+    if args.api_key_file is not None:
+        keys |= api_keys.read(Path(args.api_key_file))
+    return ServePlan(models, args.host, args.port, keys)
 
 
 def _model(args: ModelArgs, network: Network | None) -> ModelPlan:
@@ -151,8 +169,8 @@ def _keys(variable: str | None, environ: Mapping[str, str]) -> frozenset[str]:
         return frozenset()
     if not environ.get(variable):
         raise SettingsError(
-            f"args.api_key_variable: {variable} is not set where the application is built: set it under "
-            "runtime_env.env_vars, or where `pomarium rack up` is run."
+            f"args.api_key_variable: {variable} is not set where the application is built: set it where `pomarium rack "
+            "up` is run, or name a file with the key in args.api_key_file."
         )
     return frozenset({environ[variable]})
 

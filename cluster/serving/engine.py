@@ -5,12 +5,14 @@ The command line and the ingress import this module, so it imports neither vLLM 
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from ray import serve
 
 from pomarium.cluster import faults
+from pomarium.cluster.executor.environment import Secrets
 from pomarium.cluster.serving import heartbeat, patience
 from pomarium.cluster.serving.asgi_bridge import Head
 from pomarium.cluster.serving.check import Found
@@ -30,13 +32,20 @@ class Accepted:
 class EngineReplica:
     """Serve deployment class. Deployed once per model, with `plan.replicas` replicas."""
 
-    async def __init__(self, plan: ModelPlan, found: Found) -> None:  # type: ignore[misc] # Serve awaits it
-        """Start the engine. `found`: the checkpoint on the machine that deployed it.
+    async def __init__(  # type: ignore[misc] # Serve awaits it
+        self, plan: ModelPlan, found: Found, secrets: Secrets
+    ) -> None:
+        """Start the engine.
+
+        Args:
+            found: the checkpoint on the machine that deployed it.
+            secrets: for its environment, and that of its workers.
 
         Raises:
             faults.StartError: with the sentence to show, whichever process failed. Once the endpoint was up, only
                 after a while: see patience.py.
         """
+        secrets.enter(os.environ)
         replica = str(serve.get_replica_context().replica_id.unique_id)
         try:
             self._hosted = await Hosted.start(plan, found, Name(replica, ENDPOINT))

@@ -31,6 +31,9 @@ SOCKET_PATH_LIMIT = 103
 """Longest Unix socket path on macOS, in bytes (Linux: 107)."""
 
 RAY_SOCKET_SUFFIX = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
+RAY_FOLDER = "0"
+"""Ray's own, in the session's: Ray opens its folder, with all logs and sockets, to every user (mode 0777)."""
+
 
 TERM_S = 3.0
 """How long leftovers have to end after SIGTERM before they are killed."""
@@ -51,7 +54,7 @@ class HeadLostError(PomariumError):
 
 @dataclass(frozen=True)
 class LocalRay:
-    """An embedded Ray: marker value of its processes, folder of its sockets and logs."""
+    """An embedded Ray: marker value of its processes, folder that holds RAY_FOLDER and that only its owner enters."""
 
     session: str
     folder: Path
@@ -80,7 +83,7 @@ def environment(session: str) -> dict[str, str]:
 
 
 def session_folder(environ: Mapping[str, str]) -> Path:
-    """A new folder, short enough for Ray's sockets.
+    """A new folder of mode 0700, short enough for Ray's sockets in a folder of one letter in it.
 
     Raises:
         SettingsError: if RAY_TMPDIR is too long.
@@ -88,7 +91,7 @@ def session_folder(environ: Mapping[str, str]) -> Path:
     parent = environ.get("RAY_TMPDIR") or "/tmp"
     os.makedirs(parent, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="pm-", dir=parent))
-    if len(str(folder)) + RAY_SOCKET_SUFFIX > SOCKET_PATH_LIMIT:
+    if len(str(folder / RAY_FOLDER)) + RAY_SOCKET_SUFFIX > SOCKET_PATH_LIMIT:
         folder.rmdir()
         raise SettingsError(
             f"RAY_TMPDIR {parent!r} is too long for Ray's sockets: choose a path of at most 20 characters."
@@ -110,7 +113,7 @@ def start(plan: ServePlan) -> LocalRay:
         try:
             _init(local, plan)
         except Exception as error:
-            reason = starting.aborted(local.folder) or faults.sentence(error)
+            reason = starting.aborted(local.folder / RAY_FOLDER) or faults.sentence(error)
             logger.exception("Ray did not start, attempt %d of %d.", attempt, ATTEMPTS)
             stop(local)
             if not any(sign in reason for sign in IMPATIENCE):
@@ -138,7 +141,7 @@ def _init(local: LocalRay, plan: ServePlan) -> None:
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level="WARNING",
-        _temp_dir=str(local.folder),
+        _temp_dir=str(local.folder / RAY_FOLDER),
         _system_config=dict(node.OWN_SYSTEM_CONFIG),
     )
 

@@ -35,7 +35,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 EXAMPLE = Path(__file__).parents[2] / "deploy/serve.example.yaml"
 KEY = "sk-of-the-test"
-VARIABLE = "POMARIUM_API_KEY"
 DEPLOY_S = 240.0
 SEEN_S = 90.0
 """By when each series is there, with a value: agents are told every 10 s, and a rate takes two values."""
@@ -102,7 +101,10 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         assert rack is not None
         ray = current.for_ray_commands(rack)
         tiny = write_checkpoint("llama", folder / "tiny", max_position_embeddings=CONTEXT)
-        config = configured(yaml.safe_load(EXAMPLE.read_text()), str(tiny))
+        keys = folder / "api_keys"
+        keys.touch(0o600)
+        keys.write_text(f"{KEY}\n")
+        config = configured(yaml.safe_load(EXAMPLE.read_text()), str(tiny), keys)
         found = Deployed(environ | ray, ray["RAY_API_SERVER_ADDRESS"], folder / "serve.yaml", config)
         found.deploy(config["applications"][0]["args"])
         until(lambda: found.healthy() or told_of_failure(found), DEPLOY_S)
@@ -112,8 +114,8 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         command(environ, "down")
 
 
-def configured(example: dict[str, Any], model: str) -> dict[str, Any]:
-    """The example with another port, model and key."""
+def configured(example: dict[str, Any], model: str, keys: Path) -> dict[str, Any]:
+    """The example with another port, model and file of keys."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -121,13 +123,12 @@ def configured(example: dict[str, Any], model: str) -> dict[str, Any]:
     (entry,) = application["args"]["models"]
     args = application["args"] | {
         "port": port,
-        "api_key_variable": VARIABLE,
+        "api_key_file": str(keys),
         "models": [entry | {"source": model, "name": "tiny", "stages": 2, "engine_args": ["--max-num-seqs", 8]}],
     }
     ingress, engine = application["deployments"]
     changed = application | {
         "args": args,
-        "runtime_env": {"env_vars": {VARIABLE: KEY}},
         "deployments": [ingress, engine | {"name": "engine:tiny"}],
     }
     return example | {"http_options": example["http_options"] | {"port": port}, "applications": [changed]}

@@ -139,9 +139,26 @@ def test_the_embedded_models_name_is_its_own() -> None:
 
 
 def test_keys_come_from_the_arguments_and_the_environment() -> None:
-    args = argparse.Namespace(api_key=["k1"])
+    args = argparse.Namespace(api_key=["k1"], api_key_file=None)
     assert serve.api_keys(args, {serve.KEY_VARIABLE: "k2"}) == {"k1", "k2"}
-    assert serve.api_keys(argparse.Namespace(api_key=[]), {}) == frozenset()
+    assert serve.api_keys(argparse.Namespace(api_key=[], api_key_file=None), {}) == frozenset()
+
+
+def test_keys_come_from_a_file_that_only_its_owner_reads(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    args = argparse.Namespace(api_key=["k1"], api_key_file=file)
+    file.write_text("k2\n\n  k3 \n")
+    file.chmod(0o644)
+    with pytest.raises(SettingsError, match="can be opened by others: run `chmod 600"):
+        serve.api_keys(args, {})
+    file.chmod(0o600)
+    assert serve.api_keys(args, {}) == {"k1", "k2", "k3"}
+    file.write_text("\n")
+    with pytest.raises(SettingsError, match="is empty"):
+        serve.api_keys(args, {})
+    file.unlink()
+    with pytest.raises(SettingsError, match="cannot be read"):
+        serve.api_keys(args, {})
 
 
 def test_welcome_shows_a_request_that_fits() -> None:

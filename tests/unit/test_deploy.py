@@ -654,6 +654,18 @@ def test_every_argument_of_the_file_reaches_the_plan(tmp_path: Path) -> None:
     assert found.scaling is None
 
 
+def test_keys_come_from_a_file_and_no_secret_from_the_runtime_environment(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.touch(0o600)
+    file.write_text("sk-1\nsk-2\n")
+    args = endpoint_args(models=[{"source": "a"}], api_key_file=str(file), api_key_variable="K")
+    assert builder.plan_of(args, {"K": "sk"}).api_keys == {"sk", "sk-1", "sk-2"}
+    builder.refuse_secrets({"HF_HOME": "/h"})
+    with pytest.raises(SettingsError, match=r"runtime_env.env_vars: HF_TOKEN would stand in Ray's logs") as refusal:
+        builder.refuse_secrets({"HF_HOME": "/h", "HF_TOKEN": "hf_secret"})
+    assert "hf_secret" not in str(refusal.value)
+
+
 def test_replicas_may_follow_the_load() -> None:
     args = endpoint_args(models=[{"source": "a", "replicas": {"min": 0, "max": 2, "keep": "5m", "load": 4}}])
     (found,) = builder.plan_of(args, {}).models
@@ -675,6 +687,7 @@ def test_replicas_may_follow_the_load() -> None:
         ({"models": [{"source": "a", "engine_args": ["--worker-cls", "x"]}]}, "Pomarium brings the worker"),
         ({"port": 0}, "args.port: 0 is refused"),
         ({"api_key_variable": "K"}, "args.api_key_variable: K is not set"),
+        ({"api_key_file": "/no/keys"}, "The API key file /no/keys cannot be read"),
         ({"rack": "/no/rack.yaml"}, "The rack file /no/rack.yaml cannot be read"),
     ],
 )

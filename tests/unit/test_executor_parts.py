@@ -1,5 +1,6 @@
 """The executor's decisions: bundles, devices, the workers' environment, versions, and Futures put together."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -8,7 +9,13 @@ from hypothesis import strategies as st
 
 from pomarium.cluster.executor.bundles import PlacementError, worker_bundles
 from pomarium.cluster.executor.codec import decode, encode, encode_call
-from pomarium.cluster.executor.environment import VISIBLE_DEVICES, local_ranks, override_warning, worker_environment
+from pomarium.cluster.executor.environment import (
+    VISIBLE_DEVICES,
+    local_ranks,
+    override_warning,
+    parted,
+    worker_environment,
+)
 from pomarium.cluster.executor.launch import check_versions
 from pomarium.cluster.executor.link import Reply, gather
 from pomarium.cluster.executor.service import ready
@@ -37,6 +44,18 @@ def test_a_worker_gets_settings_and_its_device_but_not_the_engines_machine() -> 
     }
     expected = {"VLLM_METAL_DEBUG": "1", "HF_TOKEN": "t", "PYTHONPATH": "/p", VISIBLE_DEVICES: "2"}
     assert worker_environment(engine, device=2) == expected
+
+
+def test_secrets_are_parted_from_what_ray_shows_and_the_api_key_stays() -> None:
+    engine = {"HF_TOKEN": "s1", "HUGGING_FACE_HUB_TOKEN": "s2", "MODELSCOPE_API_TOKEN": "s3", "VLLM_API_KEY": "s4",
+              "HF_HOME": "/h", "VLLM_TOKENS_MAX": "5", "POMARIUM_API_KEY": "s5"}  # fmt: skip
+    shown, secrets = parted(worker_environment(engine, device=0))
+    assert shown == {"HF_HOME": "/h", "VLLM_TOKENS_MAX": "5", VISIBLE_DEVICES: "0"}
+    assert sorted(secrets.values.values()) == ["s1", "s2", "s3", "s4"]
+    assert not any(secret in repr(secrets) for secret in secrets.values.values())
+    process = {"HF_HOME": "/h", "HF_TOKEN": "of the node"}
+    pickle.loads(pickle.dumps(secrets)).enter(process)
+    assert process == {"HF_HOME": "/h", **secrets.values}
 
 
 @pytest.mark.parametrize(("value", "warned"), [(None, False), ("0,1", False), ("3", True), ("", True)])

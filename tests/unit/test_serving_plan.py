@@ -95,7 +95,14 @@ def test_url_is_one_that_this_machine_can_open(host: str, url: str) -> None:
 
 def test_only_settings_travel_to_replicas() -> None:
     assert passed_environment(
-        {"VLLM_METAL_DEBUG": "1", "HF_HOME": "/h", "PATH": "/bin", "AWS_SECRET": "s", "POMARIUM_TLS": "/t"}
+        {
+            "VLLM_METAL_DEBUG": "1",
+            "HF_HOME": "/h",
+            "PATH": "/bin",
+            "AWS_SECRET": "s",
+            "POMARIUM_TLS": "/t",
+            "POMARIUM_API_KEY": "k",
+        }
     ) == {
         "VLLM_METAL_DEBUG": "1",
         "HF_HOME": "/h",

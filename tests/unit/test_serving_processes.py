@@ -1,5 +1,6 @@
 """Leftover processes are found by their marker, whoever their parent is, and ended even if they resist."""
 
+import stat
 import subprocess
 import sys
 import time
@@ -51,7 +52,8 @@ def test_a_session_folder_is_new_each_time(tmp_path: Path) -> None:
     first, second = (local_ray.session_folder({"RAY_TMPDIR": str(short)}) for _ in range(2))
     try:
         assert first != second
-        assert len(str(first)) + local_ray.RAY_SOCKET_SUFFIX <= local_ray.SOCKET_PATH_LIMIT
+        assert stat.S_IMODE(first.stat().st_mode) == 0o700, "Ray opens what it makes in it to every user"
+        assert len(str(first / local_ray.RAY_FOLDER)) + local_ray.RAY_SOCKET_SUFFIX <= local_ray.SOCKET_PATH_LIMIT
     finally:
         first.rmdir()
         second.rmdir()
