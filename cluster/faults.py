@@ -20,6 +20,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pomarium.cluster.disk import is_full
+from pomarium.cluster.serving.context_length import reworded
 from pomarium.worker.errors import PomariumError
 
 FILE_VARIABLE = "POMARIUM_FAULT_FILE"
@@ -61,11 +62,11 @@ def sentence(error: BaseException) -> str:
             return f"No space is left on the disk{where}: make room there."
     for e in chain:
         if isinstance(e, ValidationError):
-            return one_line(_validation_message(str(e)))
+            return one_line(reworded(_validation_message(str(e))))
     for e in chain:
         for wrapper in _WRAPPERS:
             if str(e).startswith(wrapper):
-                return one_line(_validation_message(str(e).removeprefix(wrapper)))
+                return one_line(reworded(_validation_message(str(e).removeprefix(wrapper))))
     last = chain[-1]
     first_line = next((line for line in str(last).splitlines() if line.strip()), "no message")
     return one_line(f"{type(last).__name__}: {first_line}")

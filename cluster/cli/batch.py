@@ -151,7 +151,7 @@ def _ask_engines(
     args: argparse.Namespace, files: "Files", tally: "Tally", terminal: Terminal, interrupts: Interrupts
 ) -> None:
     from pomarium.cluster.cli.serve import models_of
-    from pomarium.cluster.serving import session
+    from pomarium.cluster.serving import beforehand, session
     from pomarium.cluster.serving.check import Check
     from pomarium.cluster.serving.plan import ServePlan
 
@@ -159,6 +159,7 @@ def _ask_engines(
         current.enter()
     settings.load(os.environ)
     (model,) = models_of(_serve_arguments(args), os.environ)
+    beforehand.check([model], os.environ)
     joined = bool(os.environ.get("RAY_ADDRESS"))
     check = Check([model.source])
 

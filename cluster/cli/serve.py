@@ -21,11 +21,13 @@ from pomarium.cluster.cli.progress import log_file, quiet
 from pomarium.cluster.rack import current, inventory, units
 from pomarium.cluster.rack.facts import network_of
 from pomarium.cluster.rack.inventory import KEEP_S
+from pomarium.cluster.serving import beforehand
 from pomarium.cluster.serving.api_keys import read as read_keys
 from pomarium.cluster.serving.plan import ModelPlan, Scaling, ServePlan, served_names
 from pomarium.worker import settings
-from pomarium.worker.errors import CheckpointError, SettingsError
+from pomarium.worker.errors import SettingsError
 from pomarium.worker.handoff.address import authority
+from pomarium.worker.models import look_up
 
 if TYPE_CHECKING:
     from pomarium.cluster.serving.watch import Watch
@@ -111,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.no_rack:
             current.enter()
         plan = plan_of(args, os.environ)
+        beforehand.check(plan.models, os.environ)
         terminal.say(f"log      {terminal.log}")
         from pomarium.cluster.serving import session
 
@@ -155,7 +158,7 @@ def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[Mode
     on_rack = bool(environ.get("RAY_ADDRESS"))
     stages = _stages(args, on_rack)
     for model in models:
-        check_path(model)
+        look_up.local(model)
     from pomarium.cluster.serving.engine_args import parse
 
     engine_args = parse(engine_tokens)
@@ -272,15 +275,6 @@ def check_port(host: str, port: int) -> None:
         raise SettingsError(
             f"Cannot listen on {authority(host, port)} ({e.strerror}): choose another with --port or --host."
         ) from e
-
-
-def check_path(model: str) -> None:
-    """Raises CheckpointError if `model` is written as a path and nothing is there, or a folder without a model."""
-    path = Path(model).expanduser()
-    if model.startswith(("/", ".", "~")) and not path.exists():
-        raise CheckpointError(f"There is no model at {model}: give a folder, a .gguf file, or an organisation/name.")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise CheckpointError(f"{model} holds no config.json, so it is not a model folder.")
 
 
 def welcome(plan: ServePlan) -> str:

@@ -78,7 +78,7 @@ def test_a_bad_request_does_not_disturb_a_running_one(client: OpenAI) -> None:
 @pytest.mark.parametrize(
     ("arguments", "config", "sentence"),
     [
-        (["--max-model-len", "1000000"], None, "max_model_len"),
+        (["--max-model-len", "1000000"], None, "give at most 8192"),
         ([], {"model_type": "nonesuch", "architectures": ["NonesuchForCausalLM"]}, "nonesuch"),
     ],
 )

@@ -1,8 +1,11 @@
 """What a user types becomes a directory, or one sentence that lists what is accepted."""
 
 import json
+import re
+import socket
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +19,7 @@ from tiny_models import write_checkpoint
 
 from pomarium.worker.errors import CheckpointError
 from pomarium.worker.models.checkpoint import inspect
+from pomarium.worker.models.look_up import EMBEDDED, local, look_up
 from pomarium.worker.models.resolve import resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -68,8 +72,46 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["no-such-model", "", "a b/c", "/no/such/folder", "a/b/c", "../up"])
 def test_unknown_names_list_what_is_accepted(name: str) -> None:
-    with pytest.raises(CheckpointError, match="organisation/name, or smollm2"):
-        resolve(name)
+    for find in (resolve, look_up):
+        with pytest.raises(CheckpointError, match="organisation/name, or smollm2"):
+            find(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("my-modle", "my-model"),
+        ("./my-modle", "my-model"),
+        ("models/lama-8b", "models/llama-8b"),
+        ("models/tiny.gguf", "models/tinyy.gguf"),
+        ("smolm2", "smollm2"),
+    ],
+)
+def test_what_looks_like_a_mistyped_model_is_told_so(
+    name: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for folder in ("my-model", "models/llama-8b"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    (tmp_path / "my-modles").mkdir()  # no model
+    (tmp_path / "models" / "tinyy.gguf").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"\(did you mean {re.escape(meant)}\?\)"):
+        look_up(name)
+
+
+def test_what_is_on_this_machine_is_found_without_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    write_checkpoint("llama_untied", tmp_path / "model")
+    (tmp_path / "x.GGUF").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    assert look_up(str(tmp_path / "model")) == tmp_path / "model" / "config.json"
+    assert look_up(str(tmp_path / "x.GGUF")) is None
+    assert [look_up(name) for name in (None, *EMBEDDED)] == [None] * 3
+    assert local("organisation/name") is None
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        look_up(str(tmp_path / "empty"))
 
 
 def test_other_files(tmp_path: Path) -> None:
@@ -151,9 +193,37 @@ def test_an_id_is_downloaded_from_the_hub(hub: type[_Hub], monkeypatch: pytest.M
 
 
 def test_an_id_that_the_hub_does_not_have(hub: type[_Hub]) -> None:
-    with pytest.raises(CheckpointError, match="Hugging Face has no model 'no/model'"):
-        resolve("no/model")
-    assert hub.requests
+    for find in (look_up, resolve):
+        with pytest.raises(CheckpointError, match="Hugging Face has no model 'no/model'"):
+            find("no/model")
+        assert hub.requests
+        hub.requests.clear()
+
+
+def test_an_id_is_looked_up_by_one_request_and_without_one_where_it_is_cached(hub: type[_Hub]) -> None:
+    assert look_up("tiny/model") is None
+    assert len(hub.requests) == 1
+    directory = resolve("tiny/model")
+    hub.requests.clear()
+    assert look_up("tiny/model") == directory / "config.json"
+    assert hub.requests == []
+
+
+def test_a_repository_of_gguf_files_is_not_served_as_it_is(hub: type[_Hub]) -> None:
+    (hub.folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tiny/model of Hugging Face holds no config\.json.*GGUF"):
+        look_up("tiny/model")
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as nobody:  # bound, and nobody listens
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(CheckpointError, match="not on this machine and Hugging Face cannot be reached"):
+            look_up("some/model")
+        assert time.monotonic() - began < 10, "the library's own retries take 23 s"
 
 
 def test_offline_and_not_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,8 +234,9 @@ def test_offline_and_not_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_modelscope_without_its_package(hub: type[_Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "modelscope", None)
-    with pytest.raises(CheckpointError, match="pip install modelscope"):
-        resolve("tiny/model", use_modelscope=True)
+    for find in (look_up, resolve):
+        with pytest.raises(CheckpointError, match="pip install modelscope"):
+            find("tiny/model", use_modelscope=True)
     assert hub.requests == []
 
 

@@ -16,13 +16,9 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
 from pomarium.worker.errors import CheckpointError
-from pomarium.worker.home import user_path
-from pomarium.worker.models import embedded
+from pomarium.worker.models import embedded, look_up
 from pomarium.worker.models.gguf.cache import converted
-
-ACCEPTED = "a folder, a .gguf file, an id like organisation/name, or smollm2 (the embedded model)"
-_EMBEDDED = (embedded.NAME, "embedded")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
+from pomarium.worker.models.look_up import ACCEPTED
 
 
 def resolve(name: str | None, *, use_modelscope: bool = False, modelscope_cache: Path | None = None) -> Path:
@@ -37,24 +33,19 @@ def resolve(name: str | None, *, use_modelscope: bool = False, modelscope_cache:
         SettingsError: a home folder that is needed is not known.
         UnsupportedError: a GGUF file of a kind that is not converted.
     """
-    if name is None or name in _EMBEDDED:
+    if name is None or name in look_up.EMBEDDED:
         return embedded.path()
     if not name:
-        raise CheckpointError(f"the model's name is empty; a model is {ACCEPTED}.")
-    path = user_path(name)
-    try:
-        str(path).encode()
-        is_folder = path.is_dir()
-    except (OSError, ValueError) as error:  # ValueError: bytes that are no UTF-8, which tokenizers do not open
-        raise CheckpointError(f"no model can be opened at {name!r} ({error}); a model is {ACCEPTED}.") from None
-    if is_folder:
+        raise CheckpointError(f"The model's name is empty: a model is {ACCEPTED}.")
+    path = look_up.path_of(name)
+    if path.is_dir():
         return path.resolve()
     if path.suffix.lower() == ".gguf":
         return _from_gguf(path)
     if path.exists():
-        raise CheckpointError(f"{name} is a file but no .gguf file; a model is {ACCEPTED}.")
-    if not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"there is no model {name!r}; a model is {ACCEPTED}.")
+        raise CheckpointError(f"{name} is a file but no .gguf file: a model is {ACCEPTED}.")
+    if not look_up.HUB_ID.fullmatch(name):
+        raise CheckpointError(f"There is no model {name!r}{look_up.meant(name)}: a model is {ACCEPTED}.")
     if use_modelscope:
         return _from_modelscope(name, modelscope_cache)
     return _from_hugging_face(name)
@@ -74,13 +65,9 @@ def _from_hugging_face(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=DEFAULT_ALLOW_PATTERNS)).resolve()
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise CheckpointError(
-            f"Hugging Face has no model {name!r} (or it is private); a model is {ACCEPTED}."
-        ) from error
+        raise look_up.absent(name) from error
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"the model {name!r} is not on this machine and Hugging Face cannot be reached; a model is {ACCEPTED}."
-        ) from error
+        raise look_up.unreachable(name) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the model {name!r} could not be fetched from Hugging Face: {_line(error)}.") from error
 
@@ -98,9 +85,7 @@ def _modelscope_download() -> Callable[..., str]:
     try:
         from modelscope import snapshot_download as download
     except ImportError as error:
-        raise CheckpointError(
-            "VLLM_USE_MODELSCOPE is set but the package modelscope is not installed: run `pip install modelscope`."
-        ) from error
+        raise CheckpointError(look_up.NO_MODELSCOPE) from error
     return download  # type: ignore[no-any-return]
 
 
