@@ -109,12 +109,14 @@ def _load_model(directory: Path, **options: Any) -> tuple[nn.Module, dict[str, A
     What is loaded lazily stays readable without the link, for MLX keeps its files open.
     """
     if glob.escape(str(directory)) == str(directory):
-        return load_model(directory, **options)
+        model, config = load_model(directory, **options)
+        return model, config
     parent = tempfile.gettempdir()
     with tempfile.TemporaryDirectory(dir=parent if glob.escape(parent) == parent else "/tmp") as folder:
         link = Path(folder) / "model"
         link.symlink_to(directory.absolute(), target_is_directory=True)
-        return load_model(link, **options)
+        model, config = load_model(link, **options)
+    return model, config
 
 
 def _told(error: Exception) -> str:
