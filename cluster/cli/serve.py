@@ -280,7 +280,8 @@ def check_port(host: str, port: int) -> None:
 def welcome(plan: ServePlan) -> str:
     """URL and a request to try."""
     key = ' -H "Authorization: Bearer $KEY"' if plan.api_keys else ""
-    body = f'{{"model": "{plan.models[0].name}", "messages": [{{"role": "user", "content": "Capital of France?"}}]}}'
+    messages = '[{"role": "user", "content": "What is the capital of France?"}]'
+    body = f'{{"model": "{plan.models[0].name}", "messages": {messages}, "max_tokens": 100}}'
     names = ", ".join(m.name for m in plan.models)
     return (
         f"{plan.url}/v1 serves {names}; Ctrl-C stops it. Try:\n"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import socket
 from pathlib import Path
 
@@ -164,7 +165,11 @@ def test_keys_come_from_a_file_that_only_its_owner_reads(tmp_path: Path) -> None
 def test_welcome_shows_a_request_that_fits() -> None:
     text = serve.welcome(ServePlan((ModelPlan("org/m"),), "0.0.0.0", 81, frozenset({"k"})))
     assert "curl http://127.0.0.1:81/v1/chat/completions" in text
-    assert '"model": "org/m"' in text
+    body = json.loads(text.rsplit("-d '", 1)[1].removesuffix("'"))
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    asked = json.loads(re.findall(r"'(\{.*\})'", readme)[0])
+    assert body == asked | {"model": "org/m"}
+    assert 0 < body["max_tokens"] <= 200
     assert "$KEY" in text
     assert '"k"' not in text
 

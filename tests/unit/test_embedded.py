@@ -1,5 +1,6 @@
 """The embedded model: found without importing its package, checked, converted once even by two processes."""
 
+import json
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -90,3 +91,5 @@ def test_smollm2_is_converted_into_the_cache(tmp_path: Path, monkeypatch: pytest
     found = inspect(directory)
     assert found.model_type == "llama"
     assert found.quantisation == Quantisation("mlx", 4)
+    generation = json.loads((directory / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 2, **embedded.SAMPLING}

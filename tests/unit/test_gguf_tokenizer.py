@@ -89,7 +89,7 @@ def test_smollm2_through_transformers(tmp_path: Path) -> None:
     assert prompt.startswith("<|im_start|>system\n")
     assert prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.eos_token_id == 2
-    assert vocabulary.eos_ids == [2]
+    assert vocabulary.eos_ids == [2, 0]
 
 
 def _bytes_vocabulary(pre: str | None, **values: Any) -> dict[str, Any]:
@@ -124,6 +124,36 @@ def test_pre_tokenizers_cut_where_they_should(pre: str | None, words: list[str])
     tokenizer = _build(_bytes_vocabulary(pre))
     cut = tokenizer.pre_tokenizer.pre_tokenize_str("Hi! 1234 I'm\n\n")
     assert [word for word, _ in cut] == words
+
+
+@pytest.mark.parametrize(
+    ("special", "declared", "ends"),
+    [
+        (
+            {"<|endoftext|>": 3, "<|im_start|>": 3, "<|im_end|>": 3},
+            {"eos": "<|im_end|>"},
+            ["<|im_end|>", "<|endoftext|>"],
+        ),
+        (
+            {"<|end_of_text|>": 3, "<|eom_id|>": 3, "<|eot_id|>": 3, "<|eoh|>": 3},
+            {"eos": "<|eot_id|>", "eom": "<|eom_id|>"},
+            ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"],
+        ),
+        ({"<eos>": 3, "<end_of_turn>": 4, "</s>": 4}, {"eos": "<eos>"}, ["<eos>", "<end_of_turn>"]),
+        ({"<bye>": 3, "</s>": 3}, {"eot": "<bye>"}, ["<bye>", "</s>"]),
+        ({"<|im_end|>": 1}, {"eos": "ab"}, ["ab"]),
+    ],
+    ids=["qwen2.5", "llama3", "gemma3", "own name", "ordinary text"],
+)
+def test_every_token_that_ends_an_answer(special: dict[str, int], declared: dict[str, str], ends: list[str]) -> None:
+    values = _bytes_vocabulary("qwen2")
+    del values["tokenizer.ggml.eos_token_id"]
+    pieces = [*values["tokenizer.ggml.tokens"], *special]
+    values["tokenizer.ggml.tokens"] = pieces
+    values["tokenizer.ggml.token_type"] = [*values["tokenizer.ggml.token_type"], *special.values()]
+    values |= {f"tokenizer.ggml.{name}_token_id": pieces.index(piece) for name, piece in declared.items()}
+    found = read_vocabulary(Metadata(Path("m.gguf"), values), len(pieces))
+    assert [pieces[token] for token in found.eos_ids] == ends
 
 
 def test_unknown_kinds_are_refused_by_name() -> None:

@@ -7,16 +7,19 @@ import fcntl
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from pomarium.worker.errors import CheckpointError
 from pomarium.worker.home import home
 from pomarium.worker.models.gguf.convert import convert
 
-CONVERTER_VERSION = 1
-"""Raised whenever the converter writes something else, so that older results are not used."""
+CONVERTER_VERSION = 2
+"""Raised whenever the converter writes something else or is given another `generation`, so that older results are not
+used."""
 
 
 def cache_folder() -> Path:
@@ -28,11 +31,17 @@ def cache_folder() -> Path:
     return home() / usual / "pomarium"
 
 
-def converted(file: Path, key: str, check: Callable[[Path], None] | None = None) -> Path:
+def converted(
+    file: Path,
+    key: str,
+    check: Callable[[Path], None] | None = None,
+    generation: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
     """The mlx-lm directory made of the GGUF `file`, converted now if `key` is not in the cache yet.
 
     Args:
         check: called with `file` before it is converted; raises if the file is not to be trusted.
+        generation: settings for generation_config.json beside the special tokens.
 
     Raises:
         CheckpointError: the file is damaged, or the cache folder cannot be written.
@@ -52,7 +61,7 @@ def converted(file: Path, key: str, check: Callable[[Path], None] | None = None)
                 with tempfile.TemporaryDirectory(dir=folder, prefix="partial-") as temporary:
                     partial = Path(temporary) / target.name
                     partial.mkdir()
-                    convert(file, partial)
+                    convert(file, partial, generation=generation)
                     partial.rename(target)
     except OSError as error:
         raise CheckpointError(

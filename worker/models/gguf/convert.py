@@ -8,8 +8,9 @@ Everything that can be refused is refused before the first weight is read. Peak 
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -27,8 +28,16 @@ from pomarium.worker.models.gguf.vocabulary import read_vocabulary
 SHARD_BYTES = 1 << 30
 
 
-def convert(path: Path, directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def convert(
+    path: Path,
+    directory: Path,
+    shard_bytes: int = SHARD_BYTES,
+    generation: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Write the model in `path` into the existing, empty `directory`.
+
+    Args:
+        generation: settings for generation_config.json beside the special tokens.
 
     Raises:
         CheckpointError: the file is truncated, damaged or incomplete.
@@ -59,7 +68,8 @@ def convert(path: Path, directory: Path, shard_bytes: int = SHARD_BYTES) -> None
     _write_json(
         directory / "tokenizer_config.json", tokenizer_config(metadata, vocabulary, config["max_position_embeddings"])
     )
-    _write_json(directory / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
+    known = {name: value for name, value in ids.items() if value is not None}
+    _write_json(directory / "generation_config.json", {**known, **generation})
     _write_json(directory / "config.json", config)
 
 

@@ -10,7 +10,10 @@ from pomarium.worker.errors import CheckpointError
 from pomarium.worker.models.gguf.metadata import Metadata
 
 _KEY = "tokenizer.ggml."
-_TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
+_TURN_ENDS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>"})
+_DOCUMENT_ENDS = frozenset({"<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>"})
+"""Names that end an answer in every family that has them. A file declares one end, at most one for turns (eot) and one
+for messages (eom), while releases name more in generation_config.json, which GGUF does not carry."""
 
 
 class Kind(IntEnum):
@@ -43,6 +46,18 @@ class Vocabulary:
         return [i for i, kind in enumerate(self.kinds) if kind in kinds]
 
 
+def _ends(pieces: list[str], kinds: list[int]) -> list[int]:
+    """Ids of the tokens that end a turn, then of those that end a document.
+
+    Files exist whose marks of turns are user-defined tokens. The ends of documents must be control tokens: Gemma's
+    vocabulary has HTML's </s> as a user-defined one.
+    """
+    marks = {Kind.CONTROL, Kind.USER_DEFINED}
+    turns = [i for i, piece in enumerate(pieces) if piece in _TURN_ENDS and kinds[i] in marks]
+    documents = [i for i, piece in enumerate(pieces) if piece in _DOCUMENT_ENDS and kinds[i] == Kind.CONTROL]
+    return turns + documents
+
+
 def read_vocabulary(metadata: Metadata, vocab_size: int) -> Vocabulary:
     """Read and check the tokenizer keys; pieces beyond the embedding's `vocab_size` rows are an error.
 
@@ -66,8 +81,7 @@ def read_vocabulary(metadata: Metadata, vocab_size: int) -> Vocabulary:
             raise CheckpointError(f"{metadata.path}: its {name} token id {value} is not in the vocabulary.")
         return value
 
-    turn_ends = [i for i, kind in enumerate(kinds) if kind == Kind.CONTROL and pieces[i] in _TURN_ENDS]
-    eos_ids = [identifier("eos"), identifier("eot"), identifier("eom"), *turn_ends]
+    eos_ids = [identifier("eos"), identifier("eot"), identifier("eom"), *_ends(pieces, kinds)]
     is_sentencepiece = metadata.required(_KEY + "model", str) == "llama"
     add_bos = metadata.optional(_KEY + "add_bos_token", bool)
     return Vocabulary(
