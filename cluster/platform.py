@@ -76,8 +76,10 @@ class PomariumPlatform(Platform):
         device = detect(settings)
         if vllm_config.model_config is None:  # vLLM builds such configs for its own defaults; nothing runs on them
             return
+        from pomarium.cluster import front_end
         from pomarium.cluster.facts import extract
 
+        front_end.install()
         facts = extract(vllm_config, settings, device)
         if refusal := admit(facts):
             raise refusal

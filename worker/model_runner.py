@@ -94,7 +94,7 @@ class ModelRunner:
         invariant_processors: LogitsProcessor | None = None,
         links: Links | None = None,
     ) -> None:
-        self.requests = RequestTable()
+        self.requests = RequestTable(sampler.vocab_size)
         self._forward = forward
         self._sampler = sampler
         self._on_step = on_step

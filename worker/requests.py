@@ -5,7 +5,7 @@ requests. Sampled tokens are appended here and stay here: with async scheduling 
 scheduler has seen them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pomarium.worker.sampling.params import SamplingParams
@@ -37,9 +37,14 @@ class RequestState:
 
 
 class RequestTable:
-    """Live requests by id."""
+    """Live requests by id, all of whose tokens are below `vocab_size`.
 
-    def __init__(self) -> None:
+    vLLM's front end refuses a request with others (cluster/request_bounds.py), and what is sampled is always below.
+    Where tokens come in they are looked at once more, because MLX would read another's row from foreign memory.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self._requests: dict[str, RequestState] = {}
 
     def __getitem__(self, request_id: str) -> RequestState:
@@ -61,13 +66,23 @@ class RequestTable:
 
         Raises:
             KeyError: if the step names a request that was never sent.
+            ValueError: if it brings a token that the embedding does not hold.
         """
         self._drop(step.finished)
         for new in step.new:
+            self._check(new.id, new.token_ids)
             self._requests[new.id] = _admit(new)
         for cached in step.cached:
+            self._check(cached.id, cached.token_ids or ())
             _update(self._requests[cached.id], cached)
         return [(self._requests[request_id], count) for request_id, count in step.num_scheduled_tokens.items()]
+
+    def _check(self, request_id: str, token_ids: Sequence[int]) -> None:
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+            raise ValueError(
+                f"request {request_id} holds tokens from {min(token_ids)} to {max(token_ids)}, but the vocabulary has "
+                f"{self._vocab_size}"
+            )
 
     def _drop(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -43,6 +43,34 @@ def test_a_bad_request_gets_openais_error(client: OpenAI, change: dict[str, Any]
     assert word in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prompt": [49152]}, "49152"),
+        ({"prompt": [49152], "stream": True}, "49152"),
+        ({"prompt": [49152], "echo": True}, "49152"),
+        ({"prompt": [[504], [504, 49155]]}, "49155"),
+        ({"prompt": [504, -1]}, "-1"),
+        ({"stop_token_ids": [49152]}, "49152"),
+        ({"allowed_token_ids": [49152]}, "allowed_token_ids"),
+        ({"logit_bias": {"49152": 1}}, "49152"),
+    ],
+)
+def test_a_token_that_the_model_does_not_have(client: OpenAI, change: dict[str, Any], named: str) -> None:
+    body = {"model": MODEL, "prompt": "Once", "max_tokens": 2} | change
+    with pytest.raises(APIStatusError) as caught:
+        client.post("/completions", body=body, cast_to=object)
+    error: Any = caught.value.body
+    assert caught.value.status_code == error["code"] == 400
+    assert named in error["message"]
+
+
+@pytest.mark.parametrize(("tokens", "status"), [([504], 200), ([49152], 200), ([1 << 40], 400), ([-1], 400)])
+def test_detokenize_reads_no_memory_of_the_model(server: Server, tokens: list[int], status: int) -> None:
+    answer = httpx.post(f"{server.url}/detokenize", json={"model": MODEL, "tokens": tokens}, timeout=20)
+    assert answer.status_code == status
+
+
 @pytest.mark.parametrize("content", [b"{nope", b"[1]", b"", b"\xff\xfe"])
 def test_a_body_that_is_no_json_object(server: Server, content: bytes) -> None:
     answer = httpx.post(f"{server.url}/v1/chat/completions", content=content, timeout=20)

@@ -20,7 +20,7 @@ def new(name: str, length: int, computed: int = 0, sampling: SamplingParams = GR
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.booleans()), min_size=1, max_size=6))
 def test_rows_samplers_and_wanted_logits(requests: list[tuple[int, int, bool]]) -> None:
     """Each request brings (prompt length, chunk, whether it wants its prompt scored)."""
-    table = RequestTable()
+    table = RequestTable(1000)
     chunks = {str(index): min(length, chunk) for index, (length, chunk, _) in enumerate(requests)}
     step = Step(
         chunks,
@@ -49,7 +49,7 @@ def test_rows_samplers_and_wanted_logits(requests: list[tuple[int, int, bool]]) 
 
 
 def test_a_resumed_request_starts_over_with_the_scheduler_s_tokens() -> None:
-    table = RequestTable()
+    table = RequestTable(1000)
     table.apply(Step({"a": 3}, (new("a", 3),)))
     table["a"].token_ids.append(99)  # sampled ahead of the scheduler, which then preempted the request
     resumed = CachedRequest("a", 0, ((5, 6),), resumed=True, token_ids=(0, 1, 2))
@@ -58,7 +58,7 @@ def test_a_resumed_request_starts_over_with_the_scheduler_s_tokens() -> None:
 
 
 def test_blocks_are_appended_and_finished_requests_forgotten() -> None:
-    table = RequestTable()
+    table = RequestTable(1000)
     table.apply(Step({"a": 3, "b": 3}, (new("a", 3), new("b", 3))))
     table.apply(Step({"a": 1}, cached=(CachedRequest("a", 3, ((7,),)),), finished=frozenset({"b", "never sent"})))
     assert table["a"].block_tables == [[1, 2, 7]]
@@ -68,4 +68,4 @@ def test_blocks_are_appended_and_finished_requests_forgotten() -> None:
 
 def test_an_unknown_request_is_an_error() -> None:
     with pytest.raises(KeyError):
-        RequestTable().apply(Step({"x": 1}, cached=(CachedRequest("x", 0, None),)))
+        RequestTable(1000).apply(Step({"x": 1}, cached=(CachedRequest("x", 0, None),)))

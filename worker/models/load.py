@@ -26,6 +26,7 @@ from mlx_lm.utils import _get_classes, load_model
 from pomarium.worker.errors import CheckpointError, UnsupportedError
 from pomarium.worker.models import experts, fp8
 from pomarium.worker.models.checkpoint import Checkpoint, inspect
+from pomarium.worker.models.embedding_rows import check_vocabulary
 from pomarium.worker.models.stage_weights import blank, foreign_parameters
 from pomarium.worker.models.stages import StageCut, layers_of, subclass
 
@@ -64,17 +65,20 @@ Conversion = Callable[[Mapping[str, mx.array]], dict[str, mx.array]]
 """From the tensors of a checkpoint to those that mlx-lm's `sanitize` knows; all lazy."""
 
 
-def load(directory: Path, *, dense: bool, dtype: mx.Dtype | None, cut: StageCut | None = None) -> LoadedModel:
+def load(
+    directory: Path, *, dense: bool, dtype: mx.Dtype | None, cut: StageCut | None = None, vocab_size: int = 0
+) -> LoadedModel:
     """Load and evaluate the model in `directory`, or one stage of it.
 
     Args:
         dense: replace quantised layers by dense ones in `dtype`.
         dtype: what floating parameters are cast to (scales and biases of quantised layers too); None leaves them.
         cut: the stage's layers; None for the whole model.
+        vocab_size: how many tokens requests may name.
 
     Raises:
-        CheckpointError: missing or damaged files, weights that do not fit the model, or another number of layers than
-            were cut.
+        CheckpointError: missing or damaged files, weights that do not fit the model, another number of layers than
+            were cut, or an embedding of fewer than `vocab_size` tokens.
         UnsupportedError: mlx-lm has no such model or quantisation, or the model cannot run in stages.
     """
     checkpoint = inspect(directory)
@@ -94,6 +98,7 @@ def load(directory: Path, *, dense: bool, dtype: mx.Dtype | None, cut: StageCut 
         raise CheckpointError(
             f"{directory} does not fit mlx-lm's {checkpoint.model_type} model: {type(error).__name__}: {_told(error)}."
         ) from error
+    check_vocabulary(model, vocab_size, directory)
     foreign = frozenset[str]() if cut is None else _foreign(model, cut, checkpoint)
     model.update(tree_unflatten([(path, blank(p)) for path, p in tree_flatten(model.parameters()) if path in foreign]))
     if dense:

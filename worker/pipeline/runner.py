@@ -21,14 +21,20 @@ class RelayRunner:
     """Runs steps and hands their hidden states on.
 
     Args:
-        depth: steps that can be under way at once.
+        vocab_size: tokens that the embedding holds. depth: steps that can be under way at once.
         on_step: called with each step's figures.
     """
 
     def __init__(
-        self, forward: StageForward, links: StageLinks, first: bool, depth: int, on_step: Callable[[StepStats], None]
+        self,
+        forward: StageForward,
+        links: StageLinks,
+        vocab_size: int,
+        first: bool,
+        depth: int,
+        on_step: Callable[[StepStats], None],
     ) -> None:
-        self.requests = RequestTable()
+        self.requests = RequestTable(vocab_size)
         self._forward = forward
         self._links = links
         self._first = first

@@ -59,7 +59,7 @@ class Stage:
             return ModelRunner(last, sampler, on_step, processors, invariant_processors, self.links)
         # The engine keeps at most one step more under way than there are stages.
         depth = len(self.place.cuts) + 1
-        return RelayRunner(forward, self.links, self.place.is_first, depth, on_step)
+        return RelayRunner(forward, self.links, sampler.vocab_size, self.place.is_first, depth, on_step)
 
     def close(self) -> None:
         """End the links without a fault."""
