@@ -11,7 +11,11 @@ from pomarium.cluster.serving.bodies import DEPTH, BodyError, check_depth, parse
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
 )
 
@@ -45,6 +49,8 @@ def test_encodings_of_json(encoding: str) -> None:
         (b'{"a": "\xed\xa0\xbd"}', "not UTF-8 at byte 7"),
         (b'{"temperature": NaN}', "NaN is no JSON number"),
         (b'{"temperature": -Infinity}', "-Infinity is no JSON number"),
+        (b'{"top_k": 18446744073709551616}', "an integer of more than 64 bits in `top_k`"),
+        (b'{"a": [{"b": -9223372036854775809}]}', r"more than 64 bits in `a\[0\]\.b`"),
         (b'{"n": ' + b"9" * 5000 + b"}", "not valid JSON"),
     ],
 )
