@@ -31,6 +31,7 @@ from pomarium.cluster.executor.host import INIT_WORKER, LISTEN
 from pomarium.cluster.executor.launch import RemoteWorker, connect
 from pomarium.cluster.executor.link import Reply, gather
 from pomarium.cluster.executor.member import Member, surroundings
+from pomarium.cluster.executor.parcel import for_workers
 from pomarium.cluster.executor.session import ensure_connected
 from pomarium.cluster.executor.team import Team, assemble
 from pomarium.cluster.faults import record_engine_core_faults, record_loss
@@ -118,7 +119,7 @@ class RackExecutor(Executor):
         self, scheduler_output: SchedulerOutput, non_block: bool = False
     ) -> ModelRunnerOutput | Future[ModelRunnerOutput | None] | None:
         """Sends the step to every stage; None (or a Future of it): the tokens come with `sample_tokens`."""
-        payload = encode_call("execute_model", (scheduler_output,))
+        payload = encode_call("execute_model", (for_workers(scheduler_output),))
         sampled = bool(scheduler_output.total_num_scheduled_tokens)
         with self._order:
             *relays, last = (worker.link for worker in self.workers)
