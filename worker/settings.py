@@ -35,6 +35,8 @@ STEP_SECONDS = 1.0
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 _NUMBER = re.compile(r"\+?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_SIZE = re.compile(r"([1-9]\d{0,11})\s*([KMG]iB)?", re.ASCII)
+_UNITS = {None: 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _QUOTES = ('"', "'", "`", "“", "”", "‘", "’")
 
 
@@ -63,6 +65,8 @@ class Settings:
         modelscope_cache: absolute folder of the local ModelScope models.
         step_seconds: what a step of the engine is to take at most; 0: no bound.
         visible_devices: as the executor wrote it for this worker; None outside of one.
+        max_body, max_upload: bytes of a request's body, and of an uploaded file's.
+        client_timeout: seconds that a client may keep the endpoint waiting.
     """
 
     memory_fraction: float | None = None
@@ -77,6 +81,9 @@ class Settings:
     mla_kernel: bool = False
     step_seconds: float = STEP_SECONDS
     visible_devices: str | None = None
+    max_body: int = 8 << 20
+    max_upload: int = 200 << 20
+    client_timeout: float = 30.0
 
     @property
     def resolved_fraction(self) -> float:
@@ -84,7 +91,7 @@ class Settings:
         return AUTO_FRACTION if self.memory_fraction is None else self.memory_fraction
 
 
-Value = float | bool | str | Path | None
+Value = float | int | bool | str | Path | None
 Parser = Callable[[str], Value]
 """Takes the text without surrounding white space; raises ValueError if it is not accepted."""
 
@@ -142,6 +149,19 @@ def _absolute_path(text: str) -> Path:
     if not path.is_absolute():
         raise ValueError
     return path
+
+
+def _size(text: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _seconds(text: str) -> float:
+    if _NUMBER.fullmatch(text) is None or not 0.0 < float(text) <= 86_400.0:
+        raise ValueError
+    return float(text)
 
 
 _BOOLEAN = "1/0, true/false, yes/no or on/off"
@@ -253,6 +273,32 @@ VARIABLES: tuple[Variable, ...] = (
         "nothing: the executor sets it",
         str,
         "The devices of one worker. The executor sets it; a value set by the user is overridden with one warning.",
+    ),
+    Variable(
+        "POMARIUM_MAX_BODY",
+        "max_body",
+        "8MiB",
+        "a number of bytes such as 8388608 or 8MiB",
+        _size,
+        "The largest body of a request to the endpoint, in bytes or with KiB, MiB or GiB; a larger one is answered "
+        "with 413.",
+    ),
+    Variable(
+        "POMARIUM_MAX_UPLOAD",
+        "max_upload",
+        "200MiB",
+        "a number of bytes such as 209715200 or 200MiB",
+        _size,
+        "The same of a file that is uploaded for batches, which has 200 MiB at most in any case.",
+    ),
+    Variable(
+        "POMARIUM_CLIENT_TIMEOUT",
+        "client_timeout",
+        "30",
+        "a number of seconds above 0 and at most 86400",
+        _seconds,
+        "Seconds that a client has for the head of a request, and for its body beyond what that takes at 16 KiB a "
+        "second; then it is answered with 408.",
     ),
 )
 

@@ -111,6 +111,9 @@ def _outcomes(settings: Settings, kind: DeviceKind, backend: device.GpuBackend |
         "visible_devices": "set by the executor"
         if settings.visible_devices is None
         else "overridden by the executor with a warning",
+        "max_body": f"{settings.max_body} bytes",
+        "max_upload": f"{settings.max_upload} bytes",
+        "client_timeout": f"{settings.client_timeout:g} s",
     }
 
 

@@ -15,6 +15,7 @@ from pomarium.cluster.executor.environment import NODE_OWN, RESOURCE
 from pomarium.cluster.rack import kin
 from pomarium.cluster.rack.kin import Kin
 from pomarium.cluster.rack.membership import Membership
+from pomarium.cluster.serving import door
 from pomarium.worker.settings import MACHINE_MEMORY
 
 MARKER = "_POMARIUM_NODE"
@@ -177,6 +178,7 @@ def environment(spec: NodeSpec, membership: Membership, base: Mapping[str, str])
         **SERVE_VARIABLES,
         MARKER: marker(membership.session, spec.name),
         "RAY_START_HOOK": START_HOOK,
+        door.CALLBACK: door.IMPORT_PATH,
         # `python` in a job's command line is the rack's.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)]),
     }

@@ -18,6 +18,7 @@ from pomarium.cluster import faults, ray_address
 from pomarium.cluster.rack import kin, node, starting
 from pomarium.cluster.rack.kin import Kin
 from pomarium.cluster.rack.mac_power import Power
+from pomarium.cluster.serving import door
 from pomarium.cluster.serving.plan import RESOURCE, ServePlan
 from pomarium.worker.errors import PomariumError, SettingsError
 
@@ -30,10 +31,10 @@ OBJECT_STORE_BYTES = 128 * 2**20
 SOCKET_PATH_LIMIT = 103
 """Longest Unix socket path on macOS, in bytes (Linux: 107)."""
 
-RAY_SOCKET_SUFFIX = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
 RAY_FOLDER = "0"
 """Ray's own, in the session's: Ray opens its folder, with all logs and sockets, to every user (mode 0777)."""
 
+RAY_SOCKET_SUFFIX = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
 
 TERM_S = 3.0
 """How long leftovers have to end after SIGTERM before they are killed."""
@@ -79,6 +80,7 @@ def environment(session: str) -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
+        door.CALLBACK: door.IMPORT_PATH,
     }
 
 

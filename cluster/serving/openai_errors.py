@@ -5,6 +5,9 @@ from typing import Any
 
 RETRY_AFTER_S = 5
 """When a client that got 503 is to try again: another engine may serve at once, a new one after seconds."""
+LONGEST_SHOWN = 100
+"""Characters of what a client sent that an error repeats."""
+LONGEST_MESSAGE = 2000
 
 
 def headers(status: int) -> dict[str, str]:
@@ -12,8 +15,16 @@ def headers(status: int) -> dict[str, str]:
     return {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else {}
 
 
+def shown(given: object) -> str:
+    """What a client sent, as an error repeats it: its beginning."""
+    text = str(given)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
 def body(status: int, message: str, *, kind: str, param: str | None = None) -> dict[str, Any]:
     """`{"error": {message, type, param, code}}`; `code` repeats the HTTP status, as vLLM does."""
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[:LONGEST_MESSAGE]}..."
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
@@ -34,7 +45,7 @@ def unknown(message: str) -> tuple[int, dict[str, Any]]:
 
 def unknown_model(name: object, served: list[str]) -> tuple[int, dict[str, Any]]:
     """404 for a model that is not served here."""
-    message = f"The model `{name}` does not exist. Served here: {', '.join(served)}."
+    message = f"The model `{shown(name)}` does not exist. Served here: {', '.join(served)}."
     return _error(HTTPStatus.NOT_FOUND, message, "NotFoundError", "model")
 
 
@@ -42,6 +53,18 @@ def model_required(served: list[str]) -> tuple[int, dict[str, Any]]:
     """400 for a request that names no model where several are served."""
     message = f"The request names no model. Served here: {', '.join(served)}."
     return _error(HTTPStatus.BAD_REQUEST, message, "BadRequestError", "model")
+
+
+def too_large(most: int) -> tuple[int, dict[str, Any]]:
+    """413 for a body of more than `most` bytes."""
+    message = f"The request's body has more than the {most} bytes that are accepted (POMARIUM_MAX_BODY, _MAX_UPLOAD)."
+    return _error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, "BadRequestError")
+
+
+def too_slow(timeout: float) -> tuple[int, dict[str, Any]]:
+    """408 for a body that did not come in time. `timeout`: seconds."""
+    message = f"The request's body did not come within {timeout:g} s and what its size takes (POMARIUM_CLIENT_TIMEOUT)."
+    return _error(HTTPStatus.REQUEST_TIMEOUT, message, "BadRequestError")
 
 
 def unauthorized() -> tuple[int, dict[str, Any]]:
