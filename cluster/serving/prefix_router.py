@@ -24,7 +24,7 @@ from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve._private.request_router.request_router import RequestRouter
 
-from pomarium.cluster.serving.routing import Candidate, NoReplicaError, PrefixTable, keys_of, rank
+from pomarium.cluster.serving.routing import Candidate, NoReplicaError, PrefixTable, Prompts, rank
 
 FIRST_NEWS_S = 2.0
 """How long the first request waits for the controller to say which replicas there are."""
@@ -58,12 +58,13 @@ class PrefixRouter(RequestRouter):
         self._unanswered: dict[ReplicaID, float] = {}
         self._told = asyncio.Event()
         self._random = Random()
+        self._prompts = Prompts()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Serve's question; see `routing.rank`."""
-        keys = _keys(pending_request)
+        keys = self._keys(pending_request)
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
         candidates = [
@@ -120,7 +121,7 @@ class PrefixRouter(RequestRouter):
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         """It has taken this request."""
-        self._table.learn(replica_id, _keys(pending_request))
+        self._table.learn(replica_id, self._keys(pending_request))
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """A request that it was sent has ended, one way or another."""
@@ -137,10 +138,10 @@ class PrefixRouter(RequestRouter):
             self.on_replica_actor_unavailable(replica_id)  # Serve then asks it before it sends it anything
         return SILENT_S < waited <= SILENT_NO_MORE_S
 
-
-def _keys(request: PendingRequest | None) -> tuple[int, ...]:
-    """Of a call of `EngineReplica.request`: (method, path, body, headers). None of its other methods has a prompt."""
-    if request is None or request.metadata.call_method != "request":
-        return ()
-    _, path, body, _ = request.args
-    return keys_of(path, body)
+    def _keys(self, request: PendingRequest | None) -> tuple[int, ...]:
+        """Of a call of `EngineReplica.request`: (method, path, body, headers). None of its other methods has a
+        prompt."""
+        if request is None or request.metadata.call_method != "request":
+            return ()
+        _, path, body, _ = request.args
+        return self._prompts.keys_of(path, body)

@@ -11,7 +11,6 @@ import json
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from random import Random
 from typing import Any, Generic, TypeVar
 
@@ -119,12 +118,29 @@ class PrefixTable(Generic[R]):
         self._sent.pop(replica, None)
 
 
-@lru_cache(maxsize=16)
-def keys_of(path: str, body: bytes) -> tuple[int, ...]:
-    """Keys of the prompt in a request's `body`; none if `path` generates nothing or the body is not understood.
+class Prompts:
+    """The keys of requests that were asked for of late: each is asked for when it is sent and when it has arrived.
 
-    A request is asked for them twice, when it is sent and when it has arrived: hence the cache.
+    Requests are told apart by a hash, which no client can foresee: a body that was kept would lie here until others
+    come.
     """
+
+    def __init__(self, most: int = 16) -> None:
+        self._most = most
+        self._known: OrderedDict[tuple[str, int, int], tuple[int, ...]] = OrderedDict()
+
+    def keys_of(self, path: str, body: bytes) -> tuple[int, ...]:
+        """As the function of this name."""
+        request = (path, len(body), hash(body))
+        if request not in self._known:
+            self._known[request] = keys_of(path, body)
+            if len(self._known) > self._most:
+                self._known.popitem(last=False)
+        return self._known[request]
+
+
+def keys_of(path: str, body: bytes) -> tuple[int, ...]:
+    """Keys of the prompt in a request's `body`; none if `path` generates nothing or the body is not understood."""
     if not path.startswith("/v1/"):
         return ()
     try:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from pomarium.cluster.serving.routing import (
     Candidate,
     NoReplicaError,
     PrefixTable,
+    Prompts,
     keys_of,
     prefix_keys,
     prompt_text,
@@ -205,6 +207,20 @@ def test_no_body_breaks_the_routing(value: Any) -> None:
 )
 def test_what_generates_nothing_has_no_keys(path: str, body: bytes) -> None:
     assert keys_of(path, body) == ()
+
+
+def test_a_request_s_keys_are_known_again_and_its_body_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = []
+    monkeypatch.setattr(routing, "keys_of", lambda path, body: (parsed.append(path), keys_of(path, body))[1])
+    prompts = Prompts(most=2)
+    bodies = [json.dumps({"prompt": letter * 200}).encode() for letter in "abc"]
+    for body in bodies:
+        assert prompts.keys_of("/v1/completions", body) == prompts.keys_of("/v1/completions", bytes(bytearray(body)))
+        assert prompts.keys_of("/v1/completions", body) == keys_of("/v1/completions", body)
+    assert len(parsed) == 3
+    prompts.keys_of("/v1/completions", bodies[0])
+    assert len(parsed) == 4, "the oldest was forgotten"
+    assert not [holder for body in bodies for holder in gc.get_referrers(body) if holder is not bodies]
 
 
 class Replica:
