@@ -42,11 +42,11 @@ class Server:
     def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
-    def ensure(self) -> None:
+    def ensure(self, *models: str) -> None:
         if self.process is not None and self.process.poll() is None:
             return
         self.port = ports.free(1)[0]
-        self.start(["--port", str(self.port), "--max-model-len", str(CONTEXT), *self.arguments])
+        self.start([*models, "--port", str(self.port), "--max-model-len", str(CONTEXT), *self.arguments])
         assert self.process is not None
         deadline = time.monotonic() + READY_S
         while "ready" not in self.output:

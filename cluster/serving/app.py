@@ -12,6 +12,7 @@ from pomarium.cluster.executor.environment import ENDPOINT_OWN, NODE_OWN, parted
 from pomarium.cluster.model_names import deployment_name
 from pomarium.cluster.rack.node import MOST_STARTS
 from pomarium.cluster.serving import replica_scaling
+from pomarium.cluster.serving.cards import Served, root_of
 from pomarium.cluster.serving.check import Found
 from pomarium.cluster.serving.engine import EngineReplica
 from pomarium.cluster.serving.ingress import IngressDeployment
@@ -63,7 +64,11 @@ def build(
         max_constructor_retry_count=MOST_STARTS,
         graceful_shutdown_timeout_s=1,
     )
-    return ingress.bind(engines, plan.api_keys, batches, frozenset(m.name for m in plan.models if m.sleeps))
+    served = {
+        m.name: Served(root_of(m.source, f.folder), m.engine_args.get("max_model_len"), m.sleeps)
+        for m, f in zip(plan.models, found, strict=True)
+    }
+    return ingress.bind(engines, plan.api_keys, batches, served)
 
 
 def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str], on_head: bool) -> Application:

@@ -5,7 +5,8 @@
 Python's JSON reader takes more than that, and what it takes breaks elsewhere: nesting meets the limit of recursion in
 whatever walks through it (RecursionError, which is no ValueError); half of a surrogate pair (text that JavaScript cut
 inside an emoji; RFC 8259, section 8.2, leaves open what becomes of it) cannot be encoded; `NaN` is no JSON; an
-integer beyond 64 bits passes no message between processes. Whoever takes a body asks here, once, before anything else. Imports only the standard library.
+integer beyond 64 bits passes no message between processes. Whoever takes a body asks here, once, before anything else.
+Imports only the standard library.
 
 Costs what the reader costs, and a walk over the value only where the text has brackets or escapes that could be at
 fault: 7 ms per MB of text, 20 ms per MB of token ids.

@@ -81,6 +81,10 @@ class EngineReplica:
         await self.check_health()
         return self._hosted.word()
 
+    async def context(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        return self._hosted.context
+
     async def check_health(self) -> None:
         """Serve's periodic check. Raises EngineFaultError if the engine is dead."""
         await self._hosted.check_health()

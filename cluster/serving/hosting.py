@@ -130,6 +130,11 @@ class Hosted:
         request = asgi_bridge.scope(method, path, headers)
         return loss.honest(asgi_bridge.call(self._server.app, request, body), self.check_health)
 
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        return self._server.context
+
     async def check_health(self) -> None:
         """Raises EngineLostError if the engine is dead."""
         try:

@@ -2,8 +2,9 @@
 
     client --HTTP--> Serve proxy --> Ingress --Serve handle--> EngineReplica (vLLM's OpenAI application)
 
-Bodies pass through unread but for `model`, so that everything vLLM accepts works and its own error bodies arrive. The
-process stays small: it imports no vLLM. No CORS headers are sent: browsers of other origins are kept out.
+Bodies pass through unread but for `model`, so that everything vLLM accepts works and its own error bodies arrive.
+door.py bounds them, here once more for a Ray whose proxy has no door. The process stays small: it imports no vLLM. No
+CORS headers are sent: browsers of other origins are kept out.
 """
 
 import asyncio
@@ -19,11 +20,14 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from pomarium.cluster import faults
-from pomarium.cluster.serving import batch_api, bodies, holding, metrics, openai_errors, reasons, watch
+from pomarium.cluster.serving import batch_api, bodies, cards, holding, metrics, openai_errors, reasons, watch
 from pomarium.cluster.serving.batch_store import BatchStore
+from pomarium.cluster.serving.cards import Served
+from pomarium.cluster.serving.door import Door
 from pomarium.cluster.serving.holding import SILENT
 from pomarium.cluster.serving.loss import EngineLostError
 from pomarium.cluster.serving.plan import Batches
@@ -39,9 +43,16 @@ reasons.READ_S it bounds the answer of /health at 2 s."""
 
 HEAD_IS_GONE = f"{watch.HEAD_GONE}: engines go on for some seconds, and then all of it ends."
 
+LARGE = 256 << 10
+"""Bytes of a body that takes longer to parse than to hand to a thread: some 2 ms."""
+
 PASSED_HEADERS = frozenset({"content-type", "x-request-id", "traceparent", "tracestate"})
 
+CLIENT_LEFT = 499
+"""Status that nobody gets to see, after nginx."""
+
 api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+api.add_middleware(Door)
 
 
 @api.exception_handler(RefusalError)
@@ -51,8 +62,15 @@ async def _answer_refusal(_: Request, refusal: RefusalError) -> Response:
 
 @api.exception_handler(HTTPException)
 async def _answer_http(request: Request, error: HTTPException) -> Response:
-    status, body = openai_errors.http(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
+    path = openai_errors.shown(request.url.path)
+    status, body = openai_errors.http(error.status_code, f"{request.method} {path}: {error.detail}.")
     return JSONResponse(body, status, headers=error.headers)
+
+
+@api.exception_handler(ClientDisconnect)
+async def _answer_nobody(_: Request, __: ClientDisconnect) -> Response:
+    """The client left, or its body was refused (door.py), before all of it was there."""
+    return Response(status_code=CLIENT_LEFT)
 
 
 @api.exception_handler(Exception)
@@ -67,7 +85,7 @@ class Ingress:
     """Serve deployment class of the endpoint.
 
     `engines`: one handle per model name. `api_keys`: accepted bearer tokens; empty admits everybody. `batches`: where
-    uploaded files and batches are kept; None: there are none. `sleepers`: models that may be without an engine.
+    uploaded files and batches are kept; None: there are none. `served`: what is known of each model.
     `head_answers`: whether Ray's head does. `shortage`: a sentence on a disk that is full, if one is.
     """
 
@@ -76,17 +94,18 @@ class Ingress:
         engines: Mapping[str, DeploymentHandle],
         api_keys: frozenset[str] = frozenset(),
         batches: Batches | None = None,
-        sleepers: frozenset[str] = frozenset(),
+        served: Mapping[str, Served] | None = None,
         head_answers: Callable[[], bool] = watch.head_answers,
         shortage: Callable[[], str | None] = watch.shortage,
     ) -> None:
         self._engines = dict(engines)
+        self._served = {name: (served or {}).get(name, Served(name)) for name in engines}
+        self._contexts = {name: model.context for name, model in self._served.items() if model.context is not None}
         self._keys = tuple(key.encode() for key in api_keys)
         self._created = int(time.time())
         self._reasons = Reasons()
         self._head_answers, self._shortage = head_answers, shortage
         self._batches = batches
-        self._sleepers = sleepers
         self._store = None if batches is None else BatchStore(Path(batches.folder))
         self._runner: Any = None
         if self._store is not None and any(not batch.status.over for batch in self._store.batches()):
@@ -110,8 +129,8 @@ class Ingress:
 
     async def _health_of(self, name: str, engine: DeploymentHandle) -> tuple[bool, str]:
         """Whether a request would be served, and a word or sentence on it."""
-        if name not in self._sleepers:
-            return await _asked(engine, self._reasons)
+        if not self._served[name].sleeps:
+            return await _health(engine, self._reasons)
         # An engine that is asked is one that is needed: Serve would never let it go.
         state = await self._reasons.state(engine.deployment_name)
         if state.running:
@@ -131,13 +150,15 @@ class Ingress:
     async def models(self, request: Request) -> Response:
         """The models served here."""
         self._authorise(request)
-        return JSONResponse({"object": "list", "data": [self._card(name) for name in self._engines]})
+        return JSONResponse({"object": "list", "data": await asyncio.gather(*map(self._card, self._engines))})
 
     @api.get("/v1/models/{model:path}")
     async def model(self, request: Request, model: str) -> Response:
-        """One model."""
+        """One model; all for a path that ends with the slash."""
+        if not model:
+            return await self.models(request)
         self._authorise(request)
-        return JSONResponse(self._card(self._known(model)))
+        return JSONResponse(await self._card(self._known(model)))
 
     @api.post("/v1/chat/completions")
     @api.post("/v1/completions")
@@ -147,13 +168,14 @@ class Ingress:
         """Everything that an engine answers."""
         self._authorise(request)
         body = await request.body()
-        name = self._model_of(body)
+        # Beside the loop that streams use, as far as Python's lock lets it.
+        name = await asyncio.to_thread(self._model_of, body) if len(body) > LARGE else self._model_of(body)
         headers = [(k, v) for k, v in request.headers.items() if k.lower() in PASSED_HEADERS]
         engine = self._engines[name]
         call = engine.options(stream=True).request
         items = call.remote(request.method, request.url.path, body, headers)
         deployment = engine.deployment_name
-        state = (lambda: self._reasons.state(deployment)) if name in self._sleepers else None
+        state = (lambda: self._reasons.state(deployment)) if self._served[name].sleeps else None
         relay = Relay(name, items, lambda: self._reasons.why(deployment), state)
         try:
             head = await relay.head()
@@ -231,7 +253,7 @@ class Ingress:
         if not self._keys:
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        given = token.strip().encode()
+        given = token.strip().encode("latin-1")  # as Starlette decoded what came
         if scheme.lower() != "bearer" or not any(hmac.compare_digest(given, key) for key in self._keys):
             raise RefusalError(*openai_errors.unauthorized())
 
@@ -252,22 +274,32 @@ class Ingress:
             return name
         raise RefusalError(*openai_errors.unknown_model(name, list(self._engines)))
 
-    def _card(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "pomarium"}
+    async def _card(self, name: str) -> dict[str, Any]:
+        return cards.card(name, self._served[name], await self._context(name), self._created)
+
+    async def _context(self, name: str) -> int | None:
+        """Tokens of prompt and answer, asked of an engine once; None while none answers. Takes at most 2 s."""
+        if name in self._contexts:
+            return self._contexts[name]
+        engine = self._engines[name]
+        # An engine that is asked is one that is needed: a model that sleeps would wake.
+        if self._served[name].sleeps and not (await self._reasons.state(engine.deployment_name)).running:
+            return None
+        asked = await _asked(engine.context)
+        if asked is None or asked.exception() is not None:
+            return None
+        self._contexts[name] = asked.result()
+        return self._contexts[name]
 
 
-async def _asked(engine: DeploymentHandle, known: Reasons) -> tuple[bool, str]:
+async def _health(engine: DeploymentHandle, known: Reasons) -> tuple[bool, str]:
     """Whether a request would be served, and what the engine says, or why it would not. Takes at most 2 s."""
-    answer = engine.healthy.remote()
-    asked = asyncio.ensure_future(_answer_of(answer))
-    await asyncio.wait({asked}, timeout=HEALTH_S)  # not wait_for, which would wait for the cancellation as well
-    if not asked.done():
-        answer.cancel()
-        asked.cancel()
+    asked = await _asked(engine.healthy)
+    if asked is None:
         return False, await known.why(engine.deployment_name, SILENT)
     error = asked.exception()
     if error is None:
-        return True, asked.result()
+        return True, str(asked.result())
     if isinstance(error, NoReplicaError | RayActorError):
         return False, await known.why(engine.deployment_name)
     logger.warning("health check failed: %s", error)
@@ -276,8 +308,20 @@ async def _asked(engine: DeploymentHandle, known: Reasons) -> tuple[bool, str]:
     return False, "its engine has failed and is being replaced"
 
 
-async def _answer_of(answer: Any) -> str:
-    return str(await answer)
+async def _asked(method: Any) -> "asyncio.Future[Any] | None":
+    """An engine's answer, or what it raised; None after HEALTH_S."""
+    answer = method.remote()
+    asked = asyncio.ensure_future(_answer_of(answer))
+    await asyncio.wait({asked}, timeout=HEALTH_S)  # not wait_for, which would wait for the cancellation as well
+    if asked.done():
+        return asked
+    answer.cancel()
+    asked.cancel()
+    return None
+
+
+async def _answer_of(answer: Any) -> Any:
+    return await answer
 
 
 IngressDeployment = serve.ingress(api)(Ingress)

@@ -132,6 +132,11 @@ class Server:
         return bool(self._client.output_processor.has_unfinished_requests())
 
     @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        return int(self._client.model_config.max_model_len)
+
+    @property
     def _client(self) -> Any:
         """vLLM's AsyncLLM."""
         return self._server.engine._engine_client

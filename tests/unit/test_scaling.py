@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 
 from pomarium.cluster import faults
 from pomarium.cluster.executor.survey import dormant
+from pomarium.cluster.model_profile import Profiles
 from pomarium.cluster.rack.labels import MacFacts, labels_of
 from pomarium.cluster.rack.mac_power import MacPower, Power
 from pomarium.cluster.serving import app, holding, replica_scaling
+from pomarium.cluster.serving.cards import Served
 from pomarium.cluster.serving.check import Found
 from pomarium.cluster.serving.heartbeat import SILENCE_S
 from pomarium.cluster.serving.holding import HopelessError, State, verdict
@@ -64,7 +67,7 @@ def test_serve_accepts_the_settings_and_its_own_delays_are_off() -> None:
 
 
 def deployments(plan: ModelPlan, macs_sleep: bool) -> Any:
-    found = Found.__new__(Found)  # only handed on
+    found = Found(Path("/models/m"), Profiles.__new__(Profiles))  # only handed on
     return app.build(ServePlan((plan,)), [found], {}, macs_sleep)._bound_deployment.init_args[0][plan.name]
 
 
@@ -150,8 +153,8 @@ class Untouchable:
 def test_health_of_a_model_that_may_sleep_asks_no_engine(state: State, status: int, word: str) -> None:
     async def ask() -> Any:
         handles: Any = {"m": Untouchable()}
-        sleepers = frozenset({"m"})
-        ingress = Ingress(handles, sleepers=sleepers, head_answers=lambda: True, shortage=lambda: None)
+        served = {"m": Served("m", sleeps=True)}
+        ingress = Ingress(handles, served=served, head_answers=lambda: True, shortage=lambda: None)
         ingress._reasons = Reasons(lambda: {"engine:m": state})
         return await ingress.health()
 

@@ -10,11 +10,13 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 
 from pomarium.cluster import faults
 from pomarium.cluster.serving import asgi_bridge, heartbeat, holding, openai_errors, reasons
 from pomarium.cluster.serving import ingress as ingress_module
 from pomarium.cluster.serving.asgi_bridge import Head
+from pomarium.cluster.serving.cards import Served
 from pomarium.cluster.serving.engine import Accepted
 from pomarium.cluster.serving.heartbeat import Alive, beating
 from pomarium.cluster.serving.holding import State
@@ -107,9 +109,70 @@ def test_without_the_key_nobody_is_served(headers: dict[str, str]) -> None:
 
 
 def test_with_a_key_the_models_are_shown() -> None:
-    ingress = Ingress({"m": Handle(Items())}, frozenset({"k1", "k2"}))
+    ingress = Ingress({"m": Handle(Items())}, frozenset({"k1", "k2"}), served={"m": Served("m", 8)})
     answer = asyncio.run(ingress.models(request(headers={"Authorization": "Bearer k2"})))
     assert [card["id"] for card in json.loads(bytes(answer.body))["data"]] == ["m"]
+
+
+def test_a_key_may_have_any_letters() -> None:
+    ingress = Ingress({"m": Handle(Items())}, frozenset({"clé"}), served={"m": Served("m", 8)})
+    as_sent = "clé".encode().decode("latin-1")  # what Starlette makes of the bytes
+    assert asyncio.run(ingress.models(request(headers={"Authorization": f"Bearer {as_sent}"}))).status_code == 200
+
+
+class Asked:
+    """A handle whose engine tells its context, or fails to, and how often it was asked."""
+
+    deployment_name = "engine:m"
+
+    def __init__(self, *answers: int | Exception) -> None:
+        self.context = self
+        self.left = list(answers)
+
+    def remote(self) -> "Asked":
+        return self
+
+    def __await__(self) -> Any:
+        yield from asyncio.sleep(0).__await__()
+        answer = self.left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def shown(ingress: Ingress, path: str | None = None) -> dict[str, Any]:
+    """What /v1/models says of the model, or /v1/models/`path`."""
+    if path is None:
+        (card,) = json.loads(bytes(asyncio.run(ingress.models(request())).body))["data"]
+        return card
+    return json.loads(bytes(asyncio.run(ingress.model(request(), path)).body))
+
+
+def test_a_model_s_card_has_what_vllm_s_has_and_an_engine_is_asked_once() -> None:
+    engine = Asked(NoReplicaError(), 512)
+    ingress = Ingress({"m": engine}, served={"m": Served("/models/m")})
+    assert shown(ingress)["max_model_len"] is None, "there is no engine yet"
+    card = shown(ingress)
+    expected = ModelCard(id="m", root="/models/m", max_model_len=512, permission=[ModelPermission()], owned_by="us")
+    assert card.keys() == expected.model_dump().keys()
+    assert card["permission"][0].keys() == expected.permission[0].model_dump().keys()
+    assert (card["root"], card["parent"], card["max_model_len"]) == ("/models/m", None, 512)
+    assert shown(ingress) == shown(ingress, "m") == card
+    assert shown(ingress, "")["data"] == [card], "the list, for a path that ends with the slash"
+    assert refusal(lambda: ingress.model(request(), "other")).status == 404
+
+
+@pytest.mark.parametrize(("running", "context"), [(0, None), (1, 512)])
+def test_a_model_that_sleeps_is_not_asked(running: int, context: int | None) -> None:
+    ingress = Ingress({"m": Asked(*[512] * running)}, served={"m": Served("m", sleeps=True)})
+    ingress._reasons = Reasons(lambda: {"engine:m": State("", running)})
+    assert shown(ingress)["max_model_len"] == context
+
+
+@pytest.mark.parametrize("name", ["x" * 1_000_000, ["x" * 1_000_000]])
+def test_a_long_name_is_not_repeated(name: object) -> None:
+    error = refusal(lambda: Ingress({"m": Handle(Items())}).generate(request(json.dumps({"model": name}).encode())))
+    assert (error.status, len(error.body["error"]["message"]) < 200) == (404, True)
 
 
 @pytest.mark.parametrize(
