@@ -9,7 +9,6 @@ Imports nothing but the standard library.
 """
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, MutableMapping
@@ -123,12 +122,6 @@ def _fraction(text: str) -> float | None:
     return float(text)
 
 
-def _seconds(text: str) -> float:
-    if _NUMBER.fullmatch(text) is None or not math.isfinite(float(text)):
-        raise ValueError
-    return float(text)
-
-
 def _boolean(text: str) -> bool:
     word = text.lower()
     if word not in _TRUE | _FALSE:
@@ -162,6 +155,10 @@ def _seconds(text: str) -> float:
     if _NUMBER.fullmatch(text) is None or not 0.0 < float(text) <= 86_400.0:
         raise ValueError
     return float(text)
+
+
+def _seconds_or_zero(text: str) -> float:
+    return 0.0 if _NUMBER.fullmatch(text) and float(text) == 0 else _seconds(text)
 
 
 _BOOLEAN = "1/0, true/false, yes/no or on/off"
@@ -262,7 +259,7 @@ VARIABLES: tuple[Variable, ...] = (
         "step_seconds",
         "1",
         "a number of seconds, or 0",
-        _seconds,
+        _seconds_or_zero,
         "What a step of the engine is to take at most: its tokens follow from what steps were seen to take, between 16 "
         "tokens of prompts and `--max-num-batched-tokens`. 0: no bound.",
     ),
