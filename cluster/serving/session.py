@@ -57,8 +57,13 @@ def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.envir
                 _start_serve(plan)
         with phase("model"):
             found = check.found()
-        with phase("engine"):
-            _deploy(plan, found, environ if joined else {})
+        try:
+            with phase("engine"):
+                _deploy(plan, found, environ if joined else {})
+        except BaseException:
+            if joined:  # an own Ray takes them with it
+                _remove(joined)
+            raise
         try:
             yield
         except HeadLostError:  # nobody is left who could take it away in order
