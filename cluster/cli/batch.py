@@ -10,11 +10,11 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, NoReturn
 
-from pomarium.cluster.cli.interrupts import Interrupts
+from pomarium.cluster.cli.interrupts import Interrupts, phases
 from pomarium.cluster.cli.progress import Terminal, log_file, quiet
 from pomarium.cluster.rack import current
 from pomarium.worker import settings
@@ -86,7 +86,7 @@ def run_here(args: argparse.Namespace) -> int:
     job = job_of(args)
     with quiet(log_file("batch")) as terminal, Files.open(job) as files:
         terminal.say(f"log      {terminal.log}")
-        with Interrupts() as interrupts:
+        with Interrupts(lambda: terminal.say("stopping ...")) as interrupts:
             try:
                 _answer(args, job, files, terminal, interrupts)
             except KeyboardInterrupt:
@@ -163,14 +163,9 @@ def _ask_engines(
     joined = bool(os.environ.get("RAY_ADDRESS"))
     check = Check([model.source])
 
-    @contextmanager
-    def phase(name: str) -> Iterator[None]:
-        with terminal.phase(name):
-            yield
-        interrupts.install()
-
+    phase = phases(terminal, interrupts, own_ray=not joined)
     try:
-        with session.ray_running(ServePlan((model,)), phase, os.environ):
+        with interrupts.held(), session.ray_running(ServePlan((model,)), phase, os.environ):
             with phase("model"):
                 (found,) = check.found()
             # Not before: Ray reads how to authenticate when it is imported.
@@ -182,7 +177,8 @@ def _ask_engines(
             variables = app.passed_environment(os.environ) if joined else {}
             engines = [RayEngine(model, found, name, index, variables) for index in range(model.replicas)]
             try:
-                asyncio.run(_run(files, engines, tally, terminal, Series(name)))
+                with interrupts.raising():
+                    asyncio.run(_run(files, engines, tally, terminal, Series(name)))
             finally:
                 patience.starts(name)
     finally:

@@ -24,11 +24,14 @@ class Terminal:
         self.out = out
         self.log = log
         self._live = out.isatty()
+        self._open = False
+        """The last line is that of a phase, without its end."""
 
     def say(self, text: str) -> None:
         """One or more lines."""
-        self.out.write(f"{text}\n")
+        self.out.write(f"{chr(10) * self._open}{text}\n")
         self.out.flush()
+        self._open = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -37,13 +40,16 @@ class Terminal:
         if self._live:
             self.out.write(f"{name:<{NAME_WIDTH}} ...")
             self.out.flush()
+            self._open = True
         try:
             yield
         except BaseException:
-            if self._live:
+            if self._open:
                 self.out.write("\n")
+                self._open = False
             raise
-        self.say(f"{chr(13) if self._live else ''}{name:<{NAME_WIDTH}} {time.monotonic() - started:5.1f} s")
+        over, self._open = chr(13) if self._open else "", False
+        self.say(f"{over}{name:<{NAME_WIDTH}} {time.monotonic() - started:5.1f} s")
 
 
 @contextmanager

@@ -10,13 +10,13 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from pomarium.cluster.cli.interrupts import Interrupts
+from pomarium.cluster.cli.interrupts import Interrupts, phases
 from pomarium.cluster.cli.progress import log_file, quiet
 from pomarium.cluster.rack import current, inventory, units
 from pomarium.cluster.rack.facts import network_of
@@ -107,8 +107,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until told to stop: 0. Raises PomariumError for everything that the user can change."""
-    with quiet(log_file("serve")) as terminal:
+    """Serve until told to stop: 0.
+
+    Raises PomariumError for everything that the user can change, KeyboardInterrupt if told before it is ready.
+    """
+    with quiet(log_file("serve")) as terminal, Interrupts(lambda: terminal.say("stopping ...")) as interrupts:
         started = time.monotonic()
         if not args.no_rack:
             current.enter()
@@ -117,23 +120,15 @@ def run(args: argparse.Namespace) -> int:
         terminal.say(f"log      {terminal.log}")
         from pomarium.cluster.serving import session
 
-        with Interrupts() as interrupts:
+        phase = phases(terminal, interrupts, own_ray=not os.environ.get("RAY_ADDRESS"))
+        with interrupts.held(), session.serving(plan, phase):
+            interrupts.check()
+            terminal.say(f"ready    {time.monotonic() - started:5.1f} s\n\n{welcome(plan)}\n")
+            from pomarium.cluster.serving import watch  # imports Ray, whose environment is there only now
 
-            @contextmanager
-            def phase(name: str) -> Iterator[None]:
-                with terminal.phase(name):
-                    yield
-                interrupts.install()
-
-            with session.serving(plan, phase):
-                terminal.say(f"ready    {time.monotonic() - started:5.1f} s\n\n{welcome(plan)}\n")
-                from pomarium.cluster.serving import watch  # imports Ray, whose environment is there only now
-
-                try:
-                    _wait(watch.Watch(terminal.say, watch.look, watch.head_answers))
-                except KeyboardInterrupt:
-                    terminal.say("stopping ...")
-            terminal.say("stopped")
+            with suppress(KeyboardInterrupt), interrupts.raising():
+                _wait(watch.Watch(terminal.say, watch.look, watch.head_answers))
+        terminal.say("stopped")
     return 0
 
 
