@@ -146,11 +146,21 @@ def environment(rack: CurrentRack) -> dict[str, str]:
 
 
 def for_ray_commands(rack: CurrentRack, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What Ray's own commands (`ray status`, `ray job submit`) need on this machine, where those that speak HTTP would
-    ask the proxy that `environ` names."""
+    """What Ray's own commands (`ray status`, `ray job submit`, `serve deploy`) need on this machine, where those that
+    speak HTTP would ask the proxy that `environ` names.
+
+    Of the last two each has a variable of its own for the same address (ray/dashboard/modules/job/cli.py,
+    ray/serve/scripts.py). `ray status` reads what an autoscaler of the old kind would write, unless it is told that
+    there is one of the new: then it asks the head itself, which knows its nodes with and without an autoscaler.
+    """
     host = host_of(rack.address)
+    jobs = http_url(host, node.JOBS_PORT)
     straight = direct(environ, host) if proxied(environ) else {}
-    return environment(rack) | straight | {"RAY_API_SERVER_ADDRESS": http_url(host, node.JOBS_PORT)}
+    return (
+        environment(rack)
+        | straight
+        | {"RAY_API_SERVER_ADDRESS": jobs, "RAY_DASHBOARD_ADDRESS": jobs, "RAY_enable_autoscaler_v2": "1"}
+    )
 
 
 def _rack(data: dict[str, Any]) -> CurrentRack:

@@ -1,0 +1,105 @@
+"""The command lines of the pages: read from their fenced sh blocks, and for each what becomes of it in the tests.
+
+    page --lines--> Line ... --PLAN--> run by tests/e2e/test_doc_lines.py, or the reason why not
+
+A line that PLAN does not know, and a line of PLAN that no page has, is a fault (tests/unit/test_doc_lines.py).
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+UNREAD = {"docs/benchmarks.md": "its lines measure for minutes and hours"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command, whole: lines that end in a backslash go on in the next. `before`: what its block exports above it."""
+
+    page: str
+    text: str
+    before: tuple[str, ...] = ()
+
+
+def lines(page: str, markdown: str) -> Iterator[Line]:
+    """The command lines of a page, without their comments."""
+    for block in re.findall(r"^```sh\n(.*?)^```", markdown, re.M | re.S):
+        exported: list[str] = []
+        for raw in block.replace("\\\n", "").splitlines():
+            text = without_comment(raw)
+            if text:
+                yield Line(page, text, tuple(exported))
+            if text.startswith(("export ", "eval ")):
+                exported.append(text)
+
+
+def without_comment(text: str) -> str:
+    """`text` up to a # that begins a word outside of quotes."""
+    for found in re.finditer(r"(?:^|\s)#", text):
+        try:
+            shlex.split(text[: found.start()])
+        except ValueError:  # within quotes
+            continue
+        return text[: found.start()].rstrip()
+    return text.rstrip()
+
+
+def read() -> list[Line]:
+    """Of all pages."""
+    return [
+        line for page in PAGES if page not in UNREAD for line in lines(page, (ROOT / page).read_text(encoding="utf-8"))
+    ]
+
+
+MAC = "takes a Mac"
+MACS = "takes further machines"
+OTHER = "run, word for word or with shorter times, by "
+
+RUN = "run"
+PLAN = {
+    r"make serve": OTHER + "tests/unit/test_setup.py and tests/e2e/test_serve.py, in two",
+    r"make test": "is what runs this",
+    r"curl http://127\.0\.0\.1:8000/v1/chat/completions .*": RUN,
+    r"\.venv/bin/pomarium serve": OTHER + "tests/e2e/test_serve.py",
+    r"\.venv/bin/pomarium serve \./my-mlx-model \./other\.gguf": RUN,
+    r"\.venv/bin/pomarium serve ORG/NAME --max-model-len 8192": "takes a network; tests/unit/test_resolve.py has a Hub",
+    r"\.venv/bin/pomarium doctor": RUN,
+    r"\.venv/bin/pomarium env": RUN,
+    r"\.venv/bin/pomarium selftest": OTHER + "tests/e2e/test_selftest.py",
+    r"(\.venv/bin/)?pomarium rack up": MACS + "; tests/rack/test_simulated_rack.py",
+    r"\.venv/bin/pomarium rack up --simulate 3": RUN,
+    r"\.venv/bin/pomarium serve --stages 3": RUN,
+    r"(\.venv/bin/)?pomarium rack status": RUN,
+    r"(\.venv/bin/)?pomarium rack down": RUN,
+    r"\.venv/bin/pomarium rack up --simulate 2 --sleep 30s": OTHER + "tests/e2e/test_rack_asleep.py",
+    r"\.venv/bin/pomarium serve --replicas 0-1 --keep 30s": OTHER + "tests/e2e/test_rack_asleep.py",
+    r"\.venv/bin/pomarium batch run in\.jsonl out\.jsonl": RUN,
+    r"git clone URL pomarium && cd pomarium && make install": "takes a network",
+    r"\.venv/bin/pomarium rack up --address 10\.0\.5\.1": MACS,
+    r"\.venv/bin/pomarium rack join 10\.0\.5\.1 --address 10\.0\.5\.2": MACS,
+    r"\.venv/bin/pomarium serve MODEL --stages 2": OTHER + "tests/e2e/test_rack_serving.py",
+    r"pomarium serve MODEL --stages auto": OTHER + "tests/e2e/test_rack_plans.py",
+    r"pomarium rack join HEAD --key KEY": MACS,
+    r"pomarium rack probe": OTHER + "tests/rack/test_rack_probe.py",
+    r"deploy/install\.sh .*": MAC + "; tests/unit/test_deploy.py has stand-ins for its commands",
+    r"scp HEAD:.*": MACS,
+    r"curl http://HEAD:8000/v1/models": RUN,
+    r'export PATH="\$PWD/\.venv/bin:\$PATH"': RUN,
+    r'eval "\$\(pomarium rack env\)"': RUN,
+    r"cp deploy/serve\.example\.yaml serve\.yaml": RUN,
+    r"serve deploy serve\.yaml": RUN,
+    r"serve status": RUN,
+    r"ray status": RUN,
+    r"sudo pmset .*": MAC,
+    r"prometheus --config\.file=.*": OTHER + "tests/e2e/test_serve_config.py, with its own address",
+}
+"""What becomes of each line (a regular expression of the whole): RUN, or the reason why it is not."""
+
+
+def planned(line: Line) -> str | None:
+    """What PLAN says of it; None: nothing."""
+    return next((what for pattern, what in PLAN.items() if re.fullmatch(pattern, line.text)), None)
