@@ -23,6 +23,8 @@ from pomarium.cluster.disk import is_full
 from pomarium.cluster.serving.context_length import reworded
 from pomarium.worker.errors import PomariumError
 
+logger = logging.getLogger(__name__)
+
 FILE_VARIABLE = "POMARIUM_FAULT_FILE"
 ENGINE_CORE_LOGGER = "vllm.v1.engine.core"
 WORKER_PROCESS_LOGGER = "vllm.v1.executor.multiproc_executor"
@@ -122,9 +124,12 @@ class _FaultFile(logging.Handler):
         if not record.exc_info or not record.exc_info[1] or not self._path.parent.exists():
             return
         text = json.dumps(sentence(record.exc_info[1]))
-        if not self._path.exists():
-            _write(self._path, text)
-        _write(self._path.with_suffix(_LAST), text)
+        try:
+            if not self._path.exists():
+                _write(self._path, text)
+            _write(self._path.with_suffix(_LAST), text)
+        except OSError:  # a full disk must not end what logs
+            self.handleError(record)
 
 
 def record_engine_core_faults() -> None:
@@ -145,8 +150,11 @@ def record_loss(error: Exception, rank: int | None) -> None:
     """In vLLM's EngineCore process: the engine ends for this. rank: see Loss. Only the first time counts."""
     if path := os.environ.get(FILE_VARIABLE):
         lost = Path(path).with_suffix(_LOST)
-        if lost.parent.exists() and not lost.exists():
-            _write(lost, json.dumps([sentence(error), rank]))
+        try:
+            if lost.parent.exists() and not lost.exists():
+                _write(lost, json.dumps([sentence(error), rank]))
+        except OSError:  # a full disk must not keep anybody from ending the engine
+            logger.warning("What the engine ended of could not be left to its replica.", exc_info=True)
 
 
 def recorded_loss(path: Path) -> Loss | None:

@@ -53,8 +53,12 @@ SYSTEM_CONFIG: Mapping[str, int] = {
 MOST_STARTS = 1000
 """Failed starts in a row after which Serve gives an endpoint up: in effect never. A controller that took the place of a
 lost one does not know that the endpoint was up before."""
-SERVE_VARIABLES: Mapping[str, str] = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": str(MOST_STARTS)}
-"""For the environment of Serve's controller, which knows a bound of its own per replica, too."""
+SERVE_VARIABLES: Mapping[str, str] = {
+    # The controller knows a bound of its own per replica, too.
+    "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": str(MOST_STARTS),
+    "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "pomarium.cluster.serving.pacing:install",
+}
+"""For the environment of Serve's controller."""
 
 AUTOSCALER: Mapping[str, str] = {
     "RAY_enable_autoscaler_v2": "1",

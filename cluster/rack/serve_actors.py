@@ -68,7 +68,7 @@ class Part:
 
     def __str__(self) -> str:
         if self.why is None:
-            return f"{self.what} is being started"
+            return f"{self.what} is {'being started' if self.coming else 'not there'}"
         return f"{self.what} was lost: {self.why}{'; another is being started' if self.coming else ''}"
 
 
@@ -104,7 +104,8 @@ def missing(actors: Sequence[ServeActor], serving: Collection[str]) -> tuple[Par
     pieces: dict[tuple[str, str], list[ServeActor]] = {}
     for actor in actors:
         pieces.setdefault((actor.kind, actor.deployment), []).append(actor)
-    if not any(_meant(ones) for (kind, _), ones in pieces.items() if kind in (INGRESS, ENGINE)):
+    ended = any(kind == CONTROLLER and not _meant(ones) for (kind, _), ones in pieces.items())
+    if ended or not any(_meant(ones) for (kind, _), ones in pieces.items() if kind in (INGRESS, ENGINE)):
         return ()
     found = []
     for (kind, deployment), ones in sorted(pieces.items(), key=lambda piece: _order(piece[0])):

@@ -42,8 +42,7 @@ class EngineReplica:
             secrets: for its environment, and that of its workers.
 
         Raises:
-            faults.StartError: with the sentence to show, whichever process failed. Once the endpoint was up, only
-                after a while: see patience.py.
+            faults.StartError: with the sentence to show, whichever process failed.
         """
         secrets.enter(os.environ)
         replica = str(serve.get_replica_context().replica_id.unique_id)
@@ -52,9 +51,8 @@ class EngineReplica:
         except faults.StartError as error:
             if await asyncio.to_thread(patience.is_up, ENDPOINT):
                 reason = faults.marked_sentence(str(error)) or str(error)
-                await asyncio.sleep(await asyncio.to_thread(patience.start_failed, plan.name, replica, reason))
+                await asyncio.to_thread(patience.start_failed, plan.name, replica, reason)
             raise
-        await asyncio.to_thread(patience.started, plan.name)
 
     async def request(
         self, method: str, path: str, body: bytes, headers: Sequence[tuple[str, str]]

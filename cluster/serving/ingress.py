@@ -115,17 +115,18 @@ class Ingress:
     async def health(self) -> Response:
         """200 if each model would serve a request, else 503 with the reason per model. 503, too, once Ray's head has
         ended: what still serves ends within a minute."""
-        head, *found = await asyncio.gather(
+        found, head = await asyncio.gather(
+            asyncio.gather(*(self._health_of(name, handle) for name, handle in self._engines.items())),
             asyncio.to_thread(self._head_answers),
-            *(self._health_of(name, handle) for name, handle in self._engines.items()),
         )
         models = {name: said for name, (_, said) in zip(self._engines, found, strict=True)}
         if not head:
             return JSONResponse({"status": "unavailable", "reason": HEAD_IS_GONE, "models": models}, 503)
-        if not all(well for well, _ in found):
-            return JSONResponse({"status": "unavailable", "models": models}, 503)
         full = await asyncio.to_thread(self._shortage)
-        return JSONResponse({"status": "ok", "models": models} | ({"disk": full} if full else {}))
+        disk = {"disk": full} if full else {}
+        if not all(well for well, _ in found):
+            return JSONResponse({"status": "unavailable", "models": models} | disk, 503)
+        return JSONResponse({"status": "ok", "models": models} | disk)
 
     async def _health_of(self, name: str, engine: DeploymentHandle) -> tuple[bool, str]:
         """Whether a request would be served, and a word or sentence on it."""

@@ -28,7 +28,7 @@ class KeepingConfigurator(logging.config.DictConfigurator):
 
 def install() -> None:
     """From now on, for all of this process (logging.config.dictConfigClass is the standard library's hook for it)."""
-    logging.config.dictConfigClass = KeepingConfigurator  # type: ignore[attr-defined]
+    logging.config.dictConfigClass = KeepingConfigurator
 
 
 def _memory_handlers() -> Iterator[MemoryHandler]:

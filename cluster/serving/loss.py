@@ -89,5 +89,5 @@ def cause(loss: Loss | None, exit_code: int | None, worker_end: Callable[[int], 
 def signal_name(number: int) -> str:
     """For people: "signal 9 (SIGKILL: by hand, or by the system when memory runs out)"."""
     hint = ": by hand, or by the system when memory runs out" if number == signal.SIGKILL else ""
-    known = signal.Signals(number).name if number in iter(signal.Signals) else "unknown"
+    known = signal.Signals(number).name if number in {one.value for one in signal.Signals} else "unknown"
     return f"signal {number} ({known}{hint})"

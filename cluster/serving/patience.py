@@ -7,8 +7,7 @@ A group is the endpoint, or a batch job. While it starts, a refusal ends the com
 process that replaces a lost one waits: Ray Serve would start it again and again, with the imports of an engine each
 time, where a waiting one has its imports done and starts its workers a second after the Macs are back.
 
-Whatever else keeps a replacement from starting would have Serve start the next one at once, three times a second where
-it fails early. So it tells why and stays for a while before it fails (`start_failed`), longer each time.
+Whatever else keeps a replacement from starting is told (`start_failed`).
 """
 
 import logging
@@ -28,9 +27,6 @@ T = TypeVar("T")
 
 PAUSE_S = 1.0
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
-"""After the first failed start in a row, and at most."""
-
 
 def starts(group: str) -> None:
     """From now on engines of `group` that do not fit fail. Also at its end, for its name not to be kept."""
@@ -47,28 +43,9 @@ def is_up(group: str) -> bool:
     return bool(internal_kv._internal_kv_exists(_key(group), namespace=reports.NAMESPACE))
 
 
-def pause_s(failures: int) -> float:
-    """For how long the start after so many failed ones in a row is put off: 2, 4, 8, ... 60 s."""
-    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(failures - 1, 10))
-
-
-def start_failed(model: str, replica: str, reason: str) -> float:
-    """Tell that a start of an engine of `model` failed. How long to stay before the next may begin, in seconds."""
-    failures = 1 + int(internal_kv._internal_kv_get(_failures(model), namespace=reports.NAMESPACE) or b"0")
-    internal_kv._internal_kv_put(_failures(model), str(failures).encode(), namespace=reports.NAMESPACE)
-    pause = pause_s(failures)
-    said = f"its start failed, {failures} in a row: {reason.removesuffix('.')}; the next in {pause:g} s"
-    reports.publish_loss(LossReport(model, replica, said, time.time()))
-    return pause
-
-
-def started(model: str) -> None:
-    """An engine of `model` has started: the next failure is the first again."""
-    internal_kv._internal_kv_del(_failures(model), namespace=reports.NAMESPACE)
-
-
-def _failures(model: str) -> bytes:
-    return b"failed:" + model.encode()
+def start_failed(model: str, replica: str, reason: str) -> None:
+    """Tell what a start of an engine of `model` failed of: Serve begins the next after a while (pacing.py)."""
+    reports.publish_loss(LossReport(model, replica, f"its start failed: {reason.removesuffix('.')}", time.time()))
 
 
 def _key(group: str) -> bytes:

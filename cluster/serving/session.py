@@ -126,7 +126,7 @@ def _is_up(known: "ApplicationStatusOverview") -> bool:
         said = "\n".join(filter(None, [*messages, known.message]))
         sentence = faults.marked_sentence(said)
         raise EngineStartError(sentence or f"The engine did not start: {faults.one_line(said)}")
-    return known.status == "RUNNING"
+    return bool(known.status == "RUNNING")
 
 
 def _remove(joined: bool) -> None:

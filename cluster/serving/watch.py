@@ -110,7 +110,10 @@ class Watch:
         return status
 
     def _tell(self, text: str) -> None:
-        self._say(f"{time.strftime('%H:%M:%S', time.localtime(self._clock()))} {text}")
+        try:
+            self._say(f"{time.strftime('%H:%M:%S', time.localtime(self._clock()))} {text}")
+        except OSError:  # a file on a disk that is full, say: no reason to end what serves; it is written with the next
+            logger.warning("This could not be written: %s", text, exc_info=True)
 
 
 def _answer(asked: "Future[Status]", look: Callable[[float], Status], since: float) -> None:
@@ -144,11 +147,12 @@ def look(since: float) -> Status:
     known = serve.status().applications.get(app.APP_NAME)
     if known is None:
         return Status(False, "Serve does not know the endpoint any more: somebody has removed it")
+    full = shortage()
     if known.status == "RUNNING":
-        full = shortage()
         return Status(True, f"{full} What is lost does not start again before" if full else "")
     messages = {name: deployment.message for name, deployment in known.deployments.items()}
-    return Status(False, told(messages, actors, reports.read_losses(), since))
+    said = told(messages, actors, reports.read_losses(), since)
+    return Status(False, f"{said}. {full}" if full else said)
 
 
 def told(messages: Mapping[str, str], actors: Sequence[ServeActor], losses: Sequence[LossReport], since: float) -> str:

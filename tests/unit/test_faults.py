@@ -1,5 +1,6 @@
 """The one sentence behind a failed start, wherever it failed."""
 
+import errno
 import logging
 from itertools import pairwise
 from pathlib import Path
@@ -151,3 +152,21 @@ def test_what_ray_hands_on_from_another_process_is_told_without_its_traceback() 
     error = RayTaskError("call", "Traceback: ...", PomariumError("The disk is full.")).as_instanceof_cause()
     assert "Traceback" in str(error)
     assert faults.sentence(error) == "The disk is full."
+
+
+def test_a_full_disk_keeps_no_engine_from_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(faults, "_write", full)
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    monkeypatch.setenv(faults.FILE_VARIABLE, str(tmp_path / "fault.json"))
+    faults.record_loss(PomariumError("lost"), 0)
+    logger = logging.getLogger(faults.ENGINE_CORE_LOGGER)
+    before = list(logger.handlers)
+    faults.record_engine_core_faults()
+    try:
+        logger.error("failed", exc_info=PomariumError("x"))
+    finally:
+        logger.handlers = before
+    assert faults.recorded_loss(tmp_path / "fault.json") is None

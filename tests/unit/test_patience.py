@@ -70,31 +70,9 @@ def test_other_faults_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
         patience.wait_for(broken, "m", "r1", "g")
 
 
-class Store:
-    """Ray's key-value store of one process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.values: dict[bytes, bytes] = {}
-        self.losses: list[LossReport] = []
-        monkeypatch.setattr(patience.internal_kv, "_internal_kv_get", lambda key, namespace: self.values.get(key))
-        monkeypatch.setattr(patience.internal_kv, "_internal_kv_put", self._put)
-        monkeypatch.setattr(patience.internal_kv, "_internal_kv_del", lambda key, namespace: self.values.pop(key, None))
-        monkeypatch.setattr(patience.reports, "publish_loss", self.losses.append)
-
-    def _put(self, key: bytes, value: bytes, namespace: bytes) -> None:
-        self.values[key] = value
-
-
-def test_pauses_between_failed_starts_grow_to_a_minute() -> None:
-    assert [patience.pause_s(failures) for failures in (1, 2, 3, 4, 5, 6, 7, 5000)] == [2, 4, 8, 16, 32, 60, 60, 60]
-
-
-def test_failed_starts_are_told_and_counted_until_one_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(monkeypatch)
-    assert [patience.start_failed("m", f"r{i}", "The disk is full.") for i in range(3)] == [2, 4, 8]
-    assert patience.start_failed("other", "r9", "x") == 2
-    last = store.losses[2]
-    assert (last.model, last.replica) == ("m", "r2")
-    assert last.reason == "its start failed, 3 in a row: The disk is full; the next in 8 s"
-    patience.started("m")
-    assert patience.start_failed("m", "r4", "x") == 2
+def test_a_failed_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[LossReport] = []
+    monkeypatch.setattr(patience.reports, "publish_loss", losses.append)
+    patience.start_failed("m", "r2", "The disk is full.")
+    (told,) = losses
+    assert (told.model, told.replica, told.reason) == ("m", "r2", "its start failed: The disk is full")

@@ -83,6 +83,8 @@ def test_an_engine_that_runs_but_does_not_serve_yet_is_missed() -> None:
 def test_what_was_ended_on_purpose_is_missed_by_nobody() -> None:
     over = tuple(replace(actor, alive=False) for actor in HERE)
     assert serve_actors.missing(over, set()) == ()
+    crashed_before = replace(HERE[3], alive=False, end="it was killed")
+    assert serve_actors.missing((*over[:3], crashed_before), set()) == (), "Serve was shut down since"
     asleep = (*HERE[:3], replace(HERE[3], alive=False))
     assert serve_actors.missing(asleep, set()) == ()
 

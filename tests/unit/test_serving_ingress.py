@@ -480,3 +480,22 @@ def test_what_an_engine_was_lost_of_is_told(state: State, expected: str) -> None
 def test_a_health_check_that_meets_a_dead_engine_tells_of_what() -> None:
     status, body, _ = health(dual(EngineLostError("its worker was killed")), dict)
     assert (status, body["models"]["m"]) == (503, f"{reasons.LOST} (its worker was killed); {reasons.ANOTHER}")
+
+
+@pytest.mark.parametrize("fault", [None, NoReplicaError()])
+def test_health_names_a_full_disk(fault: Exception | None) -> None:
+    class Well(Health):
+        def __await__(self) -> Any:
+            yield from asyncio.sleep(0).__await__()
+            if self._fault is not None:
+                raise self._fault
+            return True
+
+    async def ask() -> Response:
+        ingress = Ingress({"m": Well(fault)}, head_answers=lambda: True, shortage=lambda: "The disk is full.")
+        ingress._reasons = reasons_of("")
+        return await ingress.health()
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == (200 if fault is None else 503)
+    assert json.loads(bytes(answer.body))["disk"] == "The disk is full."

@@ -1,5 +1,6 @@
 """What the terminal tells of a running endpoint, and when it gives a Ray without its head up."""
 
+import errno
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,6 +63,17 @@ def test_a_loss_counts_that_serve_tells_of_late() -> None:
 
 def test_a_look_that_fails_ends_nothing() -> None:
     assert Endpoint(Status(True), RuntimeError("busy"), Status(True)).steps(4) == []
+
+
+def test_a_terminal_on_a_full_disk_ends_nothing() -> None:
+    endpoint = Endpoint(Status(True), Status(False, "an engine was lost"), Status(True))
+
+    def full(text: str) -> None:
+        endpoint.lines.append(text)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    endpoint.watch._say = full
+    assert endpoint.steps(4) == ["an engine was lost", "ready again"]
 
 
 def test_a_short_silence_of_the_head_is_none() -> None:
