@@ -81,10 +81,10 @@ SLOW = {
 @pytest.mark.parametrize("streams", [0, 8])
 def test_steps_stay_in_time(name: str, streams: int) -> None:
     simulated = Simulated(SLOW[name])
-    for tokens in (8000, 500, 30_000):
+    for tokens in (4000, 500, 12_000):
         simulated.prompt(tokens, streams)
     alone = simulated.device(Work(streams, 100 * streams))
-    least = max(simulated.device(rows_at(30_000, MIN_TOKENS)) + alone, 0)
+    least = max(simulated.device(rows_at(12_000, MIN_TOKENS)) + alone, 0)
     allowed = max(TARGET_S, 2 * alone, least)
     assert max(simulated.took) <= 1.5 * allowed, "the first steps, too"
     assert max(simulated.took[8:]) <= 1.2 * allowed
