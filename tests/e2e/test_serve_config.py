@@ -168,6 +168,11 @@ def test_it_answers_whoever_has_the_key(deployed: Deployed) -> None:
         complete(deployed.client("another"))
 
 
+def test_a_rack_s_proxy_has_the_door(deployed: Deployed) -> None:
+    answer = httpx.get(f"http://{deployed.address}/-/routes", timeout=30)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (404, "NotFoundError")
+
+
 def test_its_two_stages_are_on_two_macs(deployed: Deployed) -> None:
     (replica,) = until(lambda: json.loads(command(deployed.environ, "status", "--json"))["replicas"], 30)
     assert len({stage["mac"] for stage in replica["stages"]}) == 2
