@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pomarium: {' '.join(str(e).split())}", file=sys.stderr)
         return EXIT_FAULT
     except KeyboardInterrupt:
+        # One that passed through an exec of text, as of an import that makes a dataclass, has Python end itself by
+        # SIGINT, caught or not (Python/pythonrun.c, unhandled_keyboard_interrupt), unless another exec follows.
+        exec("")
         return EXIT_INTERRUPTED
 
 

@@ -57,3 +57,13 @@ def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.monotonic()
     assert cli.main([]) == cli.EXIT_INTERRUPTED
     assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("raised", ["raise KeyboardInterrupt", "exec('raise KeyboardInterrupt')"])
+def test_an_interrupt_has_its_exit_code_wherever_it_came(raised: str) -> None:
+    code = (
+        "import sys\nfrom pomarium.cluster.cli import main as cli\n"
+        f"def parse(_):\n    {raised}\ncli.parse = parse\nsys.exit(cli.main([]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (cli.EXIT_INTERRUPTED, "")
