@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -60,10 +61,12 @@ def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("raised", ["raise KeyboardInterrupt", "exec('raise KeyboardInterrupt')"])
-def test_an_interrupt_has_its_exit_code_wherever_it_came(raised: str) -> None:
-    code = (
+def test_an_interrupt_has_its_exit_code_wherever_it_came(raised: str, tmp_path: Path) -> None:
+    (tmp_path / "told.py").write_text(
         "import sys\nfrom pomarium.cluster.cli import main as cli\n"
         f"def parse(_):\n    {raised}\ncli.parse = parse\nsys.exit(cli.main([]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "told"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stderr) == (cli.EXIT_INTERRUPTED, "")
