@@ -19,6 +19,8 @@ from vllm.platforms.interface import Platform, PlatformEnum
 
 from pomarium.cluster.admission import Backend, EngineFacts, admit, choose_backend
 from pomarium.cluster.executor.environment import RESOURCE, VISIBLE_DEVICES
+from pomarium.cluster.intake import defaults as intake_defaults
+from pomarium.cluster.intake import guard
 from pomarium.worker import settings as worker_settings
 from pomarium.worker.device import Device, detect
 from pomarium.worker.errors import UnsupportedError
@@ -68,6 +70,9 @@ class PomariumPlatform(Platform):
         quantization.register()
         for variable in worker_settings.VARIABLES:
             envs.environment_variables.setdefault(variable.name, partial(os.environ.get, variable.name))
+        for action in parser._actions if parser is not None else ():  # argparse has no other way to find one
+            if action.dest == "middleware":
+                action.default = [guard.PATH]
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
@@ -87,6 +92,14 @@ class PomariumPlatform(Platform):
         _set_engine(vllm_config, settings)
         _set_scheduler(vllm_config, settings)
         _set_process_start(device)
+        intake_defaults.complete(vllm_config, os.environ)
+
+    @classmethod
+    def validate_request(cls, processed_inputs: Any, params: Any) -> None:
+        """Raises VLLMValidationError for a request that the engine is not to see; one line for each check."""
+        from pomarium.cluster.intake import request_check
+
+        request_check.check(params)
 
     @classmethod
     def import_kernels(cls) -> None:

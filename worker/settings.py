@@ -63,6 +63,7 @@ class Settings:
         device: None if the user did not ask for one: the GPU then, or the CPU on a machine without a GPU backend.
         modelscope_cache: absolute folder of the local ModelScope models.
         step_seconds: what a step of the engine is to take at most; 0: no bound.
+        max_request_chars: characters of text and token ids in one request; None is `auto`.
         visible_devices: as the executor wrote it for this worker; None outside of one.
         max_body, max_upload: bytes of a request's body, and of an uploaded file's.
         client_timeout: seconds that a client may keep the endpoint waiting.
@@ -79,6 +80,7 @@ class Settings:
     gdn_lazy_kernels: bool = True
     mla_kernel: bool = False
     step_seconds: float = STEP_SECONDS
+    max_request_chars: int | None = None
     visible_devices: str | None = None
     max_body: int = 8 << 20
     max_upload: int = 200 << 20
@@ -120,6 +122,14 @@ def _fraction(text: str) -> float | None:
     if _NUMBER.fullmatch(text) is None or not 0.0 < float(text) <= 1.0:
         raise ValueError
     return float(text)
+
+
+def _count(text: str) -> int | None:
+    if text.lower() == "auto":
+        return None
+    if not (text.isascii() and text.isdigit()) or len(text) > 18 or int(text) == 0:
+        raise ValueError
+    return int(text)
 
 
 def _boolean(text: str) -> bool:
@@ -262,6 +272,16 @@ VARIABLES: tuple[Variable, ...] = (
         _seconds_or_zero,
         "What a step of the engine is to take at most: its tokens follow from what steps were seen to take, between 16 "
         "tokens of prompts and `--max-num-batched-tokens`. 0: no bound.",
+    ),
+    Variable(
+        "VLLM_METAL_MAX_REQUEST_CHARS",
+        "max_request_chars",
+        "auto",
+        "auto or a whole number above 0",
+        _count,
+        "`auto` or a whole number: characters of text and token ids in one request, `/tokenize` included; more is an "
+        "error (400) before a tokenizer reads it. `auto` is 16 for each token of `--max-model-len`, "
+        "at least 1,000,000.",
     ),
     Variable(
         "VLLM_METAL_VISIBLE_DEVICES",

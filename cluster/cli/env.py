@@ -108,6 +108,9 @@ def _outcomes(settings: Settings, kind: DeviceKind, backend: device.GpuBackend |
         "gdn_lazy_kernels": f"{_on_off(settings.gdn_lazy_kernels)} (no effect yet)",
         "mla_kernel": f"{_on_off(settings.mla_kernel)} (no effect yet)",
         "step_seconds": f"{settings.step_seconds:g} s" if settings.step_seconds else "no bound",
+        "max_request_chars": "16 for each token of the model's length, at least 1000000"
+        if settings.max_request_chars is None
+        else str(settings.max_request_chars),
         "visible_devices": "set by the executor"
         if settings.visible_devices is None
         else "overridden by the executor with a warning",

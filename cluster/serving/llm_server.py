@@ -16,6 +16,7 @@ from ray.serve.llm import LLMConfig
 from ray.util.placement_group import PlacementGroup
 
 from pomarium.cluster.executor.member import Member
+from pomarium.cluster.intake import guard
 from pomarium.cluster.model_names import label
 from pomarium.cluster.rack.reports import StageReport
 from pomarium.cluster.serving.asgi_bridge import App
@@ -39,13 +40,13 @@ class ModelIsHere(CallbackBase):
 
 
 def engine_kwargs(plan: ModelPlan, environ: Mapping[str, str]) -> dict[str, Any]:
-    """vLLM's engine arguments: those of the user, the step that was planned for, and for vLLM's own CPU backend a KV
-    cache of our CPU workers' size.
+    """vLLM's engine arguments: those of the user, the guard of its HTTP application, the step that was planned for, and
+    for vLLM's own CPU backend a KV cache of our CPU workers' size.
 
     Left alone, that backend wants 0.92 of the machine's memory to be free when its worker starts, which Ray, the
     replica and EngineCore do not leave on a machine of 24 GiB (vllm/v1/worker/cpu_worker.py).
     """
-    given = dict(plan.engine_args)
+    given = {**plan.engine_args, "middleware": [guard.PATH]}
     if settings.load(environ).use_mlx:
         return given | {"max_num_batched_tokens": plan.step_tokens, "max_num_seqs": plan.step_requests}
     sized = not CPU_BACKEND_SIZES.isdisjoint(given) or environ.get(CPU_BACKEND_SPACE)

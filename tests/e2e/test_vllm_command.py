@@ -37,6 +37,15 @@ def test_vllm_serve_answers_from_our_worker(tmp_path: Path) -> None:
         body = {"model": "m", "prompt": "The capital of France is", "max_tokens": 2, "temperature": 0}
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).json()
         assert answer["choices"][0]["text"].startswith(" Paris")
+        deep = b'{"metadata": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
+        refused = httpx.post(
+            f"http://127.0.0.1:{port}/v1/completions",
+            content=deep,
+            headers={"content-type": "application/json"},
+            timeout=60,
+        )
+        assert refused.status_code == 400
+        assert "nested deeper" in refused.json()["error"]["message"]
         assert "KV pool: " in log.read_text()
     finally:
         process.send_signal(signal.SIGINT)

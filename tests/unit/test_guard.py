@@ -1,0 +1,200 @@
+"""The guard before vLLM's application: who passes finds the request as it came, who does not gets 400, nobody waits."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pomarium.cluster.intake import grammars
+from pomarium.cluster.intake.constraints import Constraint
+from pomarium.cluster.intake.guard import Guard, Message, Rules, rules_of
+
+RULES = Rules(chars=5_000, compiles=True)
+DEADLINE_S = 30.0
+
+
+class Application:
+    """Answers with what it was given; keeps every message."""
+
+    def __init__(self) -> None:
+        self.received: list[Message] = []
+
+    async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
+        self.received.append(await receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"through"})
+        if scope.get("waits"):
+            self.received.append(await receive())
+
+
+class Client:
+    """Sends `pieces`, then is silent until it leaves."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self._pieces = list(pieces)
+        self.gone = asyncio.Event()
+        self.sent: list[Message] = []
+
+    async def receive(self) -> Message:
+        if self._pieces:
+            piece = self._pieces.pop(0)
+            return {"type": "http.request", "body": piece, "more_body": bool(self._pieces)}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    @property
+    def status(self) -> int:
+        return int(self.sent[0]["status"])
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return dict(json.loads(self.sent[1]["body"])["error"])
+
+
+def scope(method: str = "POST", kind: bytes = b"application/json", **more: Any) -> Message:
+    return {"type": "http", "method": method, "headers": [(b"content-type", kind)], **more}
+
+
+def ask(*pieces: bytes, rules: Rules = RULES, **more: Any) -> tuple[Client, Application]:
+    async def run() -> tuple[Client, Application]:
+        client, application = Client(*pieces), Application()
+        await asyncio.wait_for(Guard(application, rules)(scope(**more), client.receive, client.send), DEADLINE_S)
+        return client, application
+
+    return asyncio.run(run())
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps({"model": "m", "prompt": "x", **fields}).encode()
+
+
+def test_an_ordinary_request_passes_unchanged() -> None:
+    whole = body(structured_outputs={"choice": ["a", "b"]})
+    client, application = ask(whole[:7], whole[7:20], whole[20:])
+    assert application.received == [{"type": "http.request", "body": whole, "more_body": False}]
+    assert client.status == 200
+
+
+def test_a_client_that_leaves_later_is_seen_by_the_application() -> None:
+    async def run() -> list[Message]:
+        client, application = Client(body()), Application()
+        running = asyncio.ensure_future(Guard(application, RULES)(scope(waits=True), client.receive, client.send))
+        while len(client.sent) < 2:
+            await asyncio.sleep(0)
+        client.gone.set()
+        await asyncio.wait_for(running, DEADLINE_S)
+        return application.received
+
+    assert [message["type"] for message in asyncio.run(run())] == ["http.request", "http.disconnect"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{nope", "not valid JSON"),
+        (b'{"metadata": ' + b"[" * 2_000 + b"]" * 2_000 + b"}", "nested deeper"),
+        (b'{"stop": "\\ud83d"}', "surrogate"),
+        (body(prompt="x" * 6_000), "characters"),
+        (body(prompt=list(range(6_000))), "token ids"),
+        (body(structured_outputs={"regex": "a{9000000}"}), "repeats"),
+        (body(structured_outputs={"regex": "[0-9"}), "regex"),
+        (body(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}), "text"),
+        (body(messages=[{"tool_calls": [{"function": {"arguments": "[" * 900}}]}]), "arguments"),
+    ],
+)
+def test_what_would_raise_or_hold_everybody_is_a_400(content: bytes, words: str) -> None:
+    client, application = ask(content)
+    assert application.received == []
+    assert client.status == 400
+    assert words in client.error["message"]
+    assert client.error["code"] == 400
+
+
+@pytest.mark.parametrize(
+    "more", [{"method": "GET"}, {"kind": b"multipart/form-data"}, {"kind": b"audio/wav"}, {"type": "websocket"}]
+)
+def test_what_is_no_json_request_is_not_touched(more: dict[str, Any]) -> None:
+    _, application = ask(b"{nope", **more)
+    assert application.received == [{"type": "http.request", "body": b"{nope", "more_body": False}]
+
+
+def test_an_empty_body_is_the_applications_affair() -> None:
+    assert ask(b"")[0].status == 200
+
+
+def test_where_another_compiler_answers_only_sizes_are_bounded() -> None:
+    rules = Rules(chars=5_000, compiles=False)
+    assert ask(body(structured_outputs={"regex": "[0-9"}), rules=rules)[0].status == 200
+    assert ask(body(structured_outputs={"regex": "a{9000000}"}), rules=rules)[0].status == 400
+
+
+class Compiler:
+    """Stands for grammars.fault: takes as long as it is told to, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.asked: list[str] = []
+
+    def __call__(self, constraint: Constraint, *, any_whitespace: bool = True) -> str | None:
+        self.asked.append(constraint.text)
+        self.go.wait(DEADLINE_S)
+        return None
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def test_the_loop_goes_on_while_a_constraint_is_compiled_and_nothing_is_for_who_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiler = Compiler()
+    monkeypatch.setattr(grammars, "fault", compiler)
+
+    async def run() -> list[list[Message]]:
+        application = Application()
+        guard = Guard(application, RULES)
+        clients = [Client(body(structured_outputs={"regex": text})) for text in ("first", "left", "third")]
+        clients.append(Client(body()))
+        running = [asyncio.ensure_future(guard(scope(), client.receive, client.send)) for client in clients]
+        await until(lambda: bool(clients[3].sent))  # has no constraint, so waits for nobody
+        await until(lambda: compiler.asked == ["first"])
+        clients[1].gone.set()
+        await until(running[1].done)
+        compiler.go.set()
+        await asyncio.wait_for(asyncio.gather(*running), DEADLINE_S)
+        return [client.sent for client in clients]
+
+    first, left, third, plain = asyncio.run(run())
+    assert compiler.asked == ["first", "third"]
+    assert left == []
+    assert [answer[0]["status"] for answer in (first, third, plain)] == [200, 200, 200]
+
+
+@pytest.mark.parametrize(
+    ("backend", "length", "environment", "rules"),
+    [
+        ("guidance", 2_048, {}, Rules(1_000_000, True, True)),
+        ("xgrammar", 131_072, {}, Rules(2_097_152, False, True)),
+        ("guidance", 2_048, {"VLLM_METAL_MAX_REQUEST_CHARS": "77"}, Rules(77, True, True)),
+    ],
+)
+def test_rules_are_the_engines(
+    backend: str, length: int, environment: dict[str, str], rules: Rules, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = SimpleNamespace(
+        structured_outputs_config=SimpleNamespace(backend=backend, disable_any_whitespace=False),
+        model_config=SimpleNamespace(max_model_len=length),
+    )
+    assert rules_of(config) == rules
