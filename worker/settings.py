@@ -274,7 +274,7 @@ VARIABLES: tuple[Variable, ...] = (
         "tokens of prompts and `--max-num-batched-tokens`. 0: no bound.",
     ),
     Variable(
-        "VLLM_METAL_MAX_REQUEST_CHARS",
+        "POMARIUM_MAX_REQUEST_CHARS",
         "max_request_chars",
         "auto",
         "auto or a whole number above 0",

@@ -28,7 +28,7 @@ def refusal(fields: Mapping[str, Any], limit: int, body_chars: int) -> str | Non
         return None
     return (
         f"The request has {size} characters and token ids: {limit} are the most that are read for this model. "
-        "Shorten it, or raise VLLM_METAL_MAX_REQUEST_CHARS."
+        "Shorten it, or raise POMARIUM_MAX_REQUEST_CHARS."
     )
 
 

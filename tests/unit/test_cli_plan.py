@@ -117,7 +117,7 @@ def test_senseless_options(capsys: pytest.CaptureFixture[str], rack: Path, argum
 
 
 def test_faults_of_the_files(capsys: pytest.CaptureFixture[str], rack: Path) -> None:
-    assert "there is no model 'nowhere'" in run(capsys, "nowhere", "--rack", rack)[2]
+    assert "There is no model 'nowhere'" in run(capsys, "nowhere", "--rack", rack)[2]
     rack.write_text(rack.read_text().replace("1GiB", "1"))
     assert "line 2, macs[1].memory: '1' is not a size" in run(capsys, "chat", "--rack", rack)[2]
     with pytest.raises(SystemExit) as left_out:

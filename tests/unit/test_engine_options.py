@@ -65,14 +65,13 @@ def test_the_file_is_what_the_installed_vllm_says() -> None:
 
 def test_nothing_heavy_is_imported_for_that(tmp_path: Path) -> None:
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from pomarium.cluster.cli.main import main\n"
         "status = main(['serve', '--prot', '81'])\n"
-        "print(status, [m for m in ('vllm', 'ray', 'torch', 'transformers') if m in sys.modules], "
-        "time.process_time() < 1.5)\n"
+        "print(status, [m for m in ('vllm', 'ray', 'torch', 'transformers') if m in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout == "1 [] True\n"
+    assert done.stdout == "1 []\n"
     assert done.stderr.startswith("pomarium: There is no option --prot: did you mean --port?")
 
 

@@ -185,7 +185,7 @@ def test_the_loop_goes_on_while_a_constraint_is_compiled_and_nothing_is_for_who_
     [
         ("guidance", 2_048, {}, Rules(1_000_000, True, True)),
         ("xgrammar", 131_072, {}, Rules(2_097_152, False, True)),
-        ("guidance", 2_048, {"VLLM_METAL_MAX_REQUEST_CHARS": "77"}, Rules(77, True, True)),
+        ("guidance", 2_048, {"POMARIUM_MAX_REQUEST_CHARS": "77"}, Rules(77, True, True)),
     ],
 )
 def test_rules_are_the_engines(
