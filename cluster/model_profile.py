@@ -25,6 +25,7 @@ from pomarium.worker.activations import activation_bytes, layer_width
 from pomarium.worker.errors import CheckpointError, UnsupportedError
 from pomarium.worker.home import user_path
 from pomarium.worker.models import embedded
+from pomarium.worker.models.forms.windows import layer_windows
 from pomarium.worker.models.gguf.families import ROPE_FREQS, family_of, mlx_name, model_config
 from pomarium.worker.models.gguf.metadata import Metadata
 from pomarium.worker.models.gguf.quantization import AFFINE_BITS, GROUP_SIZE
@@ -42,7 +43,10 @@ _WINDOWED = frozenset({
     "llama", "mistral", "ministral3", "gemma3", "gemma3_text", "gemma4_text", "gpt_oss", "olmo3", "cohere2",
     "exaone4",
 })  # fmt: skip
-"""Model types whose windowed layers mlx-lm gives a RotatingKVCache; a test compares them with the worker's cache."""
+"""Model types whose windowed layers mlx-lm itself gives a RotatingKVCache; a test compares them with the worker's.
+
+For others worker.models.forms.windows tells.
+"""
 
 _LATENT = frozenset({"deepseek_v3", "kimi_k2", "glm4_moe_lite"})
 """Model types whose layers cache a latent and a rotated key, shared by all heads (absorbed latent attention)."""
@@ -326,6 +330,8 @@ def _active_share(facts: Mapping[str, Any]) -> float:
 
 def _window(index: int, facts: Mapping[str, Any]) -> int | None:
     window = facts.get("sliding_window")
+    if windows := layer_windows(facts, facts["model_type"]):
+        return windows[index]
     if facts["model_type"] not in _WINDOWED or not isinstance(window, int):
         return None
     pattern, kinds = facts.get("sliding_window_pattern"), facts.get("layer_types")

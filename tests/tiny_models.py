@@ -88,6 +88,7 @@ _DEEPSEEK_EXPERTS: Config = {
     "routed_scaling_factor": 1.5,
     "norm_topk_prob": True,
 }
+_UNNORMED: Config = {**_DEEPSEEK_EXPERTS, "norm_topk_prob": False}  # as DeepSeek V2 was released
 _GROUPED: Config = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 2, "topk_group": 1}
 _GRANITE: Config = {
     "logits_scaling": 2.0,
@@ -132,7 +133,11 @@ _FAMILIES: dict[str, tuple[str, str, Config]] = {
     ),
     "qwen2": ("qwen2", "Qwen2ForCausalLM", {}),
     "qwen3": ("qwen3", "Qwen3ForCausalLM", {}),
-    "qwen2_moe": ("qwen2_moe", "Qwen2MoeForCausalLM", {**_EXPERTS, "shared_expert_intermediate_size": 16}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        {**_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 16},
+    ),
     "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM", {**_EXPERTS, **_UNTIED}),
     "gemma": ("gemma", "GemmaForCausalLM", {}),
     "gemma2": (
@@ -246,12 +251,12 @@ _FAMILIES: dict[str, tuple[str, str, Config]] = {
     "deepseek_v2": (
         "deepseek_v2",
         "DeepseekV2ForCausalLM",
-        {**_MLA, **_YARN, **_DEEPSEEK_EXPERTS, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+        {**_MLA, **_YARN, **_UNNORMED, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
     ),
     "deepseek_v2_lite": (
         "deepseek_v2",
         "DeepseekV2ForCausalLM",
-        {**_MLA, **_YARN, **_DEEPSEEK_EXPERTS, "q_lora_rank": None, "topk_method": "greedy", "num_hidden_layers": 2},
+        {**_MLA, **_YARN, **_UNNORMED, "q_lora_rank": None, "topk_method": "greedy", "num_hidden_layers": 2},
     ),
     "deepseek_v3": ("deepseek_v3", "DeepseekV3ForCausalLM", {**_MLA, **_YARN, **_DEEPSEEK_EXPERTS, **_GROUPED}),
     "deepseek_v3_dense": (

@@ -113,8 +113,15 @@ class MetalWorker(WorkerBase):
         on_cpu = self.mlx_device.kind is DeviceKind.CPU
         place = self._surroundings.place
         cut = None if place is None else place.cut
-        dtype, vocab_size = _MX_DTYPES[self.model_config.dtype], self.model_config.get_vocab_size()
-        self.loaded: LoadedModel = load(directory, dense=on_cpu, dtype=dtype, cut=cut, vocab_size=vocab_size)
+        config, dtype = self.model_config, _MX_DTYPES[self.model_config.dtype]
+        self.loaded: LoadedModel = load(
+            directory,
+            dense=on_cpu,
+            dtype=dtype,
+            cut=cut,
+            vocab_size=config.get_vocab_size(),
+            longest=config.max_model_len,
+        )
         model_type = self.loaded.config["model_type"]
         self.paged: PagedModel | None = None
         if place is not None:

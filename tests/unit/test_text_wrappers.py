@@ -11,7 +11,7 @@ from wrapper_models import Damage, write_wrapper
 
 from pomarium.worker.errors import CheckpointError, UnsupportedError
 from pomarium.worker.models.checkpoint import inspect
-from pomarium.worker.models.config_forms import completed
+from pomarium.worker.models.forms.completion import completed
 from pomarium.worker.models.load import load
 from pomarium.worker.models.wrappers import TEXT_PREFIXES
 

@@ -19,7 +19,7 @@ from typing import Any
 from mlx_lm.utils import MODEL_REMAPPING, load_config
 
 from pomarium.worker.errors import CheckpointError, UnsupportedError
-from pomarium.worker.models.config_forms import completed
+from pomarium.worker.models.forms.completion import completed
 from pomarium.worker.models.quantisation import Quantisation, quantisation_of
 from pomarium.worker.models.wrappers import check_text_model
 
@@ -79,7 +79,7 @@ def inspect(directory: Path) -> Checkpoint:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json (with the end-of-text ids of generation_config.json, as mlx-lm reads it), see config_forms."""
+    """config.json (with the end-of-text ids of generation_config.json, as mlx-lm reads it), see forms.completion."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a folder.")
     if not (directory / "config.json").is_file():

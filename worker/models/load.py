@@ -1,7 +1,9 @@
 """An mlx-lm directory -> a model in memory.
 
     inspect (headers) -> mlx_lm.load_model, lazily -> layer by layer: dequantise (dense) or cast, evaluate
-                            '- before its `sanitize`: FP8 blocks made dense (fp8), experts stacked (experts)
+                            |- its model put right before weights come (forms.mends)
+                            '- before its `sanitize`: FP8 blocks made dense (fp8), experts stacked (experts), tensors
+                               under other names (forms.tensors)
 
 Nothing is read before its own layer's turn, so the peak is the finished model plus about one layer as stored. `dense`
 is for the CPU device, where MLX multiplies quantised matrices on one thread and dense float32 through BLAS. Of a stage
@@ -27,6 +29,8 @@ from pomarium.worker.errors import CheckpointError, UnsupportedError
 from pomarium.worker.models import experts, fp8
 from pomarium.worker.models.checkpoint import Checkpoint, inspect
 from pomarium.worker.models.embedding_rows import check_vocabulary
+from pomarium.worker.models.forms.mends import mend
+from pomarium.worker.models.forms.tensors import CONVERSIONS
 from pomarium.worker.models.stage_weights import blank, foreign_parameters
 from pomarium.worker.models.stages import StageCut, layers_of, subclass
 
@@ -66,7 +70,13 @@ Conversion = Callable[[Mapping[str, mx.array]], dict[str, mx.array]]
 
 
 def load(
-    directory: Path, *, dense: bool, dtype: mx.Dtype | None, cut: StageCut | None = None, vocab_size: int = 0
+    directory: Path,
+    *,
+    dense: bool,
+    dtype: mx.Dtype | None,
+    cut: StageCut | None = None,
+    vocab_size: int = 0,
+    longest: int | None = None,
 ) -> LoadedModel:
     """Load and evaluate the model in `directory`, or one stage of it.
 
@@ -75,6 +85,7 @@ def load(
         dtype: what floating parameters are cast to (scales and biases of quantised layers too); None leaves them.
         cut: the stage's layers; None for the whole model.
         vocab_size: how many tokens requests may name.
+        longest: the longest context that is served, in tokens; None for any.
 
     Raises:
         CheckpointError: missing or damaged files, weights that do not fit the model, another number of layers than
@@ -84,7 +95,7 @@ def load(
     checkpoint = inspect(directory)
     try:
         _get_classes(dict(checkpoint.config))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, SystemExit) as error:  # mlx_lm/models/olmo.py exits without its package
         raise UnsupportedError(f"{directory}: mlx-lm has no model type {checkpoint.model_type!r}.") from error
     try:
         model, config = _load_model(
@@ -92,7 +103,7 @@ def load(
             lazy=True,
             strict=True,
             model_config=deepcopy(dict(checkpoint.config)),  # mlx-lm's classes change what they are given
-            get_model_classes=_classes_after(_conversions(checkpoint, dtype)),
+            get_model_classes=_classes_after(_conversions(checkpoint, dtype), checkpoint.config, longest),
         )
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
         raise CheckpointError(
@@ -138,16 +149,25 @@ def _conversions(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> tuple[Conver
         conversions.append(lambda weights: fp8.dequantised(weights, blocks, target, str(checkpoint.path)))
     if checkpoint.model_type in experts.MODEL_TYPES:
         conversions.append(experts.stacked)
+    if (conversion := CONVERSIONS.get(checkpoint.model_type)) is not None:
+        conversions.append(conversion)
     return tuple(conversions)
 
 
-def _classes_after(conversions: tuple[Conversion, ...]) -> Callable[[dict[str, Any]], tuple[type[nn.Module], type]]:
-    """mlx-lm's choice of classes, the model's `sanitize` preceded by `conversions`."""
+def _classes_after(
+    conversions: tuple[Conversion, ...], facts: Mapping[str, Any], longest: int | None
+) -> Callable[[dict[str, Any]], tuple[type[nn.Module], type]]:
+    """mlx-lm's choice of classes: the model mended as `facts` (config.json) want it, `sanitize` after `conversions`."""
 
     def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
         model_class, args_class = _get_classes(config)
+
+        def build(model: nn.Module, args: Any) -> None:
+            model_class.__init__(model, args)
+            mend(model, facts, longest)
+
         if not conversions:
-            return model_class, args_class
+            return subclass(model_class, {"__init__": build}), args_class
         original = model_class.sanitize if issubclass(model_class, _Sanitises) else None
 
         def sanitize(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -155,7 +175,7 @@ def _classes_after(conversions: tuple[Conversion, ...]) -> Callable[[dict[str, A
                 weights = conversion(weights)
             return weights if original is None else original(model, weights)
 
-        return subclass(model_class, {"sanitize": sanitize}), args_class
+        return subclass(model_class, {"__init__": build, "sanitize": sanitize}), args_class
 
     return classes
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pomarium.worker.errors import UnsupportedError
+from pomarium.worker.models.forms.family import Config
 
 _FULL = "full_attention"
 
 
-def completed(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def completed_wrapper(directory: Path, config: Config) -> dict[str, Any]:
     """`config`, completed; unchanged for most model types.
 
     Raises:
@@ -34,7 +35,7 @@ def completed(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return {**outside, **config, "text_config": found}
 
 
-def _gemma4(directory: Path, text: Mapping[str, Any]) -> dict[str, Any]:
+def _gemma4(directory: Path, text: Config) -> dict[str, Any]:
     layers, kinds = text.get("per_layer_config"), text.get("layer_types")
     if not isinstance(layers, dict) or not isinstance(kinds, list):
         return {}
@@ -54,7 +55,7 @@ def _gemma4(directory: Path, text: Mapping[str, Any]) -> dict[str, Any]:
     return sizes if heads is None else {**sizes, "num_global_key_value_heads": heads}
 
 
-def _qwen3_5(directory: Path, text: Mapping[str, Any]) -> dict[str, Any]:
+def _qwen3_5(directory: Path, text: Config) -> dict[str, Any]:
     kinds = text.get("layer_types")
     if not isinstance(kinds, list) or "full_attention_interval" in text or _FULL not in kinds:
         return {}
@@ -67,7 +68,7 @@ def _qwen3_5(directory: Path, text: Mapping[str, Any]) -> dict[str, Any]:
     return {"full_attention_interval": interval}
 
 
-_COMPLETIONS: Mapping[str, Callable[[Path, Mapping[str, Any]], dict[str, Any]]] = {
+_COMPLETIONS: Mapping[str, Callable[[Path, Config], dict[str, Any]]] = {
     "gemma4": _gemma4,
     "gemma4_text": _gemma4,
     "qwen3_5": _qwen3_5,
