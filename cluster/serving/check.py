@@ -4,6 +4,7 @@ which takes seconds and hundreds of megabytes that the command line has no other
     Check(models) --> python -m pomarium.cluster.serving.check MODEL ... --pickle: Found ... or one sentence--> found()
 """
 
+import glob
 import os
 import pickle
 import subprocess
@@ -11,9 +12,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pomarium.cluster.model_profile import Profiles, read_profiles
 from pomarium.worker.errors import CheckpointError, PomariumError, UnsupportedError
+
+if TYPE_CHECKING:
+    from pomarium.worker.models.checkpoint import Checkpoint
 
 FAULTY = 3
 EMBEDDED = ""
@@ -73,11 +78,9 @@ def main(models: Sequence[str]) -> int:
                 use_modelscope=values.use_modelscope,
                 modelscope_cache=values.modelscope_cache,
             )
-            if inspect(folder).quantisation is not None and not values.use_mlx:
-                raise UnsupportedError(
-                    f"VLLM_METAL_USE_MLX=0 serves with vLLM's CPU backend, which does not read MLX's quantised weights "
-                    f"({model or 'the embedded model'}): name a dense checkpoint, or set VLLM_METAL_USE_MLX=1."
-                )
+            checkpoint = inspect(folder)
+            if not values.use_mlx:
+                _check_for_vllm(checkpoint, model or "the embedded model")
             found.append(Found(folder, read_profiles(str(folder))))
     except PomariumError as e:
         answer.write(str(e).encode())
@@ -86,6 +89,20 @@ def main(models: Sequence[str]) -> int:
     pickle.dump(found, answer)
     answer.flush()
     return 0
+
+
+def _check_for_vllm(checkpoint: "Checkpoint", model: str) -> None:
+    """Raises UnsupportedError for what vLLM's own backend does not read."""
+    if checkpoint.quantisation is not None:
+        raise UnsupportedError(
+            f"VLLM_METAL_USE_MLX=0 serves with vLLM's CPU backend, which does not read MLX's quantised weights "
+            f"({model}): name a dense checkpoint, or set VLLM_METAL_USE_MLX=1."
+        )
+    if glob.escape(str(checkpoint.path)) != str(checkpoint.path):
+        raise UnsupportedError(
+            f"VLLM_METAL_USE_MLX=0 serves with vLLM's CPU backend, which takes [, * and ? in {checkpoint.path} for a "
+            "pattern of names: rename the folder, or set VLLM_METAL_USE_MLX=1."
+        )
 
 
 if __name__ == "__main__":

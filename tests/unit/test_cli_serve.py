@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import write_checkpoint
 
 from pomarium.cluster.cli import main as cli
 from pomarium.cluster.cli import serve
@@ -115,6 +116,17 @@ def test_quantised_weights_are_refused_for_vllm_s_cpu_backend(monkeypatch: pytes
     monkeypatch.setenv("VLLM_METAL_USE_MLX", "0")
     with pytest.raises(PomariumError, match=r"VLLM_METAL_USE_MLX=0.*the embedded model.*dense checkpoint"):
         Check([None]).found()
+
+
+@pytest.mark.e2e
+def test_a_folder_that_is_a_pattern_is_refused_for_vllm_s_cpu_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint("llama", tmp_path / "[1]")
+    assert [found.folder for found in Check([str(folder)]).found()] == [folder]
+    monkeypatch.setenv("VLLM_METAL_USE_MLX", "0")
+    with pytest.raises(PomariumError, match=r"VLLM_METAL_USE_MLX=0.*\[1\].*rename the folder"):
+        Check([str(folder)]).found()
 
 
 def test_an_abandoned_check_is_gone() -> None:
