@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pomarium.cluster.rack import node
-from pomarium.cluster.rack.direct import direct, proxied
+from pomarium.cluster.rack.direct import straight
 from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import NodeSpec, Ports
 from pomarium.cluster.state import made, state_folder, unwritable
@@ -136,7 +136,7 @@ def enter(environ: MutableMapping[str, str] = os.environ) -> CurrentRack | None:
     """
     rack = current(environ)
     if rack is not None:
-        environ.update(environment(rack))
+        environ.update(environment(rack) | straight(environ))
     return rack
 
 
@@ -155,10 +155,9 @@ def for_ray_commands(rack: CurrentRack, environ: Mapping[str, str] = os.environ)
     """
     host = host_of(rack.address)
     jobs = http_url(host, node.JOBS_PORT)
-    straight = direct(environ, host) if proxied(environ) else {}
     return (
         environment(rack)
-        | straight
+        | straight(environ, host)
         | {"RAY_API_SERVER_ADDRESS": jobs, "RAY_DASHBOARD_ADDRESS": jobs, "RAY_enable_autoscaler_v2": "1"}
     )
 

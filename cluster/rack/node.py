@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pomarium.cluster.executor.environment import NODE_OWN, RESOURCE
 from pomarium.cluster.rack import kin
+from pomarium.cluster.rack.direct import straight
 from pomarium.cluster.rack.kin import Kin
 from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.serving import door
@@ -192,7 +193,7 @@ def environment(spec: NodeSpec, membership: Membership, base: Mapping[str, str])
         own |= AUTOSCALER
     if spec.memory is not None:
         own[MACHINE_MEMORY] = str(spec.memory)
-    return kept | membership.variables() | own
+    return kept | straight(base) | membership.variables() | own
 
 
 def kin_of(spec: NodeSpec, session: str) -> Kin:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pomarium.cluster import faults, ray_address
 from pomarium.cluster.rack import kin, node, starting
+from pomarium.cluster.rack.direct import straight
 from pomarium.cluster.rack.kin import Kin
 from pomarium.cluster.rack.mac_power import Power
 from pomarium.cluster.serving import door
@@ -74,6 +75,7 @@ def environment(session: str) -> dict[str, str]:
     """
     return {
         **node.SERVE_VARIABLES,
+        **straight(os.environ),
         MARKER: session,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",

@@ -1,10 +1,12 @@
 """Our own addresses: IPv6 ones in URLs, and connections that no proxy of the environment comes between."""
 
 import asyncio
+import os
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,9 +23,10 @@ from pomarium.cluster.batch import jobs
 from pomarium.cluster.batch.endpoint import EndpointError, HttpEngine
 from pomarium.cluster.batch.lines import Request
 from pomarium.cluster.rack import current, node
-from pomarium.cluster.rack.direct import direct
+from pomarium.cluster.rack.direct import PROXIES, direct
+from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.this_machine import resolve
-from pomarium.cluster.serving import metrics
+from pomarium.cluster.serving import local_ray, metrics
 from pomarium.worker.errors import SettingsError
 from pomarium.worker.handoff.address import authority, host_of, http_url, is_local
 
@@ -93,7 +96,20 @@ def test_ray_s_own_commands_are_told_of_a_proxy_only_where_there_is_one() -> Non
     rack: Any = SimpleNamespace(address="10.0.0.5:6379", membership=SimpleNamespace(variables=dict))
     assert "no_proxy" not in current.for_ray_commands(rack, {})
     told = current.for_ray_commands(rack, {"HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": "a,b"})
-    assert (told["no_proxy"], told["NO_PROXY"]) == ("a,b,10.0.0.5", "a,b,10.0.0.5")
+    assert (told["no_proxy"], told["NO_PROXY"]) == ("a,b,127.0.0.1,10.0.0.5", "a,b,127.0.0.1,10.0.0.5")
+
+
+def test_ray_s_processes_ask_no_proxy_for_their_own_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else no series of theirs reaches its node's agent, whose gRPC exporter has no option against it."""
+    spec, membership = node.NodeSpec("mac", "10.0.0.6", tmp_path), Membership("ab", "10.0.0.5:6379", "f" * 64)
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    for environ in (local_ray.environment("s"), node.environment(spec, membership, {})):
+        assert "no_proxy" not in environ, "on macOS it would hide the system's own settings"
+    monkeypatch.setenv("http_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "a")
+    for environ in (local_ray.environment("s"), node.environment(spec, membership, os.environ)):
+        assert (environ["no_proxy"], environ["NO_PROXY"]) == ("a,127.0.0.1", "a,127.0.0.1")
 
 
 @pytest.mark.parametrize(
