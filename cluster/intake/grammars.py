@@ -56,8 +56,8 @@ def _fault(kind: Kind, text: str, any_whitespace: bool) -> str | None:
         grammar = _serialised(kind, text, any_whitespace)
     except (ValueError, TypeError, RecursionError) as error:
         return _brief(str(error))
-    if error := LLMatcher.validate_grammar(grammar, None):
-        return _brief(error)
+    if invalid := LLMatcher.validate_grammar(grammar, None):
+        return _brief(invalid)
     matcher = LLMatcher(_bytes(), grammar, log_level=0)
     for followed in range(FOLLOWED):
         admitted = _admitted(matcher)
