@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from pomarium.cluster.serving.bodies import BodyError, check_depth
+
 URLS = ("/v1/chat/completions", "/v1/completions")
 MOST_BYTES = 64 << 20
 """Of one line. What is longer is no request but a file of another kind."""
@@ -155,15 +157,10 @@ def _shallow(text: bytes) -> Any:
     """The JSON value in `text`. Raises ValueError for what is no JSON, or nested deeper than MOST_DEPTH."""
     try:
         value = json.loads(text)
-    except RecursionError:
+        check_depth(value, MOST_DEPTH + 1)
+    except (RecursionError, BodyError):
         raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels") from None
-    level = [value]
-    for _ in range(MOST_DEPTH + 1):
-        level = [each for each in level if isinstance(each, dict | list)]
-        if not level:
-            return value
-        level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
-    raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
+    return value
 
 
 def _id(identity: str) -> str:
