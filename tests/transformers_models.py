@@ -352,7 +352,7 @@ _OTHERS: dict[str, tuple[str, Config]] = {
         | {"interleave_moe_layer_step": 2},
     ),
     "kimi_linear": ("kimi_linear", {**_MLA, "linear_head_dim": 16, "linear_num_heads": 2}),
-    "solar_open": ("solar_open", {**_ROPE, **_ROUTED, **_HEAD}),
+    "solar_open": ("solar_open", {**_ROPE, **_ROUTED, **_HEAD, "first_k_dense_replace": 0}),
 }
 
 _DEFINITION = "does not fit mlx-lm's"
