@@ -31,12 +31,14 @@ class Case:
         model_type: transformers'. config: what differs from _COMMON.
         refused: what its refusal says (a regular expression); None where the logits are to be right.
         always: runs without the marker `full`.
+        longest: tokens of context to load it for; None for any.
     """
 
     model_type: str
     config: Config
     refused: str | None = None
     always: bool = False
+    longest: int | None = None
 
 
 _COMMON: Config = {
@@ -417,7 +419,10 @@ def _cases() -> dict[str, Case]:
         for scaling, parameters in _SCALINGS.items():
             rope = {**config["rope_parameters"], **parameters}
             found[f"{name}+{scaling}"] = (model_type, {**config, "rope_parameters": rope})
-    return {name: Case(kind, config, _REFUSED.get(name), name in ALWAYS) for name, (kind, config) in found.items()}
+    return {
+        name: Case(kind, config, _REFUSED.get(name), name in ALWAYS, config.get("index_topk"))
+        for name, (kind, config) in found.items()
+    }
 
 
 CASES: dict[str, Case] = _cases()

@@ -31,7 +31,7 @@ def test_logits_are_transformers_or_the_checkpoint_is_refused(name: str, tmp_pat
         with pytest.raises(PomariumError, match=case.refused):
             load(tmp_path, dense=True, dtype=mx.float32)
         return
-    model = load(tmp_path, dense=True, dtype=mx.float32).model
+    model = load(tmp_path, dense=True, dtype=mx.float32, longest=case.longest).model
     got = np.array(model(mx.array(tokens), cache=make_prompt_cache(model))[0].astype(mx.float32))
     error = np.abs(got - want).max() / np.abs(want).max()
     print(f"{name}: {error:.1e}")
@@ -58,6 +58,18 @@ def test_longrope_goes_by_the_longest_context_that_is_served(tmp_path: Path) -> 
         got = np.array(model(mx.array(tokens), cache=make_prompt_cache(model))[0])
         errors.append(np.abs(got - want).max() / np.abs(want).max())
     assert errors[0] <= BOUND < errors[1]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
+def test_sparse_attention_is_refused_where_it_would_pick(name: str, tmp_path: Path) -> None:
+    """mlx-lm's indexer picks other tokens than transformers': up to `index_topk` tokens both take all of them."""
+    case = CASES[name]
+    assert case.longest is not None
+    save(case, tmp_path)
+    load(tmp_path, dense=True, dtype=mx.float32, longest=case.longest)
+    for longest in (case.longest + 1, None):
+        with pytest.raises(PomariumError, match=f"set --max-model-len {case.longest} or less"):
+            load(tmp_path, dense=True, dtype=mx.float32, longest=longest)
 
 
 def test_every_shared_family_has_a_case_or_a_reason() -> None:

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from tiny_models import TINY, build, write_checkpoint
 
 from pomarium.worker.errors import CheckpointError, PomariumError, UnsupportedError
-from pomarium.worker.models.checkpoint import Checkpoint, inspect, read_safetensors_header
+from pomarium.worker.models.checkpoint import Checkpoint, inspect, read_safetensors_header, untied
 from pomarium.worker.models.load import load
 from pomarium.worker.models.quantisation import Quantisation
 from pomarium.worker.models.stages import StageCut
@@ -235,6 +235,26 @@ def test_dense_and_quantised_agree(name: str, bits: int, mode: str, group_size: 
     assert not any("Quantized" in kind for kind in kinds)
     assert any("Quantized" in type(layer).__name__ for _, layer in quantised.model.named_modules())
     assert dense.weight_bytes > 2 * quantised.weight_bytes
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_head_beside_a_config_that_does_not_say_so_is_used(directory: Path, nested: bool) -> None:
+    """mlx-lm takes a llama without `tie_word_embeddings` for tied, and drops the head."""
+    want = load(directory, dense=False, dtype=None).model(TOKENS)
+    config = json.loads((directory / "config.json").read_text())
+    assert config.pop("tie_word_embeddings") is False
+    if nested:
+        assert untied({"text_config": config}, {"language_model.lm_head.weight"})["text_config"] == {
+            **config, "tie_word_embeddings": False
+        }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    assert mx.array_equal(load(directory, dense=False, dtype=None).model(TOKENS), want)
+
+
+def test_a_config_without_a_head_stays_as_it_is() -> None:
+    config = {"model_type": "llama", "text_config": {}}
+    assert untied(config, {"model.embed_tokens.weight"}) is config
+    assert untied({**config, "tie_word_embeddings": True}, {"lm_head.weight"})["tie_word_embeddings"]
 
 
 def test_casting(directory: Path) -> None:

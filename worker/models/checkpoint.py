@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,8 @@ from pomarium.worker.models.wrappers import check_text_model
 
 WHOLE = "model.safetensors"
 """The file of a model that is not cut into shards."""
+HEAD = "lm_head.weight"
+"""The tensor of a head, in transformers' names and in mlx-lm's."""
 _MAX_HEADER = 100 << 20  # the safetensors library's own limit
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
 _BITS |= {"I64": 64, "U64": 64, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
@@ -75,6 +77,7 @@ def inspect(directory: Path) -> Checkpoint:
             held.add(name)
     _check_index(directory, files, held)
     check_text_model(directory, config, held)
+    config = untied(config, held)
     return Checkpoint(directory, model_type, total, _dtype(config, dtypes), quantisation, files, config)
 
 
@@ -91,6 +94,20 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{directory / 'config.json'} does not hold a JSON object.")
     return completed(directory, config)
+
+
+def untied(config: dict[str, Any], held: Set[str]) -> dict[str, Any]:
+    """`config`, which says that the head is not the embedding where it says nothing and there is a head among `held`.
+
+    transformers and mlx-lm assume different things of a file that does not say (Mistral's, for one), and mlx-lm drops
+    the tensor of a head that it takes for tied.
+    """
+    text = config.get("text_config")
+    said = any("tie_word_embeddings" in part for part in (config, text if isinstance(text, dict) else {}))
+    if said or not any(name == HEAD or name.endswith(f".{HEAD}") for name in held):
+        return config
+    inner = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
+    return {**config, "tie_word_embeddings": False, **inner}
 
 
 def _model_type(directory: Path, config: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ from pomarium.worker.errors import CheckpointError, UnsupportedError
 from pomarium.worker.models import experts, fp8
 from pomarium.worker.models.checkpoint import Checkpoint, inspect
 from pomarium.worker.models.embedding_rows import check_vocabulary
+from pomarium.worker.models.forms.completion import check_context
 from pomarium.worker.models.forms.mends import mend
 from pomarium.worker.models.forms.tensors import CONVERSIONS
 from pomarium.worker.models.stage_weights import blank, foreign_parameters
@@ -93,6 +94,7 @@ def load(
         UnsupportedError: mlx-lm has no such model or quantisation, or the model cannot run in stages.
     """
     checkpoint = inspect(directory)
+    check_context(directory, checkpoint.config, longest)
     try:
         _get_classes(dict(checkpoint.config))
     except (ValueError, AttributeError, SystemExit) as error:  # mlx_lm/models/olmo.py exits without its package

@@ -26,6 +26,9 @@ _FLOAT = "__float__"  # transformers/configuration_utils.py
 _CURE = "mlx-lm's definition computes something else; use a checkpoint without it"
 
 
+SPARSE_TO = 2048
+"""`index_topk` of a config without one, in both libraries."""
+
 _MODEL_TYPES = MappingProxyType({"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"})
 """transformers' model type of a text model by itself -> mlx-lm's."""
 
@@ -45,6 +48,21 @@ def completed(directory: Path, config: Config) -> dict[str, Any]:
         outer = _MODEL_TYPES.get(outer, outer)
         config = _completed(directory, {**config, "model_type": outer} if "model_type" in config else config, outer)
     return completed_wrapper(directory, config)
+
+
+def check_context(directory: Path, config: Config, longest: int | None) -> None:
+    """Raises UnsupportedError if `longest` tokens (None: any number) are more than mlx-lm's definition computes as
+    transformers' does: its sparse attention picks other tokens once there are more than it may pick."""
+    model_type = str(config.get("model_type"))
+    key = FAMILIES.get(model_type, Family()).exact_to
+    if key is None:
+        return
+    limit = int(config.get(key) or SPARSE_TO)
+    if longest is None or longest > limit:
+        raise UnsupportedError(
+            f"{directory}: beyond {limit} tokens ({key}) mlx-lm's definition of {model_type} attends to other tokens "
+            f"than transformers'; set --max-model-len {limit} or less."
+        )
 
 
 def _decoded(value: Any) -> Any:

@@ -165,7 +165,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         Rope(types=_MLA_TYPES, unscaled=_yarn_of_one), computed={"norm_topk_prob": (False,)}
     ),
     "deepseek_v3": Family(_SCALED_MLA),
-    "deepseek_v32": Family(_SCALED_MLA, derive=_dense_first, handled=_MLP_TYPES),
+    "deepseek_v32": Family(_SCALED_MLA, derive=_dense_first, handled=_MLP_TYPES, exact_to="index_topk"),
     "dots1": Family(windowed=True),
     "ernie4_5": Family(plain_rope()),
     "ernie4_5_moe": Family(plain_rope()),
@@ -188,6 +188,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         derive=_glm_moe_dsa,
         handled=_MLP_TYPES | {"indexer_types"},
         implied={"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
+        exact_to="index_topk",
     ),
     "gpt2": Family(Rope(Places.NONE), renamed={"n_positions": "n_ctx"}),
     "gpt_bigcode": Family(Rope(Places.NONE), derive=_gpt_bigcode),

@@ -67,6 +67,7 @@ class Family:
             transformers' default (unread.json).
         derive: keys that take a computation, of those in `handled`.
         windowed: transformers lets layers attend within a window and mlx-lm's definition does not: windows.py does.
+        exact_to: key of the context up to which mlx-lm's definition attends as transformers' does; None: to any.
         refused: why the family is not served, whatever its config says; None if it is.
     """
 
@@ -77,4 +78,5 @@ class Family:
     derive: Derivation | None = None
     handled: frozenset[str] = frozenset()
     windowed: bool = False
+    exact_to: str | None = None
     refused: str | None = None
