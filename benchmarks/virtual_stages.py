@@ -131,7 +131,7 @@ class VirtualExecutor(Executor):
         self.stages = self.parallel_config.pipeline_parallel_size
         self.now, self._calls = 0.0, 0
         self._free = [0.0] * self.stages
-        self._requests = RequestTable()
+        self._requests = RequestTable(self.model_config.get_vocab_size())
         self._cache: dict[tuple[int, int], int] = {}
         self._arrived: dict[str, float] = {}
         self._unseen: dict[str, list[int]] = {}

@@ -104,7 +104,12 @@ def test_a_hostile_body_is_a_400_of_one_sentence(server: Server, case: str, path
 
 
 def test_a_text_of_20_mb_is_not_tokenised(server: Server) -> None:
-    assert "characters" in error_of(post(server, "/tokenize", json.dumps({"prompt": "word " * 4_000_000}).encode()))
+    """Nor one of 5 MB, which the endpoint takes and the model's length does not."""
+    answers = [
+        post(server, "/tokenize", json.dumps({"prompt": "word " * words}).encode()) for words in (4_000_000, 1_000_000)
+    ]
+    assert [answer.status_code for answer in answers] == [413, 400]
+    assert "characters" in error_of(answers[1])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rack_serving import until
 
 from pomarium.cluster.rack import current, kin, netns, node, ports, starting, teardown
 from pomarium.cluster.rack.current import CurrentRack, Network
@@ -114,9 +115,9 @@ def test_all_processes_of_a_node_are_found_and_ended(family: tuple[Kin, "subproc
 def test_a_node_is_frozen_thawed_and_killed_as_a_whole(family: tuple[Kin, "subprocess.Popen[bytes]"]) -> None:
     one, first = family
     kin.send(one, signal.SIGSTOP)
-    assert {process.status() for process in kin.members(one)} == {psutil.STATUS_STOPPED}
+    until(lambda: {process.status() for process in kin.members(one)} == {psutil.STATUS_STOPPED}, 20)
     kin.send(one, signal.SIGCONT)
-    assert psutil.STATUS_STOPPED not in {process.status() for process in kin.members(one)}
+    until(lambda: psutil.STATUS_STOPPED not in {process.status() for process in kin.members(one)}, 20)
     kin.send(one, signal.SIGSTOP)
     kin.kill(one)
     first.wait(5)
