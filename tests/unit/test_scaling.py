@@ -16,7 +16,7 @@ from pomarium.cluster.executor.survey import dormant
 from pomarium.cluster.model_profile import Profiles
 from pomarium.cluster.rack.labels import MacFacts, labels_of
 from pomarium.cluster.rack.mac_power import MacPower, Power
-from pomarium.cluster.serving import app, holding, replica_scaling
+from pomarium.cluster.serving import app, holding, reasons, replica_scaling
 from pomarium.cluster.serving.cards import Served
 from pomarium.cluster.serving.check import Found
 from pomarium.cluster.serving.heartbeat import SILENCE_S
@@ -150,7 +150,11 @@ class Untouchable:
         (State(MISSING, 0, True), 503, "no Mac can be woken"),
     ],
 )
-def test_health_of_a_model_that_may_sleep_asks_no_engine(state: State, status: int, word: str) -> None:
+def test_health_of_a_model_that_may_sleep_asks_no_engine(
+    state: State, status: int, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reasons, "READ_S", 30.0)  # a busy machine starts a thread late
+
     async def ask() -> Any:
         handles: Any = {"m": Untouchable()}
         served = {"m": Served("m", sleeps=True)}
