@@ -11,6 +11,7 @@ import pytest
 from serve_process import READY_S, STOP_S, Server
 
 from pomarium.cluster.rack import ports
+from pomarium.cluster.serving.local_ray import RAY_FOLDER
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -49,7 +50,7 @@ def test_it_says_so_at_once_and_leaves_nothing(starting: Server, line: str, sign
             case "ray folder":
                 return any(folder.iterdir())
             case "ray node":
-                return any("raylet" in path.name for path in folder.glob("pm-*/session_2*/logs/*"))
+                return any("raylet" in path.name for path in folder.glob(f"pm-*/{RAY_FOLDER}/session_2*/logs/*"))
         return f"\n{line}" in f"\n{starting.output}"
 
     deadline = time.monotonic() + READY_S
