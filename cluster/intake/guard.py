@@ -9,9 +9,7 @@ after others have read the body and walked through it. `pomarium serve` and `vll
 
 import asyncio
 import functools
-import json
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +17,8 @@ from typing import Any
 from pomarium.cluster.intake import calls, constraints, texts
 from pomarium.cluster.intake.constraints import Constraint
 from pomarium.cluster.serving import bodies, openai_errors
+from pomarium.cluster.serving.asgi import App, Message, Receive, Send, answer_json
 from pomarium.worker import settings
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 PATH = f"{__name__}.Guard"
 """What vLLM's --middleware takes."""
@@ -68,7 +62,7 @@ class Guard:
             if not judging.done():
                 return
             if refusal := judging.result():
-                await _answer(send, refusal)
+                await answer_json(send, *openai_errors.invalid(refusal, None))
                 return
             replayed = _Replayed(body, ahead, receive)
             del body  # an answer may take minutes
@@ -145,11 +139,3 @@ async def _read(receive: Receive) -> bytes | None:
         pieces.append(message.get("body", b""))
         if not message.get("more_body", False):
             return b"".join(pieces)
-
-
-async def _answer(send: Send, sentence: str) -> None:
-    status, body = openai_errors.invalid(sentence, None)
-    content = json.dumps(body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})

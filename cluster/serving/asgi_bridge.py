@@ -8,12 +8,10 @@ is how vLLM comes to abort the request and free its blocks.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Message = MutableMapping[str, Any]
-App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
+from pomarium.cluster.serving.asgi import App, Message
 
 LEAVE_S = 5.0
 """How long an application may take to notice a disconnect before it is cancelled outright."""

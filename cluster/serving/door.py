@@ -10,24 +10,18 @@ Door only, behind its proxy.
 """
 
 import asyncio
-import json
 import os
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from pomarium.cluster.serving import openai_errors
+from pomarium.cluster.serving.asgi import App, Message, Receive, Send, answer_json
 from pomarium.worker import settings
 
 if TYPE_CHECKING:
     from starlette.middleware import Middleware
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 IMPORT_PATH = "pomarium.cluster.serving.door:middlewares"
@@ -167,12 +161,9 @@ def _content_length(scope: Message) -> int:
 
 
 async def _answer(send: Send, status: int, body: dict[str, Any]) -> None:
-    content = json.dumps(body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    if status == HTTPStatus.REQUEST_TIMEOUT:
-        headers.append((b"connection", b"close"))  # of a body that is too large the rest is read, or no answer arrives
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+    # Of a body that is too large the rest is read, or no answer arrives.
+    ends = status == HTTPStatus.REQUEST_TIMEOUT
+    await answer_json(send, status, body, [(b"connection", b"close")] if ends else [])
 
 
 def middlewares() -> "list[Middleware]":

@@ -19,7 +19,7 @@ from pomarium.cluster.executor.member import Member
 from pomarium.cluster.intake import guard
 from pomarium.cluster.model_names import label
 from pomarium.cluster.rack.reports import StageReport
-from pomarium.cluster.serving.asgi_bridge import App
+from pomarium.cluster.serving.asgi import App
 from pomarium.cluster.serving.plan import ModelPlan
 from pomarium.cluster.serving.reporting import Load, stages_of
 from pomarium.cluster.serving.step_watch import StepWatch

@@ -11,7 +11,8 @@ import pytest
 
 from pomarium.cluster.intake import grammars
 from pomarium.cluster.intake.constraints import Constraint
-from pomarium.cluster.intake.guard import Guard, Message, Rules, rules_of
+from pomarium.cluster.intake.guard import Guard, Rules, rules_of
+from pomarium.cluster.serving.asgi import Message
 
 RULES = Rules(chars=5_000, compiles=True)
 DEADLINE_S = 30.0

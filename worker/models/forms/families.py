@@ -6,13 +6,14 @@ transformers' forward.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from pomarium.worker.models.forms.family import SCALED, Config, Family, Places, Rope, plain_rope
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+_MAMBA_NAMES = MappingProxyType({LINEAR: "mamba", FULL: "attention"})
 _FRACTION = "partial_rotary_factor"
 _GELU = ("gelu_pytorch_tanh", "gelu")  # Gemma's older files say gelu, and always meant its approximation
 _CAUSAL_TEXT = {"use_bidirectional_attention": (False, "vision")}
@@ -25,15 +26,21 @@ def _layer_types(config: Config) -> list[str] | None:
     return [str(kind) for kind in kinds] if isinstance(kinds, list) else None
 
 
-def _sliding_pattern(config: Config) -> Mapping[str, Any]:
-    """Every how many layers one attends fully, of a list of layer types."""
-    kinds = _layer_types(config)
-    if kinds is None:
-        return {}
-    pattern = kinds.index(FULL) + 1 if FULL in kinds else len(kinds) + 1
-    if any((kind == FULL) != (number % pattern == 0) for number, kind in enumerate(kinds, start=1)):
+def full_interval(kinds: Sequence[Any]) -> int:
+    """Every how many layers one attends fully, of a list of layer types; one more than there are if none does.
+
+    Raises:
+        ValueError: a clause, if the distances differ.
+    """
+    interval = kinds.index(FULL) + 1 if FULL in kinds else len(kinds) + 1
+    if any((kind == FULL) != (number % interval == 0) for number, kind in enumerate(kinds, start=1)):
         raise ValueError("layer_types puts full attention at irregular distances")
-    return {"sliding_window_pattern": pattern}
+    return interval
+
+
+def _sliding_pattern(config: Config) -> Mapping[str, Any]:
+    kinds = _layer_types(config)
+    return {} if kinds is None else {"sliding_window_pattern": full_interval(kinds)}
 
 
 def _exaone4(config: Config) -> Mapping[str, Any]:
@@ -75,17 +82,15 @@ def _glm_moe_dsa(config: Config) -> Mapping[str, Any]:
 
 def _mamba_names(config: Config) -> Mapping[str, Any]:
     kinds = _layer_types(config)
-    older = {LINEAR: "mamba", FULL: "attention"}
-    return {} if kinds is None else {"layer_types": [older.get(kind, kind) for kind in kinds]}
+    return {} if kinds is None else {"layer_types": [_MAMBA_NAMES.get(kind, kind) for kind in kinds]}
 
 
 def _nemotron_h(config: Config) -> Mapping[str, Any]:
-    older = {LINEAR: "mamba", FULL: "attention"}
     kinds = config.get("layers_block_type")
     if not isinstance(kinds, list) or "hybrid_override_pattern" in config:
         return {}
     limit = {"time_step_limit": [config["time_step_min"], math.inf]} if "time_step_min" in config else {}
-    return {"layers_block_type": [older.get(kind, kind) for kind in kinds], **limit}
+    return {"layers_block_type": [_MAMBA_NAMES.get(kind, kind) for kind in kinds], **limit}
 
 
 def _lfm2(config: Config) -> Mapping[str, Any]:
@@ -129,10 +134,7 @@ def _full_interval(config: Config) -> Mapping[str, Any]:
     kinds = _layer_types(config)
     if kinds is None or FULL not in kinds or config.get("full_attention_interval") is not None:
         return {}
-    interval = kinds.index(FULL) + 1
-    if any((kind == FULL) != (number % interval == 0) for number, kind in enumerate(kinds, start=1)):
-        raise ValueError("layer_types puts full attention at irregular distances")
-    return {"full_attention_interval": interval}
+    return {"full_attention_interval": full_interval(kinds)}
 
 
 def _yarn_of_one(config: Config) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pomarium.worker.errors import UnsupportedError
+from pomarium.worker.models.forms.families import FULL, full_interval
 from pomarium.worker.models.forms.family import Config
-
-_FULL = "full_attention"
 
 
 def completed_wrapper(directory: Path, config: Config) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def _gemma4(directory: Path, text: Config) -> dict[str, Any]:
     if not isinstance(layers, dict) or not isinstance(kinds, list):
         return {}
     changed = {str(index): dict(entry) for index, entry in layers.items() if entry}
-    full = {str(index) for index, kind in enumerate(kinds) if kind == _FULL}
+    full = {str(index) for index, kind in enumerate(kinds) if kind == FULL}
     if not changed:
         return {"global_head_dim": text.get("head_dim")}
     first = next(iter(changed.values()))
@@ -57,15 +56,14 @@ def _gemma4(directory: Path, text: Config) -> dict[str, Any]:
 
 def _qwen3_5(directory: Path, text: Config) -> dict[str, Any]:
     kinds = text.get("layer_types")
-    if not isinstance(kinds, list) or "full_attention_interval" in text or _FULL not in kinds:
+    if not isinstance(kinds, list) or "full_attention_interval" in text or FULL not in kinds:
         return {}
-    interval = kinds.index(_FULL) + 1
-    if any((kind == _FULL) != (number % interval == 0) for number, kind in enumerate(kinds, start=1)):
+    try:
+        return {"full_attention_interval": full_interval(kinds)}
+    except ValueError as error:
         raise UnsupportedError(
-            f"{directory}: its layer_types put full attention at irregular distances, which mlx-lm has no form for; "
-            "use a released Qwen3.5 checkpoint."
-        )
-    return {"full_attention_interval": interval}
+            f"{directory}: its {error}, which mlx-lm has no form for; use a released Qwen3.5 checkpoint."
+        ) from None
 
 
 _COMPLETIONS: Mapping[str, Callable[[Path, Config], dict[str, Any]]] = {
