@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from enum import Enum
 
+from pomarium.worker import local_network
 from pomarium.worker.errors import SettingsError
 
 CONNECT_S = 2.0
@@ -32,14 +33,21 @@ class Answer(Enum):
 
 def answers(address: str) -> bool:
     """Whether something listens at host:port. "auto" and the like name no port: left to Ray."""
+    return fault(address) is None
+
+
+def fault(address: str) -> OSError | None:
+    """What the system says of a connection to host:port, its errno with it; None if something listens there."""
     endpoint = _endpoint(address)
-    if endpoint is None:
-        return True
-    try:
-        socket.create_connection(endpoint, timeout=CONNECT_S).close()
-    except OSError:
-        return False
-    return True
+    return None if endpoint is None else local_network.fault(*endpoint, CONNECT_S)
+
+
+def no_rack(address: str, error: OSError) -> SettingsError:
+    """Nobody listens where a rack's head should; to be raised from `error`."""
+    cure = local_network.advice(error, address) or (
+        "look whether `pomarium rack up` runs there under that address, and whether a firewall lets this port pass"
+    )
+    return SettingsError(f"No rack answers at {address} ({local_network.reason(error)}): {cure}.")
 
 
 def look(address: str, environ: Mapping[str, str] = os.environ) -> Answer:
@@ -60,7 +68,12 @@ def require(address: str) -> None:
     """Raises SettingsError unless Ray may be there."""
     answer = look(address)
     if answer is Answer.NOBODY:
-        raise SettingsError(f"No Ray answers at RAY_ADDRESS={address}: start it or unset the variable.")
+        error = fault(address)
+        cure = "" if error is None else local_network.advice(error, address)
+        told = f" ({cure})" if cure else ""
+        raise SettingsError(
+            f"No Ray answers at RAY_ADDRESS={address}: start it or unset the variable{told}."
+        ) from error
     if answer is Answer.OTHER:
         raise SettingsError(
             f"What answers at RAY_ADDRESS={address} is no Ray: give the address of Ray's head (port 6379 by default), "

@@ -12,6 +12,8 @@ from pomarium.cluster import ray_address
 from pomarium.cluster.rack import power, reports, roster
 from pomarium.cluster.rack.mac_power import MacPower
 from pomarium.cluster.rack.membership import Membership
+from pomarium.cluster.rack.starting import Say
+from pomarium.worker import local_network
 from pomarium.worker.errors import PomariumError
 
 FAULTS = (RayError, RpcError, OSError, RuntimeError, ValueError, TypeError, KeyError)
@@ -19,18 +21,24 @@ FAULTS = (RayError, RpcError, OSError, RuntimeError, ValueError, TypeError, KeyE
 
 
 class HeadView:
-    """See agent.Head."""
+    """See agent.Head. say: is told why the head does not answer, once for each reason."""
 
-    def __init__(self, membership: Membership) -> None:
-        self._membership = membership
+    def __init__(self, membership: Membership, say: Say) -> None:
+        self._membership, self._say = membership, say
         self._client: GcsClient | None = None
+        self._told = ""
 
     def answers(self) -> bool:
         """Whether something listens at the head's address."""
-        there = ray_address.answers(self._membership.address)
-        if not there:
+        address = self._membership.address
+        fault = ray_address.fault(address)
+        told = "" if fault is None else local_network.explained(local_network.reason(fault), address)
+        if told and told != self._told:
+            self._say(f"the rack's head at {address} does not answer: {told}")
+        self._told = told
+        if fault is not None:
             self._client = None
-        return there
+        return fault is None
 
     def session(self) -> str:
         """Raises PomariumError."""

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
         asleep()
         from pomarium.cluster.autoscaling.head_view import HeadView
 
-        head = HeadView(rack.membership)
+        head = HeadView(rack.membership, say)
         Agent(spec, rack.membership, head, os.environ, asleep, say).run()
 
 

@@ -28,7 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from pomarium.worker import local_network
 from pomarium.worker.errors import PomariumError
+from pomarium.worker.handoff.address import authority
 
 PORT = 22
 CONNECT_S = 10.0
@@ -311,7 +313,7 @@ def _not_begun(host: SshHost, reply: _Reply, timeout_s: float) -> SshError:
         return _no_answer(host, f"not within {timeout_s:g} s")
     why = _last_line(reply.said) or f"ssh ended with status {reply.client}"
     if _SILENT.search(reply.said):
-        return _no_answer(host, why)
+        return _no_answer(host, local_network.explained(why, authority(host.address, host.port)))
     return SshError(f"No command could be given to {host}: {why}.")
 
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import psutil
 
+from pomarium.worker import local_network
 from pomarium.worker.errors import PomariumError
+from pomarium.worker.handoff.address import authority
 
 DISCARD_PORT = 9
 """RFC 863. An adapter looks for the pattern anywhere in a frame: the port matters only to firewalls."""
@@ -106,7 +108,9 @@ def send(target: Target, port: int = DISCARD_PORT, interfaces: Sequence[Interfac
     places = [place for host in _resolve(target.address) for place in destinations(host, seen, port)]
     faults = {host: _send_to(packet, (host, number)) for host, number in dict.fromkeys(places)}
     if None not in faults.values():
-        reasons = ", ".join(f"{host}: {fault}" for host, fault in faults.items())
+        reasons = local_network.explained(
+            ", ".join(f"{host}: {fault}" for host, fault in faults.items()), authority(target.address, port)
+        )
         raise WakeError(
             f"No packet to wake {target.address} could be sent ({reasons}): connect this machine to the Macs' network."
         )

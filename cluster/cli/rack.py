@@ -187,7 +187,7 @@ def _be_agent(rack: CurrentRack) -> NoReturn:
             _say("this Mac was told to sleep and did not; joining again")
 
     _say(f"joined the rack at {rack.address}")
-    head = HeadView(rack.membership)
+    head = HeadView(rack.membership, _say)
     try:
         agent.Agent(rack.nodes[0], rack.membership, head, os.environ, asleep, _say, running=True).run()
     finally:

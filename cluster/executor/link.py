@@ -23,6 +23,7 @@ from pomarium.cluster.executor.codec import WorkerLostError, decode, rebuild
 from pomarium.cluster.executor.service import AUTHORIZATION, bearer
 from pomarium.proto import control_pb2 as pb
 from pomarium.proto import control_pb2_grpc as pb_grpc
+from pomarium.worker import local_network
 from pomarium.worker.handoff.credentials import Tls, check_private, open_channel
 from pomarium.worker.handoff.errors import CredentialsError
 
@@ -115,7 +116,7 @@ class WorkerLink:
         Raises PlaintextRefusedError.
         """
         check_private(address, tls, allow_plaintext)
-        self.name = name
+        self.name, self._address = name, address
         self._on_failure = on_failure
         self._lock = threading.Lock()
         self._seq = itertools.count()
@@ -208,7 +209,7 @@ class WorkerLink:
                     f"{self.name} closed the connection before it answered: it is gone, or its machine joined a rack "
                     f"(POMARIUM_TLS) and this one did not join the same ({code}: {details})"
                 )
-        return WorkerLostError(f"{self.name} was lost: {code}: {details}")
+        return WorkerLostError(f"{self.name} was lost: {local_network.explained(f'{code}: {details}', self._address)}")
 
     def _on_report(self, report: pb.Report) -> None:
         kind = report.WhichOneof("kind")

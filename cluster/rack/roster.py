@@ -15,6 +15,7 @@ from ray.exceptions import AuthenticationError, RayError, RpcError
 from pomarium.cluster import ray_address
 from pomarium.cluster.rack.labels import AUTOSCALER_LABEL, MacFacts, facts_of
 from pomarium.cluster.rack.membership import Membership
+from pomarium.worker import local_network
 from pomarium.worker.errors import SettingsError
 
 TIMEOUT_S = 5.0
@@ -43,11 +44,8 @@ class Member:
 
 def connect(membership: Membership) -> GcsClient:
     """A client of the rack's head. Raises SettingsError: nothing answers there, or it has another key."""
-    if not ray_address.answers(membership.address):
-        raise SettingsError(
-            f"No rack answers at {membership.address}: look whether it is up there, under that address, and whether a "
-            "firewall lets this port pass."
-        )
+    if (fault := ray_address.fault(membership.address)) is not None:
+        raise ray_address.no_rack(membership.address, fault) from fault
     try:
         return GcsClient(address=membership.address)
     except AuthenticationError as error:
@@ -55,7 +53,8 @@ def connect(membership: Membership) -> GcsClient:
             f"The rack at {membership.address} has another key: give the one that `pomarium rack up` has shown there."
         ) from error
     except (RayError, RpcError, OSError, RuntimeError) as error:
-        raise SettingsError(f"What answers at {membership.address} is not the rack's head ({_line(error)}).") from error
+        said = local_network.explained(_line(error), membership.address)
+        raise SettingsError(f"What answers at {membership.address} is not the rack's head ({said}).") from error
 
 
 def read(client: GcsClient) -> tuple[Member, ...]:

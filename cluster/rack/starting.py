@@ -17,6 +17,7 @@ from pathlib import Path
 from pomarium.cluster.rack import kin, node
 from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import NodeSpec
+from pomarium.worker import local_network
 from pomarium.worker.errors import PomariumError
 
 START_S = 90.0
@@ -76,6 +77,7 @@ def _await_up(start: Start, membership: Membership, base: Mapping[str, str]) -> 
         reason = _fault(start)
         if reason is None:
             return
+        reason = local_network.explained(reason, membership.address)
         kin.kill(node.kin_of(start.spec, membership.session))
         if IMPATIENCE not in reason:
             raise NodeStartError(_sentence(start.spec, reason))

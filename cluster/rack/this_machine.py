@@ -27,6 +27,7 @@ from pomarium.cluster.rack.node import GCS_PORT, JOBS_PORT, NodeSpec, Ports
 from pomarium.cluster.rack.starting import Say
 from pomarium.cluster.serving.local_ray import session_folder
 from pomarium.cluster.state import state_folder
+from pomarium.worker import local_network
 from pomarium.worker.errors import SettingsError
 
 PAUSE_S = 1.0
@@ -91,20 +92,26 @@ def join(
         patient: wait for a head that does not answer, instead of refusing.
     """
     rack = resolve(head)
-    if patient and not ray_address.answers(rack):
-        say(f"waiting for the rack at {rack}")
-        while not ray_address.answers(rack):
-            time.sleep(PAUSE_S)
+    if patient:
+        _await_head(rack, say)
     address = own_address(machine.address, rack.rpartition(":")[0])
     ports.require(machine.ports)
-    if not ray_address.answers(rack):
-        raise SettingsError(
-            f"No rack answers at {rack}: look whether `pomarium rack up` runs there under that address, and whether a "
-            "firewall lets this port pass."
-        )
+    if (fault := ray_address.fault(rack)) is not None:
+        raise ray_address.no_rack(rack, fault) from fault
     spec = _spec(machine, address, environ, say)
     instance = _instance(spec.name, Membership("", rack, ray_token(key)), environ)
     return _start(replace(spec, instance=instance), rack, machine, key, environ, say)
+
+
+def _await_head(rack: str, say: Say) -> None:
+    """Return when something listens at HOST:PORT; tells why it waits, once for each reason."""
+    told = ""
+    while (fault := ray_address.fault(rack)) is not None:
+        reason = local_network.explained(local_network.reason(fault), rack)
+        if reason != told:
+            say(f"waiting for the rack at {rack}: {reason}")
+            told = reason
+        time.sleep(PAUSE_S)
 
 
 def resolve(head: str) -> str:

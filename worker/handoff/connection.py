@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import grpc
 
 from pomarium.proto import handoff_pb2 as pb
+from pomarium.worker import local_network
 from pomarium.worker.handoff.credentials import Tls, bearer, open_channel
 from pomarium.worker.handoff.settings import HandoffSettings
 from pomarium.worker.handoff.wire import encode
@@ -77,7 +78,8 @@ class Connection:
                     on_answer(message)
                 return Ended("it ended the stream")
             except grpc.RpcError as error:
-                return Ended(f"{error.code().name}: {error.details()}", error.code() in _PERMANENT)
+                said = local_network.explained(f"{error.code().name}: {error.details()}", self._peer.address)
+                return Ended(said, error.code() in _PERMANENT)
             finally:
                 silence.cancel()
                 self._bell.put(False)  # frees gRPC's thread

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import grpc
 
 from pomarium.proto import handoff_pb2 as pb
+from pomarium.worker import local_network
+from pomarium.worker.handoff.address import host_of
 from pomarium.worker.handoff.credentials import Tls, bearer, check_plaintext, open_channel
 from pomarium.worker.handoff.errors import HandoffError, PeerLostError, PeerRefusedError, as_refusal, from_refusal
 from pomarium.worker.handoff.settings import HandoffSettings
@@ -26,6 +28,8 @@ IN_FLIGHT = 8
 ROUND_TRIP_SHARE = 0.4
 """Of the time allowed."""
 CONNECT_S = 5.0
+ASK_S = 1.0
+"""For the system's word on a connection that gRPC could not open."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def probe(
 ) -> LinkFacts:
     """Measures the link to the HandoffServer at `address` for about `seconds`.
 
-    Raises PlaintextRefusedError, PeerRefusedError, or PeerLostError if it takes more than `seconds` + 5 s.
+    Raises PlaintextRefusedError, PeerRefusedError, or PeerLostError if it takes more than `seconds` + 6 s.
     """
     settings = settings or HandoffSettings()
     check_plaintext(address, tls, settings)
@@ -126,6 +130,11 @@ def _await(answers: Iterator[bytes]) -> None:
 
 def _failure(address: str, error: grpc.RpcError) -> HandoffError:
     text = f"{error.code().name}: {error.details()}"
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        # gRPC has tried again and again, and does not tell why that failed.
+        fault = local_network.fault(host_of(address), int(address.rpartition(":")[2]), ASK_S)
+        text = text if fault is None else local_network.reason(fault)
+    text = local_network.explained(text, address)
     if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED):
         return PeerRefusedError(f"{address} refused to be probed: {text}")
     return PeerLostError(f"{address} did not answer the probe: {text}")
