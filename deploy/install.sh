@@ -11,11 +11,14 @@
 #   --address IP       of this Mac in the rack, where the route does not tell
 #   --prefix DIR       copy Pomarium to DIR and install it there; else it is installed where it is
 #   --power-settings   set what is otherwise only said: wake over the network, no Power Nap, start after a power cut
-#   --uninstall        end and remove the jobs; nothing else
+#   --local-network NETWORK
+#                      let every program of this Mac reach the rack's network, such as 10.0.5.0/24, without the permission
+#                      that macOS 15 asks for; macOS 15.5 or newer, takes effect when the Mac restarts
+#   --uninstall        end and remove the jobs, and the right to put this Mac to sleep; nothing else
 #   --dry-run          say each step, change nothing
 #   -- ARGUMENT ...    more for `pomarium serve` with --serve, else for `pomarium rack up` or `rack join`
 #
-# Written for bash 3.2, which macOS has. Not run on a Mac yet. DESTDIR is put in front of /Library, for tests.
+# Written for bash 3.2, which macOS has. Not run on a Mac yet. DESTDIR is put in front of /Library and /etc, for tests.
 set -euo pipefail
 
 fail() {
@@ -32,9 +35,12 @@ readonly logs="$HOME/Library/Logs/Pomarium"
 readonly key_file="${XDG_CONFIG_HOME:-$HOME/.config}/pomarium/rack.key"
 readonly parts="cluster worker kernels proto deploy docs requirements Makefile pyproject.toml README.md LICENSE"
 readonly power=(pmset -a womp 1 powernap 0 autorestart 1)
+# sudo reads no file there that has a dot in its name. The name says what the file holds, which only root may read.
+readonly sudoers="${DESTDIR:-}/etc/sudoers.d"
+readonly privacy=com.apple.network.local-network
 readonly stop_s=90 # a job is killed 60 s after it was told to end
 
-role='' rack='' head='' serve='' user='' address='' prefix=$here power_settings='' dry='' uninstall=''
+role='' rack='' head='' serve='' user='' address='' prefix=$here power_settings='' dry='' uninstall='' network=''
 arguments=() changed='' told_of_root='' domain=system folder=$daemons rendered='' python=''
 
 usage() { sed -n '2,/^# Written/p' "${BASH_SOURCE[0]}" | sed -e '$d' -e 's/^# \{0,1\}//'; }
@@ -58,6 +64,7 @@ parse() {
             --serve) serve=1 ;;
             --user) user=1 ;;
             --power-settings) power_settings=1 ;;
+            --local-network) take_value "$@" && network=$2 && shift ;;
             --uninstall) uninstall=1 ;;
             --dry-run) dry=1 ;;
             --help) usage && exit 0 ;;
@@ -71,11 +78,13 @@ parse() {
 
 check_arguments() {
     if [ -n "$uninstall" ]; then
-        [ -z "$role$serve$power_settings" ] || fail "--uninstall removes all jobs: leave the other options out."
+        [ -z "$role$serve$power_settings$network" ] || fail "--uninstall removes all jobs: leave the other options out."
         return
     fi
     [ -n "$role" ] || fail "say what this Mac is to be: --head RACK.YAML or --worker HEAD; see --help."
     [ -z "$serve" ] || [ "$role" = head ] || fail "--serve goes with --head: the endpoint runs on the rack's head."
+    [[ -z "$network" || "$network" =~ ^([0-9]{1,3}\.){3}[0-9]{1,3}/[0-9]{1,2}$ ]] ||
+        fail "--local-network $network is no network: give one such as 10.0.5.0/24."
     if [ "$role" = head ]; then
         [ -f "$rack" ] || fail "there is no rack file $rack: write one after deploy/rack.example.yaml."
         rack=$(absolute "$rack")
@@ -95,6 +104,9 @@ check_machine() {
     local version
     version=$(sw_vers -productVersion)
     [ "${version%%.*}" -ge 15 ] || fail "macOS $version is too old: update this Mac to macOS 15 or newer."
+    case "${network:+$version}" in
+        15 | 15.[0-4] | 15.[0-4].*) fail "--local-network needs macOS 15.5, and this is $version: update this Mac." ;;
+    esac
     [ "$(id -u)" -ne 0 ] ||
         fail "run it as the user that Pomarium is to run as, without sudo: it asks for root where it needs it."
 }
@@ -315,6 +327,47 @@ install_jobs() {
     done
 }
 
+sleep_right() { printf '%s/pomarium-sleep-%s' "$sudoers" "$(id -u)"; }
+
+allow_sleep() { # pmset lets root and who sits at the screen put a Mac to sleep, and the worker's job is neither
+    local file
+    file=$(sleep_right)
+    if [ "$role" != worker ] || [ -n "$user" ]; then
+        take_sleep_right
+        return
+    fi
+    [ ! -e "$file" ] || return 0
+    printf '%s ALL=(root) NOPASSWD: /usr/bin/pmset sleepnow\n' "$(id -un)" >"$rendered/sudoers"
+    visudo -c -q -f "$rendered/sudoers" ||
+        fail "sudo does not take the line that lets $(id -un) run \`pmset sleepnow\`: $(cat "$rendered/sudoers")"
+    say "$file: letting $(id -un) run \`sudo pmset sleepnow\`, and nothing else, without a password"
+    [ -d "$sudoers" ] || as_root mkdir -p "$sudoers"
+    as_root install -o root -g wheel -m 440 "$rendered/sudoers" "$file"
+}
+
+take_sleep_right() {
+    [ -e "$(sleep_right)" ] || return 0
+    say "$(sleep_right): removing it"
+    as_root rm -f "$(sleep_right)"
+}
+
+allow_network() { # Apple, TN3179: addresses of these networks count as local for no program
+    local key there
+    [ -n "$network" ] || return 0
+    for key in AllowedEthernetLocalNetworkAddresses AllowedWiFiLocalNetworkAddresses; do
+        there=''
+        [ -n "$dry" ] || there=$(sudo defaults read "$privacy" "$key" 2>/dev/null) || there=''
+        case "$there" in
+            *"\"$network\""*) say "$key: has $network" ;;
+            *)
+                as_root defaults write "$privacy" "$key" -array-add "$network"
+                restart=1
+                ;;
+        esac
+    done
+    [ -z "$restart" ] || say "Restart this Mac: until then macOS may keep Pomarium off $network."
+}
+
 set_power() {
     if [ -n "$power_settings" ]; then
         as_root "${power[@]}"
@@ -329,6 +382,7 @@ main() {
     check_machine
     if [ -n "$uninstall" ]; then
         remove_all_but
+        take_sleep_right
         [ -n "$changed" ] || say "there were no jobs of Pomarium's here"
         say "Kept: Pomarium itself, the rack's key ($key_file), batches and logs (~/.local/state/pomarium, $logs)."
         return
@@ -345,11 +399,13 @@ main() {
     [ -d "$logs" ] || run mkdir -p "$logs"
     # shellcheck disable=SC2086 # labels are words
     remove_all_but $labels
+    allow_sleep
     install_jobs
+    allow_network
     [ -n "$changed" ] || say "nothing was changed: all is as asked"
     set_power
     [ -n "$dry" ] || say "Logs: $logs. State: $prefix/.venv/bin/pomarium rack status"
 }
 
-labels=''
+labels='' restart=''
 main "$@"

@@ -20,7 +20,7 @@ def ip(*arguments: str) -> None:
 
 @contextmanager
 def namespace_or_skip(prefix: str) -> Iterator[str]:
-    """A new namespace with nothing in it but `lo`, which is down. Skips, or fails in CI as root, if there can be none."""
+    """A new namespace, in it `lo`, which is down. Skips, or fails in CI as root, if there can be none."""
     if shutil.which("ip") is None:
         _without("iproute2 is not installed")
     name = f"{prefix}{secrets.token_hex(2)}"

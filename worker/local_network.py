@@ -48,7 +48,7 @@ def reason(fault: OSError) -> str:
 
 
 def advice(fault: OSError | str, address: str) -> str:
-    """What to do about a connection to HOST:PORT that failed so, a clause; "" where the privilege is not in question."""
+    """What to do about a connection to HOST:PORT that failed so, a clause; "" where the privilege is not the matter."""
     if not on_macos() or not is_unreachable(fault) or is_loopback(address) or not is_local(host_of(address)):
         return ""
     return (

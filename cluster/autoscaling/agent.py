@@ -5,13 +5,11 @@
 
 The agent listens on nothing: it asks the head each second, with the rack's token. A node that ended without being told
 to (it crashed, the head was away, the Mac was frozen) is started again; one that Ray's autoscaler drained, for it was
-idle, is the order to sleep.
+idle, is the order to sleep. A Mac that is not let sleep joins again at once.
 """
 
-import shutil
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NoReturn, Protocol
@@ -23,17 +21,13 @@ from pomarium.cluster.rack.mac_power import MacPower, Power
 from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import NodeSpec
 from pomarium.cluster.rack.starting import Say
-from pomarium.worker.errors import PomariumError, SettingsError
+from pomarium.worker.errors import PomariumError
 
 LOOK_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 """After a start that failed."""
 LEAVE_S = 6.0
 """A node that ends by itself tells the head, which takes 2 s."""
-NAP_S = 300.0
-"""A Mac that was told to sleep and does not in this time joins again: it would be lost for the rack."""
-JUMP_S = 5.0
-"""The clock of the wall runs on while a Mac sleeps and the monotonic one does not: such a difference is a sleep."""
 
 
 class Step(Enum):
@@ -101,7 +95,9 @@ class Agent:
 
     Args:
         spec: its node. running: it was started already.
-        head: of the rack. asleep: puts this machine to sleep and returns when it is awake again.
+        head: of the rack.
+        asleep: puts this machine to sleep and returns when it is awake again; raises PomariumError if it may not.
+        rouse: called before anything else when the machine has woken, and before each join.
     """
 
     def __init__(
@@ -113,9 +109,10 @@ class Agent:
         asleep: Callable[[], None],
         say: Say,
         running: bool = False,
+        rouse: Callable[[], None] = lambda: None,
     ) -> None:
         self._spec, self._membership, self._head, self._environ = spec, membership, head, environ
-        self._asleep, self._say = asleep, say
+        self._asleep, self._say, self._rouse = asleep, say, rouse
         self._raylet = self._find() if running else None
         self._ran = running
         self._session: str | None = None
@@ -159,6 +156,7 @@ class Agent:
             if instance is None:
                 return
             self._spec = replace(self._spec, instance=instance)
+            self._rouse()  # it may have slept without having been told to
             starting.bring_up([self._spec], self._membership, self._environ, self._say)
         except PomariumError as error:
             self._say(f"not joined, tried again in {self._pause_s:g} s: {error}")
@@ -171,7 +169,12 @@ class Agent:
     def _sleep(self) -> None:
         self._say("the rack lets this Mac sleep")
         self._end()
-        self._asleep()
+        try:
+            self._asleep()
+        except PomariumError as error:
+            self._say(f"{error}; joining again")
+            return
+        self._rouse()
         self._say("awake again")
 
     def _end(self) -> None:
@@ -197,27 +200,3 @@ class Agent:
             except psutil.NoSuchProcess:
                 continue
         return None
-
-
-def sleep_command(platform: str = sys.platform) -> list[str]:
-    """What puts this machine to sleep. Raises SettingsError: nothing is known."""
-    if platform == "darwin":
-        return ["pmset", "sleepnow"]
-    if shutil.which("systemctl"):
-        return ["systemctl", "suspend"]
-    raise SettingsError("It is not known how this machine is put to sleep: take `idle` out of rack.yaml's `sleep`.")
-
-
-def nap(run: Callable[[Sequence[str]], None], command: Sequence[str], pause: Callable[[float], None]) -> bool:
-    """Run `command`, which returns before the machine sleeps; return when it has slept.
-
-    Returns: False if it did not sleep within NAP_S.
-    """
-    ahead = time.time() - time.monotonic()
-    run(command)
-    deadline = time.monotonic() + NAP_S
-    while time.monotonic() < deadline:
-        if time.time() - time.monotonic() - ahead > JUMP_S:
-            return True
-        pause(LOOK_S)
-    return False

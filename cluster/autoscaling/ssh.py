@@ -296,7 +296,7 @@ def _fault(host: SshHost, remote: Sequence[str], reply: _Reply, timeout_s: float
         return _not_begun(host, reply, timeout_s)
     command = textwrap.shorten(shlex.join(remote), _LINE_LENGTH, placeholder=" ...")
     if reply.status is not None:
-        why = _last_line(reply.said) or "it says nothing"
+        why = _last_line(reply.said) or _last_line(reply.output) or "it says nothing"
         return CommandError(f"`{command}` failed on {host} with exit status {reply.status}: {why}.", reply.status)
     if reply.client is None:
         return CutOffError(f"`{command}` did not end on {host} within {timeout_s:g} s.")

@@ -6,7 +6,7 @@
 Both begin a wake with Wake-on-LAN packets (wake_on_lan.py), sent again and again: a packet may be lost, and a Mac that
 is just falling asleep misses it. An agent (`pomarium rack join HEAD --stay`) joins by itself and reads in rack.power
 that it is to sleep, so there is nothing else to do for it. A Mac without one is told over ssh: `pomarium rack join`,
-and later `pomarium rack down` and `pmset sleepnow`.
+and later `pomarium rack down` and `pmset sleepnow`; if it refuses the latter it joins again.
 """
 
 import time
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from pomarium.cluster.autoscaling import ssh, wake_on_lan
-from pomarium.cluster.autoscaling.ssh import SshHost
+from pomarium.cluster.autoscaling import sleep, ssh, wake_on_lan
+from pomarium.cluster.autoscaling.ssh import CommandError, SshHost
 from pomarium.cluster.autoscaling.wake_on_lan import Target
 from pomarium.cluster.rack.inventory import MacEntry
 from pomarium.worker.errors import PomariumError
@@ -79,15 +79,33 @@ class Ssh:
             wake_on_lan.send(self.target, self.port)
             time.sleep(PACKET_S)
         if wanted():
-            ssh.run(self.host, [self.program, "rack", "join", self.head], JOIN_S)
+            self._join()
+
+    def _join(self) -> None:
+        """Out of its dark wake first, which lasts seconds."""
+        words = (self.program, "rack", "join", self.head)
+        ssh.run(self.host, ["/bin/sh", "-c", f'{sleep.ROUSE} >/dev/null 2>&1 & exec "$@"', "sh", *words], JOIN_S)
 
     def retire(self) -> None:
-        """`rack down`, then sleep."""
+        """`rack down`, then sleep; where that is refused the Mac joins again, and SleepRefusedError is raised."""
         ssh.run(self.host, [self.program, "rack", "down"], LEAVE_S)
-        ssh.run_and_part(self.host, ["pmset", "sleepnow"], LEAVE_S)
+        try:
+            self._fall_asleep()
+        except sleep.SleepRefusedError:
+            self._join()
+            raise
         deadline = time.monotonic() + ASLEEP_S
         while ssh.answers(self.host, ANSWER_S) and time.monotonic() < deadline:  # a wake would take it for awake
             time.sleep(PACKET_S)
+
+    def _fall_asleep(self) -> None:
+        faults: list[str] = []
+        for way in sleep.MAC_WAYS:
+            try:
+                return ssh.run_and_part(self.host, way, LEAVE_S)
+            except CommandError as error:
+                faults.append(str(error).rstrip("."))
+        raise sleep.refused(faults)
 
 
 def transport_of(mac: MacEntry, head: str, port: int) -> Transport:

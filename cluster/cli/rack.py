@@ -8,9 +8,7 @@ import importlib
 import json
 import os
 import shlex
-import subprocess
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -179,25 +177,22 @@ def run_join(args: argparse.Namespace) -> int:
 
 def _be_agent(rack: CurrentRack) -> NoReturn:
     """Until KeyboardInterrupt: this command is told to end."""
-    from pomarium.cluster.autoscaling import agent
+    from pomarium.cluster.autoscaling import agent, sleep
     from pomarium.cluster.autoscaling.head_view import HeadView
 
     def asleep() -> None:
-        if not agent.nap(_run, agent.sleep_command(), time.sleep):
+        if not sleep.nap(sleep.ways()):
             _say("this Mac was told to sleep and did not; joining again")
 
+    def rouse() -> None:
+        sleep.rouse(_say)
+
     _say(f"joined the rack at {rack.address}")
-    head = HeadView(rack.membership, _say)
+    head, spec = HeadView(rack.membership, _say), rack.nodes[0]
     try:
-        agent.Agent(rack.nodes[0], rack.membership, head, os.environ, asleep, _say, running=True).run()
+        agent.Agent(spec, rack.membership, head, os.environ, asleep, _say, running=True, rouse=rouse).run()
     finally:
         teardown.down(os.environ)
-
-
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        _say(f"`{shlex.join(command)}` failed: {done.stderr.strip()}")
 
 
 def run_status(args: argparse.Namespace) -> int:

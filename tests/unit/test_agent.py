@@ -1,4 +1,4 @@
-"""A Mac's agent: what it does in each situation, and how it tells that the machine has slept."""
+"""A Mac's agent: what it does in each situation."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from pomarium.cluster.autoscaling import agent
 from pomarium.cluster.autoscaling.agent import Agent, Sight, Step, decide
+from pomarium.cluster.autoscaling.sleep import SleepRefusedError
 from pomarium.cluster.rack import starting
 from pomarium.cluster.rack.mac_power import MacPower, Power, instance_for
 from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import NodeSpec
 from pomarium.cluster.rack.starting import NodeStartError
-from pomarium.worker.errors import SettingsError
 
 
 def told(state: Power, instance: str = "m.1") -> MacPower:
@@ -93,9 +93,11 @@ class Rack:
         self.fault: str | None = None
         monkeypatch.setattr(starting, "bring_up", self._bring_up)
         monkeypatch.setattr(agent.time, "sleep", self.paused.append)
+        self.refusal: str | None = None
+        self.roused = list[int]()
         spec = NodeSpec("m", "127.0.0.9", tmp_path / "0")
         membership = Membership("none-such", "127.0.0.9:1", "token")
-        self.agent = Agent(spec, membership, self.head, {}, self._asleep, self.said.append)
+        self.agent = Agent(spec, membership, self.head, {}, self._asleep, self.said.append, rouse=self._rouse)
 
     def _bring_up(self, specs: list[NodeSpec], membership: Membership, environ: Mapping[str, str], say: object) -> None:
         if self.fault:
@@ -103,7 +105,12 @@ class Rack:
         self.started.append(specs[0].instance)
 
     def _asleep(self) -> None:
+        if self.refusal:
+            raise SleepRefusedError(self.refusal)
         self.slept += 1
+
+    def _rouse(self) -> None:
+        self.roused.append(len(self.started))
 
 
 def test_a_woken_mac_joins_as_what_it_was_woken_as(rack: Rack) -> None:
@@ -158,37 +165,20 @@ def test_a_start_that_fails_is_tried_again_ever_more_slowly(rack: Rack) -> None:
     assert rack.started == [""]
 
 
-def test_a_sleep_shows_in_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    wall, steady = [1000.0], [50.0]
-    monkeypatch.setattr(agent.time, "time", lambda: wall[0])
-    monkeypatch.setattr(agent.time, "monotonic", lambda: steady[0])
-    ran = []
-
-    def pause(seconds: float) -> None:
-        wall[0] += seconds
-        steady[0] += seconds
-        if steady[0] > 53:
-            wall[0] += 3600
-
-    assert agent.nap(ran.append, ["pmset", "sleepnow"], pause)
-    assert ran == [["pmset", "sleepnow"]]
-    assert steady[0] < 60
+def test_a_mac_that_is_not_let_sleep_says_why_and_joins_again_at_once(rack: Rack) -> None:
+    rack.head.power = told(Power.AWAKE)
+    rack.agent.step()
+    rack.head.idle, rack.refusal = True, "`pmset sleepnow` ended with 77: Sleep error"
+    assert rack.agent.step() is Step.SLEEP
+    assert rack.said[-1] == "`pmset sleepnow` ended with 77: Sleep error; joining again"
+    assert rack.agent.step() is Step.JOIN
+    assert (len(rack.started), rack.paused) == (2, [])
 
 
-def test_a_machine_that_does_not_sleep_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(agent.time, "time", lambda: now[0])
-    monkeypatch.setattr(agent.time, "monotonic", lambda: now[0])
-
-    def pause(seconds: float) -> None:
-        now[0] += seconds
-
-    assert not agent.nap(lambda command: None, ["pmset", "sleepnow"], pause)
-    assert now[0] == agent.NAP_S
-
-
-def test_what_puts_a_machine_to_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert agent.sleep_command("darwin") == ["pmset", "sleepnow"]
-    monkeypatch.setattr(agent.shutil, "which", lambda name: None)
-    with pytest.raises(SettingsError, match="idle"):
-        agent.sleep_command("linux")
+def test_a_woken_mac_is_roused_before_anything_else(rack: Rack) -> None:
+    rack.head.power = told(Power.AWAKE)
+    rack.agent.step()
+    assert rack.roused == [0], "before it joined"
+    rack.head.idle, rack.head.there = True, True
+    rack.agent.step()
+    assert rack.roused == [0, 1]

@@ -22,6 +22,7 @@ import yaml
 from monitoring import DASHBOARD, alarms, dashboard_queries, panels, tool
 from ray.serve.schema import ServeDeploySchema
 
+from pomarium.cluster.autoscaling import sleep
 from pomarium.cluster.serving import app, builder
 from pomarium.cluster.serving.builder import EndpointArgs
 from pomarium.cluster.serving.plan import ModelPlan, Scaling, ServePlan
@@ -39,6 +40,17 @@ COMMANDS = {
     "plutil": 'exec "$REAL_PYTHON" -c "import plistlib, sys; plistlib.load(open(sys.argv[1], \'rb\'))" "${@: -1}"',
     "pmset": "",
     "sudo": '"$@"',
+    # Of what sudoers(5) takes, the one form that is written here.
+    "visudo": """
+[ "$1 $2 $3" = '-c -q -f' ] && [ "$(wc -l <"$4")" -eq 1 ] &&
+    grep -Eq '^[a-z][a-z0-9._-]* ALL=\\(root\\) NOPASSWD: (/[a-z]+)+ sleepnow$' "$4" && [ -z "$NO_SUDOERS" ]""",
+    # Keeps an array as macOS prints it.
+    "defaults": """
+file=$LOADED/../$2.$3
+case "$1" in
+    read) [ -e "$file" ] || exit 1; echo '('; cat "$file"; echo ')' ;;
+    write) printf '    "%s"\n' "$5" >>"$file" ;;
+esac""",
     # There is no group `wheel` here, and the files cannot be root's.
     "install": 'while [ $# -gt 2 ]; do case "$1" in -o | -g | -m) shift 2 ;; *) break ;; esac; done; cp "$1" "$2"',
     # Keeps what is loaded as files DOMAIN/LABEL; a job that was told to end is gone after $SLOW more looks.
@@ -107,6 +119,7 @@ class Mac:
             "REAL_PYTHON": sys.executable,
             "PYTHON": sys.executable,
             "REFUSED": "",
+            "NO_SUDOERS": "",
         }
         return subprocess.run(
             ["bash", self.checkout / "deploy/install.sh", *arguments],
@@ -176,11 +189,11 @@ def test_a_head_with_its_endpoint(mac: Mac) -> None:
     assert "sudo pmset -a womp 1 powernap 0 autorestart 1" in said
 
 
-def test_root_is_announced_and_used_for_launchd_alone(mac: Mac) -> None:
+def test_root_is_announced_and_used_for_launchd_and_sleep_alone(mac: Mac) -> None:
     said = done(mac.install("--worker", "10.0.0.11", "--address", "10.0.5.2", POMARIUM_RACK_KEY="k"))
     assert said.index("Root is needed now") < said.index("starting it")
     assert said.count("Root is needed now") == 1
-    assert {line.split()[1] for line in mac.calls("sudo")} == {"install", "launchctl"}
+    assert {line.split()[1] for line in mac.calls("sudo")} == {"install", "launchctl", "mkdir"}
     words = mac.job(mac.daemons, "worker")["ProgramArguments"]
     assert words[4:] == ["rack", "join", "10.0.0.11", "--stay", "--address", "10.0.5.2"]
 
@@ -304,9 +317,58 @@ def test_power_settings_are_set_when_asked_for(mac: Mac) -> None:
     assert "sudo pmset -a womp 1 powernap 0 autorestart 1" in mac.calls("sudo")
 
 
+def sudoers(mac: Mac) -> Path:
+    return mac.folder / "root/etc/sudoers.d/pomarium-sleep-501"
+
+
+def test_a_worker_may_put_its_mac_to_sleep_and_nothing_else(mac: Mac) -> None:
+    worker = ("--worker", "10.0.0.1")
+    said = done(mac.install(*worker, POMARIUM_RACK_KEY="k"))
+    assert sudoers(mac).read_text() == "ann ALL=(root) NOPASSWD: /usr/bin/pmset sleepnow\n"
+    assert sleep.MAC_WAYS[0] == ("sudo", "-n", "/usr/bin/pmset", "sleepnow"), "sudo compares word for word"
+    assert any(line.startswith("sudo install -o root -g wheel -m 440 ") for line in mac.calls("sudo"))
+    assert said.index("letting ann run") < said.index("org.pomarium.worker: starting it")
+    assert "nothing was changed" in done(mac.install(*worker))
+    done(mac.install("--head", "rack.yaml"))
+    assert not sudoers(mac).exists(), "the head does not sleep"
+    done(mac.install(*worker))
+    done(mac.install("--uninstall"))
+    assert not sudoers(mac).exists()
+
+
+def test_a_line_that_sudo_would_not_take_is_not_written(mac: Mac) -> None:
+    refused = mac.install("--worker", "10.0.0.1", POMARIUM_RACK_KEY="k", NO_SUDOERS="1")
+    assert refused.returncode == 1
+    assert "sudo does not take the line" in refused.stderr
+    assert not sudoers(mac).exists()
+    assert mac.loaded() == []
+
+
+def test_jobs_of_a_user_get_no_right_to_sleep_for_that_takes_root(mac: Mac) -> None:
+    done(mac.install("--worker", "10.0.0.1", "--user", POMARIUM_RACK_KEY="k"))
+    assert mac.calls("sudo") == []
+    assert not sudoers(mac).exists()
+
+
+def test_the_rack_s_network_is_exempt_when_asked_for_and_once(mac: Mac) -> None:
+    keys = ("AllowedEthernetLocalNetworkAddresses", "AllowedWiFiLocalNetworkAddresses")
+    said = done(mac.install("--head", "rack.yaml", "--local-network", "10.0.5.0/24"))
+    domain = "com.apple.network.local-network"
+    written = [f"sudo defaults write {domain} {key} -array-add 10.0.5.0/24" for key in keys]
+    assert [line for line in mac.calls("sudo") if "defaults write" in line] == written
+    assert "Restart this Mac" in said
+    said = done(mac.install("--head", "rack.yaml", "--local-network", "10.0.5.0/24"))
+    assert not any("defaults write" in line for line in mac.calls("sudo"))
+    assert "Restart this Mac" not in said
+    said = done(mac.install("--head", "rack.yaml", "--local-network", "10.0.6.0/24", "--dry-run"))
+    assert f"would run: sudo defaults write {domain} {keys[0]} -array-add 10.0.6.0/24" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "sentence"),
     [
+        ((*HEAD, "--local-network", "10.0.5.1"), {}, "--local-network 10.0.5.1 is no network"),
+        ((*HEAD, "--local-network", "10.0.5.0/24"), {"MACOS": "15.4.1"}, "needs macOS 15.5, and this is 15.4.1"),
         (HEAD, {"SYSTEM": "Linux"}, "this is Linux, and launchd is macOS's"),
         (HEAD, {"MACHINE": "x86_64"}, "no Apple silicon"),
         (HEAD, {"MACOS": "14.7"}, "macOS 14.7 is too old"),

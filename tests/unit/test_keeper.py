@@ -304,7 +304,11 @@ def test_over_ssh_a_mac_is_told_to_join_and_to_leave(monkeypatch: pytest.MonkeyP
     way.retire()
     assert sent == [("10.0.0.13", 9)] * 2
     program = "/opt/pomarium/bin/pomarium"
-    assert run == [[program, "rack", "join", "10.0.0.11:6379"], [program, "rack", "down"], ["pmset", "sleepnow"]]
+    join, down, asleep = run
+    assert join[:2] == ["/bin/sh", "-c"]
+    assert join[2].startswith("/usr/bin/caffeinate -u -t 30 ")
+    assert join[4:] == [program, "rack", "join", "10.0.0.11:6379"]
+    assert (down, asleep) == ([program, "rack", "down"], ["sudo", "-n", "/usr/bin/pmset", "sleepnow"])
 
 
 class StillHead(Head):
