@@ -63,6 +63,15 @@ def is_apple(brand: str) -> bool:
     return _BRAND.fullmatch(" ".join(brand.split())) is not None
 
 
+def is_known(brand: str, gpu_cores: int | None = None) -> bool:
+    """Whether `identify` finds it."""
+    try:
+        identify(brand, gpu_cores)
+    except SettingsError:
+        return False
+    return True
+
+
 def identify(brand: str, gpu_cores: int | None = None) -> Chip:
     """The chip that `sysctl -n machdep.cpu.brand_string` or a person calls `brand`.
 

@@ -1,39 +1,33 @@
 """What this machine brings to a rack: memory, chip, bandwidth and FLOP/s, as labels will tell it.
 
-    macOS: sysctl, system_profiler --mac_hardware--> Hardware --+
-    elsewhere: /proc/cpuinfo, psutil -----------------> Hardware --+--facts--> MacFacts
-    worker.memory: what workers would take as their base ---------+
-    rack.yaml, options: Known (comes first) ----------------------+
-    chips.py (Apple's chips), or measured here in about half a second
-
-What `measure` finds is the processor's; a machine that computes on another device says its figures itself.
+macOS: sysctl, system_profiler --mac_hardware--> Hardware --+
+elsewhere: /proc/cpuinfo, psutil -----------------> Hardware --+--facts--> MacFacts
+worker.memory: what workers would take as their base ---------+
+rack.yaml, options: Known (comes first) ----------------------+
+chips.py (Apple's chips), or measured here once, in about a second (speed.py), for a chip that is not in the table
 """
 
 import json
 import platform
 import re
 import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from pomarium.cluster.rack import chips
+from pomarium.cluster.rack import chips, speed
 from pomarium.cluster.rack.facts import REACHED_BANDWIDTH, REACHED_FLOPS, cpu_model_memory
 from pomarium.cluster.rack.inventory import Inventory, MacEntry
 from pomarium.cluster.rack.labels import LONGEST, MacFacts, check_name
+from pomarium.cluster.rack.speed import Speed
 from pomarium.cluster.rack.units import format_size
 from pomarium.cluster.version import own_version
 from pomarium.worker.errors import SettingsError
 
 COMMAND_S = 20.0
 """system_profiler takes a second, and several on a busy Mac."""
-MATRIX = 4096
-PRODUCT = 1024
-BUDGET_S = 0.3
-"""For each of the two measurements."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +37,6 @@ class Hardware:
     chip: str
     gpu_cores: int | None
     memory: int
-
-
-@dataclass(frozen=True)
-class Speed:
-    """bandwidth: bytes/s from memory. flops: FLOP/s of 32-bit products."""
-
-    bandwidth: float
-    flops: float
 
 
 @dataclass(frozen=True)
@@ -106,22 +92,36 @@ def own_name(hostname: str) -> str:
 
 
 def gather(known: Known, name: str, environ: Mapping[str, str]) -> MacFacts:
-    """The facts of this machine. Takes up to a second. Raises SettingsError."""
+    """The facts of this machine. Takes up to a second, the first time with a new chip a few. Raises SettingsError."""
+    from pomarium.worker import device, settings
+
     hardware = _mac_hardware() if platform.system() == "Darwin" else _other_hardware()
+    values = settings.load(environ)
+    where = device.detect(values)
     measured = None
-    if (known.bandwidth is None or known.flops is None) and not chips.is_apple(known.chip or hardware.chip):
-        measured = measure()
+    if is_to_be_measured(known, hardware):
+        measured = speed.known(hardware.chip, where.kind is settings.DeviceKind.GPU, environ)
     return facts(known, name, hardware, _model_memory(known.memory_limit, environ), measured)
+
+
+def is_to_be_measured(known: Known, hardware: Hardware) -> bool:
+    """Whether neither the user nor the table of Apple's chips has both figures; what the user names has to be in it."""
+    if known.bandwidth is not None and known.flops is not None:
+        return False
+    if not chips.is_apple(known.chip or hardware.chip):
+        return True
+    named = known.chip is not None or known.gpu_cores is not None
+    return not named and not chips.is_known(hardware.chip, hardware.gpu_cores)
 
 
 def facts(known: Known, name: str, hardware: Hardware, model_memory: int, measured: Speed | None) -> MacFacts:
     """Puts together what is known and what was found.
 
     Args:
-        measured: of a chip that is not Apple's; may be None if both speeds are known.
+        measured: of a chip that is not in the table; may be None if both speeds are known.
 
     Raises:
-        SettingsError: the chip is Apple's and not in the table.
+        SettingsError: the chip is not in the table, and nothing was measured.
     """
     chip = known.chip or hardware.chip
     bandwidth, flops = known.bandwidth, known.flops
@@ -170,25 +170,6 @@ def cpu_name(cpuinfo: str) -> str | None:
     """The processor's name in Linux' /proc/cpuinfo; None where it has none (many Arm machines)."""
     match = re.search(r"^model name\s*:\s*(.+?)\s*$", cpuinfo, re.MULTILINE)
     return match[1] if match else None
-
-
-def measure() -> Speed:
-    """This machine's processor: a matrix of 64 MiB times a vector, and a product of two matrices, best of several."""
-    import numpy as np
-
-    matrix, vector = np.ones((MATRIX, MATRIX), np.float32), np.ones(MATRIX, np.float32)
-    one, other = np.ones((PRODUCT, PRODUCT), np.float32), np.ones((PRODUCT, PRODUCT), np.float32)
-    return Speed(matrix.nbytes / _best(lambda: matrix @ vector), 2 * PRODUCT**3 / _best(lambda: one @ other))
-
-
-def _best(work: Callable[[], object]) -> float:
-    """Seconds of the quickest of at least three runs, as many as BUDGET_S allows."""
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < BUDGET_S:
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 def _model_memory(limit: int | None, environ: Mapping[str, str]) -> int:

@@ -4,6 +4,7 @@ import argparse
 import json
 import socket
 import stat
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,17 @@ import pytest
 from pomarium.cluster.cli import rack_options
 from pomarium.cluster.cli.main import main, parse
 from pomarium.cluster.cli.rack import invitation
-from pomarium.cluster.rack import current, inventory, key_file, machine_facts, netns, this_machine
+from pomarium.cluster.rack import current, inventory, key_file, machine_facts, netns, speed, this_machine
 from pomarium.cluster.rack.identity import RackKey
-from pomarium.cluster.rack.machine_facts import Hardware, Known, Speed
+from pomarium.cluster.rack.machine_facts import Hardware, Known
 from pomarium.cluster.rack.membership import Membership
 from pomarium.cluster.rack.node import NodeSpec
 from pomarium.cluster.rack.simulate import Simulation
+from pomarium.cluster.rack.speed import Speed
+from pomarium.worker import device
+from pomarium.worker.device import Device, GpuBackend
 from pomarium.worker.errors import SettingsError
+from pomarium.worker.settings import DeviceKind
 
 GIB = 1 << 30
 SYSCTL = "machdep.cpu.brand_string: Apple M4 Max\nhw.memsize: 68719476736\n"
@@ -69,10 +74,77 @@ def test_linux_tells_the_processor_s_name() -> None:
     assert machine_facts.cpu_name("processor\t: 0\nCPU part\t: 0xd0c\n") is None
 
 
-def test_this_machine_is_measured_within_bounds() -> None:
-    found = machine_facts.measure()
+@pytest.mark.parametrize("measure", [speed.measure_cpu, lambda: speed.measure_gpu("Apple M9", side=1024, product=256)])
+def test_this_machine_is_measured_within_bounds(measure: Callable[[], Speed]) -> None:
+    found = measure()
     assert 1e8 < found.bandwidth < 1e13
-    assert 1e8 < found.flops < 1e14
+    assert 1e6 < found.flops < 1e14
+
+
+M9 = "machdep.cpu.brand_string: Apple M9\nhw.memsize: 34359738368\n"
+
+
+@pytest.fixture
+def new_mac(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """A Mac with a chip that came after the table, on macOS; its environment."""
+    told = {"sysctl": M9, "system_profiler": json.dumps({"SPDisplaysDataType": [{"sppci_cores": "12"}]})}
+    monkeypatch.setattr(machine_facts.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(machine_facts, "_output", lambda *command: told[command[0]])
+    gpu = Device(DeviceKind.GPU, GpuBackend.METAL, "Apple M9", ("float16",))
+    monkeypatch.setattr(device, "detect", lambda values: gpu)
+    monkeypatch.setattr(machine_facts, "_model_memory", lambda limit, environ: 9 * GIB)
+    return {"XDG_STATE_HOME": str(tmp_path)}
+
+
+def test_a_chip_that_came_after_the_table_is_measured_once(
+    new_mac: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def measure(chip: str) -> Speed:
+        measured.append(chip)
+        return Speed(1.5e11, 9e12)
+
+    monkeypatch.setattr(speed, "measure_gpu", measure)
+    for _ in range(2):
+        found = machine_facts.gather(Known(), "new", new_mac)
+        assert (found.chip, found.bandwidth, found.flops) == ("Apple M9", 1.5e11, 9e12)
+    assert measured == ["Apple M9"]
+    half = machine_facts.gather(Known(bandwidth=2e11), "new", new_mac)
+    assert (half.bandwidth, half.flops) == (2e11, 9e12)
+    file = Path(new_mac["XDG_STATE_HOME"]) / "pomarium/speed.json"
+    for damaged in ("", "[]", "{}", file.read_text().replace("Apple M9", "Apple M8")):
+        file.write_text(damaged)
+        machine_facts.gather(Known(), "new", new_mac)
+    assert measured == ["Apple M9"] * 5
+    machine_facts.gather(Known(bandwidth=2e11, flops=1e13), "new", new_mac)
+    assert measured == ["Apple M9"] * 5, "nothing is left to measure"
+
+
+def test_a_chip_that_cannot_be_measured_is_refused_with_the_options(
+    new_mac: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlx.core as mx
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("[metal::load_device] No Metal device.")
+
+    monkeypatch.setattr(mx, "eval", broken)
+    with pytest.raises(SettingsError, match="'Apple M9' is not in the table and could not be measured") as refusal:
+        machine_facts.gather(Known(), "new", new_mac)
+    assert "--bandwidth" in str(refusal.value)
+    assert "--flops" in str(refusal.value)
+
+
+def test_what_the_user_names_is_looked_up_and_not_measured() -> None:
+    new, old = Hardware("Apple M9", 12, GIB), Hardware("Apple M4", 10, GIB)
+    assert machine_facts.is_to_be_measured(Known(), new)
+    assert machine_facts.is_to_be_measured(Known(), replace(old, gpu_cores=9))
+    assert not machine_facts.is_to_be_measured(Known(), old)
+    assert not machine_facts.is_to_be_measured(Known(chip="M4"), new)
+    assert not machine_facts.is_to_be_measured(Known(gpu_cores=77), old)
+    assert not machine_facts.is_to_be_measured(Known(bandwidth=1.0, flops=1.0), new)
+    assert machine_facts.is_to_be_measured(Known(bandwidth=1.0), Hardware("AMD EPYC", None, GIB))
 
 
 def test_this_machine_s_memory_is_what_its_workers_would_take() -> None:
