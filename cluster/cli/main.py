@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from pomarium.cluster import descriptors
 from pomarium.cluster.serving import engine_options
 from pomarium.worker.errors import PomariumError
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and models need not be text that it can hold
         sys.stdout.reconfigure(errors="backslashreplace")
+    descriptors.raise_limit()  # for all that it starts, too
     try:
         args = parse(arguments)
         engine_options.check(args.extra, args.options)

@@ -133,6 +133,7 @@ def _stay(rack: CurrentRack) -> int:
 
 def _up_simulated(args: argparse.Namespace) -> int:
     simulation = rack_options.simulation_of(args)
+    simulate.check(simulation)
     key = key_file.made(os.environ)
     with Interrupts():
         try:

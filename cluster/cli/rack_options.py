@@ -38,7 +38,12 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 def add_simulation(parser: argparse.ArgumentParser) -> None:
     """What can be said of a simulated rack."""
     group = parser.add_argument_group("a simulated rack")
-    group.add_argument("--simulate", type=int, metavar="N", help="N Macs on this machine, beside a head without one")
+    group.add_argument(
+        "--simulate",
+        type=int,
+        metavar="N",
+        help="N Macs on this machine, beside a head without one; on macOS it first names the loopback addresses to add",
+    )
     group.add_argument("--cpus", metavar="CORES,...", help="cores that each Mac is held to, such as 0,1,0 or 0-1,2-3")
     group.add_argument(
         "--sleep",

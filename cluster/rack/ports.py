@@ -1,5 +1,6 @@
 """Addresses and ports of this machine that nodes may listen on."""
 
+import ipaddress
 import random
 import socket
 import sys
@@ -57,9 +58,36 @@ def require(wanted: Ports) -> None:
 
 def check_local(address: str) -> None:
     """Raises SettingsError unless `address` is one of this machine's."""
+    if (error := _fault(address)) is not None:
+        loopback = ipaddress.ip_address(address).is_loopback
+        cure = f"run `{alias(address)}`" if loopback else "give one that it has"
+        raise SettingsError(f"{address} is not an address of this machine ({error.strerror}): {cure}.") from error
+
+
+def check_loopback(addresses: Sequence[str]) -> None:
+    """Raises SettingsError, with the commands that add them, unless all are addresses of this machine's loopback.
+
+    macOS has 127.0.0.1 alone, and so has Linux where somebody took 127.0.0.0/8 away.
+    """
+    if absent := [address for address in addresses if _fault(address) is not None]:
+        raise SettingsError(
+            f"A simulated rack needs loopback addresses that this machine does not have yet: run "
+            f"`{' && '.join(map(alias, absent))}`, then this command again (they are gone when it restarts)."
+        )
+
+
+def alias(address: str, platform: str | None = None) -> str:
+    """The command that adds a loopback address."""
+    if (platform or sys.platform) == "darwin":
+        return f"sudo ifconfig lo0 alias {address}"
+    return f"sudo ip address add {address}/32 dev lo"
+
+
+def _fault(address: str) -> OSError | None:
+    """Why nobody can listen at the address; None if one can."""
     try:
         with socket.socket() as probe:
             probe.bind((address, 0))
     except OSError as error:
-        cure = f"run `sudo ifconfig lo0 alias {address}`" if sys.platform == "darwin" else "give one that it has"
-        raise SettingsError(f"{address} is not an address of this machine ({error.strerror}): {cure}.") from error
+        return error
+    return None

@@ -154,7 +154,7 @@ def specs(
         macs.append(
             NodeSpec(
                 name,
-                network.macs[index] if network else f"127.0.0.{FIRST_HOST + index}",
+                network.macs[index] if network else _address(index),
                 folder / str(index + 1),
                 labels=labels_of(facts),
                 cpus=LOGICAL_CPUS,
@@ -292,7 +292,7 @@ def start(
         begin: is told of the rack before its first process starts.
         prepare: gives the head its autoscaler; needed if Macs are to sleep.
     """
-    _check_cores(simulation.cores)
+    check(simulation)
     folder = session_folder(environ)
     network = None
     rack = None
@@ -304,9 +304,6 @@ def start(
         if prepare is not None:
             head = prepare(nodes[0], inventory_of(nodes, simulation, free[1]), f"{nodes[0].address}:{free[0]}", folder)
             nodes = (head, *nodes[1:])
-        if network is None:
-            for spec in nodes:
-                ports.check_local(spec.address)
         tls = None
         if network is not None:
             tls = folder / "tls"
@@ -348,6 +345,18 @@ def simulated(
         yield rack
     finally:
         rack.down()
+
+
+def check(simulation: Simulation) -> None:
+    """What can be told before anything is made. Raises SettingsError."""
+    _check_cores(simulation.cores)
+    if simulation.link is None:
+        ports.check_loopback([HEAD_ADDRESS, *(_address(index) for index in range(simulation.macs))])
+
+
+def _address(index: int) -> str:
+    """Of the Mac with this number, from 0, where it has no network of its own."""
+    return f"127.0.0.{FIRST_HOST + index}"
 
 
 def _check_cores(cores: Sequence[tuple[int, ...]]) -> None:
