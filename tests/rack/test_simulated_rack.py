@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -9,8 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from pomarium.cluster.descriptors import SAFE
 from pomarium.cluster.rack import current, kin, node
 from pomarium.cluster.rack.facts import PROCESS_BYTES
 from pomarium.cluster.rack.simulate import HEAD, SimulatedRack
@@ -51,7 +54,9 @@ print(json.dumps({"head": head, "workers": workers, "survey": [[n.mac.name, n.ma
 
 
 def rack(environ: Mapping[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "pomarium.cluster.cli.main", "rack", *arguments]
+    """With as few open files as macOS gives a terminal."""
+    command = ["bash", "-c", 'ulimit -S -n 256; exec "$@"', "bash", sys.executable]
+    command += ["-m", "pomarium.cluster.cli.main", "rack", *arguments]
     return subprocess.run(command, env=dict(environ), capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -102,6 +107,14 @@ def test_the_macs_are_there_with_their_facts(environ: dict[str, str]) -> None:
         ("mac-2", "127.0.0.3", True, 2 * GIB, 2 * GIB - PROCESS_BYTES),
         ("mac-3", "127.0.0.4", True, 2 * GIB, 2 * GIB - PROCESS_BYTES),
     ]
+
+
+def test_every_process_of_a_mac_may_open_more_files_than_macos_gives_a_terminal(environ: dict[str, str]) -> None:
+    limits = {
+        psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE)[0] for mac in running(environ).macs for pid in mac.pids()
+    }
+    assert limits
+    assert min(limits) >= min(SAFE, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 
 
 def test_a_driver_on_this_machine_places_workers_by_name_and_reports_are_shown(environ: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ import pytest
 from pomarium.cluster.autoscaling.setup import for_simulated
 from pomarium.cluster.autoscaling.wake_on_lan import Target, send
 from pomarium.cluster.rack import kin, node, simulate, starting
+from pomarium.cluster.rack.current import RECORD
 from pomarium.cluster.rack.identity import RackKey
 from pomarium.cluster.rack.mac_power import MacPower, Power, decode
 from pomarium.cluster.rack.simulate import SimulatedRack, Simulation, hardware_address
@@ -49,6 +50,22 @@ while True:
         print(internal_kv._internal_kv_get(key, namespace=reports.NAMESPACE).decode(), flush=True)
     print("", flush=True)
     time.sleep(0.5)
+"""
+
+AGENT = """
+import os, sys
+from pathlib import Path
+from pomarium.cluster.autoscaling import sleep
+from pomarium.cluster.autoscaling.agent import Agent
+from pomarium.cluster.rack import current
+record, name, sudo, pmset = sys.argv[1:]
+rack = current.read(Path(record))
+os.environ.update(rack.membership.variables())
+from pomarium.cluster.autoscaling.head_view import HeadView
+def say(line): print(line, flush=True)
+spec = next(spec for spec in rack.nodes if spec.name == name)
+ways = ((sudo, "-n", pmset, "sleepnow"), (pmset, "sleepnow"))
+Agent(spec, rack.membership, HeadView(rack.membership, say), os.environ, lambda: sleep.nap(ways), say).run()
 """
 
 
@@ -168,6 +185,40 @@ def test_a_node_that_crashes_is_started_again_by_the_macs_agent(sleeping: Sleepi
     driver.kill()
     driver.wait()
     sleeping.all_asleep()
+
+
+def test_a_mac_that_is_not_let_sleep_says_so_at_once_and_stays_in_the_rack(sleeping: Sleeping, tmp_path: Path) -> None:
+    """Its sudo and pmset are stand-ins that print and end as macOS's do to a job that runs as a user."""
+    sleeping.all_asleep()
+    sleeping.rack.kill("mac-3")
+    for name, body in (
+        ("sudo", "echo 'sudo: a password is required' >&2; exit 1"),
+        ("pmset", "echo 'Sleep error 0xe00002c1; You must run this as root.'; exit 77"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    log = tmp_path / "log"
+    record = str(sleeping.rack.current.folder / RECORD)
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", AGENT, record, "mac-3", tmp_path / "sudo", tmp_path / "pmset"],
+            env=sleeping.environ, stdout=file, stderr=file,
+        )  # fmt: skip
+    try:
+        first = sleeping.until(lambda: (mac := sleeping.states()["mac-3"]).state is Power.AWAKE and mac, 60)
+        again = sleeping.until(
+            lambda: (mac := sleeping.states()["mac-3"]).state is Power.AWAKE
+            and mac.instance != first.instance and mac, 90,
+        )  # fmt: skip
+        assert again.failures == 0
+        told = next(line for line in log.read_text().splitlines() if "cannot be put to sleep" in line)
+        assert "ended with 1: sudo: a password is required" in told
+        assert "ended with 77: Sleep error 0xe00002c1; You must run this as root" in told
+    finally:
+        process.kill()
+        process.wait()
+        sleeping.rack.kill("mac-3")
+        sleeping.rack.power_on("mac-3")
 
 
 def test_one_without_power_is_set_aside_and_taken_again_when_it_comes(sleeping: Sleeping) -> None:
