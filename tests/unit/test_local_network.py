@@ -14,6 +14,10 @@ from collections.abc import Iterator
 import pytest
 from namespaces import namespace_or_skip
 
+from pomarium.cluster import ray_address
+from pomarium.cluster.autoscaling.head_view import HeadView
+from pomarium.cluster.rack import this_machine
+from pomarium.cluster.rack.membership import Membership
 from pomarium.worker import local_network
 
 CURE = local_network.SETTINGS
@@ -116,3 +120,27 @@ def test_a_network_without_a_way_is_told_with_its_errno_wherever_it_is_met(unrea
     for said in (refused[0], told["ray"], told["probe"], told["link"], told["wake"]):
         assert CURE in said
     assert "No route to host" in told["probe"]
+
+
+@pytest.mark.usefixtures("macos")
+def test_a_mac_that_waits_for_its_head_says_why_once_for_each_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = OSError(errno.ECONNREFUSED, "Connection refused")
+    faults = [NO_ROUTE, NO_ROUTE, refused, refused, NO_ROUTE, None]
+    monkeypatch.setattr(ray_address, "fault", lambda address: faults.pop(0))
+    monkeypatch.setattr(this_machine, "PAUSE_S", 0.0)
+    said: list[str] = []
+    this_machine._await_head("10.0.5.1:6379", said.append)
+    assert len(said) == 3
+    assert CURE in said[0] == said[2]
+    assert said[1] == "waiting for the rack at 10.0.5.1:6379: Connection refused"
+
+
+@pytest.mark.usefixtures("macos")
+def test_an_agent_tells_why_the_head_is_away_and_again_when_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = [None, NO_ROUTE, NO_ROUTE, None, NO_ROUTE]
+    monkeypatch.setattr(ray_address, "fault", lambda address: faults.pop(0))
+    said: list[str] = []
+    head = HeadView(Membership("s", "10.0.5.1:6379", "token"), said.append)
+    assert [head.answers() for _ in range(5)] == [True, False, False, True, False]
+    assert len(said) == 2
+    assert all("No route to host" in line and CURE in line for line in said)
