@@ -147,23 +147,32 @@ def mac_hardware(sysctl: str, displays: str) -> Hardware:
         SettingsError: chip or memory are not in it.
     """
     values = dict(line.split(": ", 1) for line in sysctl.splitlines() if ": " in line)
-    try:
-        chip, memory = values["machdep.cpu.brand_string"].strip(), int(values["hw.memsize"])
-    except (KeyError, ValueError) as error:
+    chip, memory = values.get("machdep.cpu.brand_string", "").strip(), _count(values.get("hw.memsize", ""))
+    if not chip or memory is None:
         raise SettingsError(
             "macOS does not tell this Mac's chip and memory (`sysctl machdep.cpu.brand_string hw.memsize`): describe "
             "it in a rack.yaml and name that with --rack."
-        ) from error
+        )
     return Hardware(chip, _gpu_cores(displays), memory)
 
 
 def _gpu_cores(displays: str) -> int | None:
+    """Of the first display controller that tells; None if none does: a virtual Mac's has no cores."""
     try:
-        gpus = json.loads(displays).get("SPDisplaysDataType", [])
-    except ValueError:
+        report = json.loads(displays)
+    except (ValueError, RecursionError):
         return None
-    cores = [str(gpu.get("sppci_cores", "")) for gpu in gpus]
-    return next((int(count) for count in cores if count.isdigit() and int(count) > 0), None)
+    gpus = report.get("SPDisplaysDataType") if isinstance(report, dict) else None
+    if not isinstance(gpus, list):
+        return None
+    counts = [_count(str(gpu.get("sppci_cores", ""))) for gpu in gpus if isinstance(gpu, dict)]
+    return next((count for count in counts if count is not None), None)
+
+
+def _count(text: str) -> int | None:
+    """A positive decimal number of a plausible length; None for anything else."""
+    match = re.fullmatch(r"\s*([0-9]{1,18})\s*", text)
+    return int(match[1]) or None if match else None
 
 
 def cpu_name(cpuinfo: str) -> str | None:

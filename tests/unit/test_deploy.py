@@ -63,7 +63,7 @@ case "$1" in
             left=$(cat "$file.ending")
             if [ "$left" -le 0 ]; then rm "$file" "$file.ending"; else echo $((left - 1)) >"$file.ending"; fi
         fi
-        [ -e "$file" ] || exit 113 ;;
+        [ -e "$file" ] || { cat "$ABSENT" >&2; exit 113; } ;;
     bootstrap)
         [ -z "$REFUSED" ] || { echo 'Bootstrap failed: 125: Domain does not support specified action' >&2; exit 125; }
         label=${3##*/}
@@ -117,6 +117,7 @@ class Mac:
             "CALLS": str(self.folder / "calls"),
             "LOADED": str(self.folder / "loaded"),
             "REAL_PYTHON": sys.executable,
+            "ABSENT": str(ROOT / "tests/darwin/launchctl_print_absent.txt"),
             "PYTHON": sys.executable,
             "REFUSED": "",
             "NO_SUDOERS": "",
