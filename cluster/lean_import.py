@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pomarium.cluster import platform_choice
+
 _COMPILER = "torch._inductor"
 
 
@@ -30,8 +32,10 @@ def without_collections() -> Iterator[None]:
 def import_vllm() -> None:
     """Import the package `vllm` while torch's compiler looks absent; whoever asks for the compiler later gets it.
 
-    For processes whose engine runs on MLX: vLLM's own CPU backend compiles.
+    For processes whose engine runs on MLX: vLLM's own CPU backend compiles. Raises UnsupportedError if vLLM would take
+    another platform here.
     """
+    platform_choice.require()
     absent = _COMPILER not in sys.modules
     if absent:
         sys.modules[_COMPILER] = None  # type: ignore[assignment] # Python's mark of a module that cannot be imported

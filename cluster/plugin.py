@@ -1,5 +1,9 @@
-"""vLLM's platform entry point. It raises nothing: vLLM swallows what a plugin raises while it is loaded and would serve
-with its own backend instead. Settings are validated in `platform.check_and_update_config`."""
+"""vLLM's entry points: our platform, and a check that it was taken.
+
+`register` raises nothing: vLLM swallows what a platform plugin raises while it is loaded and would serve with its own
+backend instead. Settings are validated in `platform.check_and_update_config`. `require_platform` is a general plugin:
+vLLM loads those in every process, whichever platform it has taken, and lets through what they raise.
+"""
 
 
 def register() -> str | None:
@@ -14,3 +18,10 @@ def register() -> str | None:
 
     record_backend_faults()
     return None
+
+
+def require_platform() -> None:
+    """Raises UnsupportedError if vLLM would not take our platform although it is wanted."""
+    from pomarium.cluster import platform_choice
+
+    platform_choice.require()

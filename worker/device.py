@@ -1,17 +1,20 @@
 """Which device MLX computes on, and which dtypes that device carries.
 
-    Settings + gpu_backend() --choose--> Device --use--> MLX's default device
+    Settings + gpu_backend() + answering() --choose--> Device --use--> MLX's default device
 
-`choose` decides, `gpu_backend` and `use` touch MLX.
+`choose` decides, the others touch MLX. That MLX was built with Metal says nothing of the machine: a virtual machine, or
+a session without a GPU, answers the first question or the first kernel with an error (MLX issues 3397 and 4389), or
+computes zeros. `answering` asks both.
 """
 
 import logging
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 import mlx.core as mx
 
-from pomarium.worker.errors import SettingsError
+from pomarium.worker.errors import DeviceError, SettingsError
 from pomarium.worker.settings import DeviceKind, Settings
 
 logger = logging.getLogger(__name__)
@@ -70,14 +73,65 @@ def gpu_backend() -> GpuBackend | None:
 
 
 def detect(settings: Settings) -> Device:
-    """`choose` on the machine at hand, changing nothing. Raises SettingsError as it does."""
+    """`choose` on the machine at hand, changing nothing.
+
+    Raises:
+        SettingsError: as `choose` does.
+        DeviceError: the device that is to be used does not answer.
+    """
     backend = gpu_backend()
-    gpu_name = _name(mx.Device(mx.gpu, 0)) if backend is not None else ""
+    gpu_name = answering(backend) if backend is not None and settings.device is not DeviceKind.CPU else ""
+    if backend is GpuBackend.METAL and settings.device is DeviceKind.CPU and (fault := _fault(mx.cpu)) is not None:
+        raise DeviceError(f"MLX does not compute here, not even on the CPU ({fault}): {_ELSEWHERE}")
     return choose(settings, backend, gpu_name, _name(mx.Device(mx.cpu, 0)))
 
 
+_ELSEWHERE = (
+    "its build for macOS takes all memory from Metal, so it needs a Mac's GPU, which a virtual machine, a sandbox or a "
+    "session without one does not give."
+)
+
+
+@cache
+def answering(backend: GpuBackend) -> str:
+    """The GPU's name, once it has added two numbers; asked once in a process.
+
+    On CUDA only for its name: a kernel would make a context, which takes memory in processes that compute nothing.
+
+    Raises:
+        DeviceError: it answers with an error, or adds wrongly.
+    """
+    words = {GpuBackend.METAL: "Metal", GpuBackend.CUDA: "CUDA"}[backend]
+    try:
+        name, fault = _name(mx.Device(mx.gpu, 0)), None
+    except KeyError:
+        name, fault = "", "MLX finds no such device"
+    except (RuntimeError, ValueError) as error:
+        name, fault = "", _first_line(error)
+    if fault is None and backend is GpuBackend.METAL:
+        fault = _fault(mx.gpu)
+    if fault is None:
+        return name
+    cure = "set VLLM_MLX_DEVICE=cpu to compute on the CPU." if _fault(mx.cpu) is None else _ELSEWHERE
+    raise DeviceError(f"{words} does not work on this machine ({fault}): {cure}")
+
+
+def _fault(kind: mx.DeviceType) -> str | None:
+    """Why a device does not add 1 and 1, None if it does."""
+    try:
+        one = mx.ones(1, stream=kind)
+        total = mx.add(one, one, stream=kind).item()
+    except (RuntimeError, ValueError) as error:
+        return _first_line(error)
+    return None if total == 2 else f"it adds 1 and 1 to {total:g}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
 def use(settings: Settings) -> Device:
-    """Makes the device of `settings` MLX's default, in this process. Raises SettingsError if it is absent.
+    """Makes the device of `settings` MLX's default, in this process. Raises as `detect` does.
 
     Logs one line if the CPU is taken although nobody asked for it.
     """

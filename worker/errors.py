@@ -13,6 +13,10 @@ class SettingsError(PomariumError):
     """An environment variable or flag has a value that is not accepted."""
 
 
+class DeviceError(PomariumError):
+    """The GPU that MLX reports does not compute; says how to do without it."""
+
+
 class CheckpointError(PomariumError):
     """A model folder or file is missing, truncated, malformed or of an unknown format."""
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NoReturn
 
+from pomarium.cluster import platform_choice
 from pomarium.cluster.cli.interrupts import Interrupts, phases
 from pomarium.cluster.cli.progress import Terminal, log_file, quiet
 from pomarium.cluster.rack import current
@@ -158,6 +159,7 @@ def _ask_engines(
     if not os.environ.get("RAY_ADDRESS"):  # a job of the rack's head has it
         current.enter()
     settings.load(os.environ)
+    platform_choice.require()
     (model,) = models_of(_serve_arguments(args), os.environ)
     beforehand.check([model], os.environ)
     joined = bool(os.environ.get("RAY_ADDRESS"))

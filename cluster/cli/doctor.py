@@ -52,7 +52,7 @@ def run(_: argparse.Namespace) -> int:
 def diagnose(facts: Facts) -> list[Finding]:
     """All findings on `facts`, good and bad."""
     checks: Iterable[Callable[[Facts], list[Finding]]] = (
-        _python, _packages, _resources, _folders, _port, _device, _embedded, _settings, _ray, _macos,
+        _python, _packages, _resources, _folders, _port, _device, _embedded, _settings, _platform, _ray, _macos,
     )  # fmt: skip
     return [finding for check in checks for finding in check(facts)]
 
@@ -101,7 +101,7 @@ def _resources(facts: Facts) -> list[Finding]:
     return [
         Finding("memory", memory)
         if facts.memory_available >= MIN_MEMORY
-        else Finding("memory", memory, f"Close programs: serving takes {_gib(MIN_MEMORY)} even with a small model."),
+        else Finding("memory", memory, f"Close programs: serving takes {_gib(MIN_MEMORY)}, with a small model.", False),
         Finding("disk", disk)
         if facts.disk_free >= MIN_DISK
         else Finding("disk", disk, f"Free {_gib(MIN_DISK)}: models and logs go there."),
@@ -145,6 +145,10 @@ def _settings(facts: Facts) -> list[Finding]:
     if facts.settings_fault:
         return [Finding("settings", "invalid", facts.settings_fault)]
     return [Finding("settings", "valid")]
+
+
+def _platform(facts: Facts) -> list[Finding]:
+    return [Finding("vLLM's platform", "not Pomarium's", sentence) for sentence in facts.diversions]
 
 
 def _ray(facts: Facts) -> list[Finding]:

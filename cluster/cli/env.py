@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from pomarium.worker import device
-from pomarium.worker.errors import SettingsError
+from pomarium.worker.errors import DeviceError, SettingsError
 from pomarium.worker.settings import VARIABLES, DeviceKind, Settings, parse_all, unknown
 
 
@@ -45,7 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Prints the variables of this process: 0, or 1 if one of them is invalid."""
-    rows = resolve(os.environ, device.gpu_backend())
+    rows = resolve(os.environ, device.gpu_backend(), _device_fault())
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:
@@ -55,10 +55,24 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(row.error for row in rows) else 0
 
 
-def resolve(environ: Mapping[str, str], backend: device.GpuBackend | None) -> tuple[Resolution, ...]:
+def _device_fault() -> str | None:
+    """Why the device that this process would compute on does not answer."""
+    values, _ = parse_all(os.environ)
+    try:
+        device.detect(Settings(device=DeviceKind(values["device"]) if "device" in values else None))
+    except DeviceError as error:
+        return str(error)
+    except SettingsError:
+        return None  # an absent GPU: `resolve` finds that out by itself
+    return None
+
+
+def resolve(
+    environ: Mapping[str, str], backend: device.GpuBackend | None, device_fault: str | None = None
+) -> tuple[Resolution, ...]:
     """What each variable of `environ` comes to on a machine with GPU backend `backend`.
 
-    The valid ones come out as if the invalid ones were not set.
+    The valid ones come out as if the invalid ones were not set. device_fault: why the device does not answer.
     """
     values, errors = parse_all(environ)
     settings = Settings(**values)  # type: ignore[arg-type]  # VARIABLES pairs each field with the parser of its type
@@ -67,6 +81,8 @@ def resolve(environ: Mapping[str, str], backend: device.GpuBackend | None) -> tu
     except SettingsError as absent:
         kind = DeviceKind.CPU
         errors = {**errors, "device": str(absent)}
+    if device_fault is not None:
+        errors = {**errors, "device": device_fault}
     outcome = _outcomes(settings, kind, backend)
     return tuple(
         Resolution(
@@ -105,8 +121,8 @@ def _outcomes(settings: Settings, kind: DeviceKind, backend: device.GpuBackend |
         "multimodal_mode": settings.multimodal_mode.value,
         "use_modelscope": "ModelScope" if settings.use_modelscope else "Hugging Face",
         "modelscope_cache": str(settings.modelscope_cache or "ModelScope's own default"),
-        "gdn_lazy_kernels": f"{_on_off(settings.gdn_lazy_kernels)} (no effect yet)",
-        "mla_kernel": f"{_on_off(settings.mla_kernel)} (no effect yet)",
+        "gdn_lazy_kernels": _kernels(settings.gdn_lazy_kernels, kind),
+        "mla_kernel": _kernels(settings.mla_kernel, kind),
         "step_seconds": f"{settings.step_seconds:g} s" if settings.step_seconds else "no bound",
         "max_request_chars": "16 for each token of the model's length, at least 1000000"
         if settings.max_request_chars is None
@@ -133,6 +149,11 @@ def _device(settings: Settings, kind: DeviceKind, backend: device.GpuBackend | N
     if kind is DeviceKind.GPU:
         return f"gpu ({backend})"
     return "cpu" if settings.device is DeviceKind.CPU else "cpu (MLX has no GPU backend on this machine)"
+
+
+def _kernels(on: bool, kind: DeviceKind) -> str:
+    """Of a setting that has effect on a GPU only."""
+    return _on_off(on) if kind is DeviceKind.GPU else f"{_on_off(on)} (MLX operations on the CPU)"
 
 
 def _on_off(flag: bool) -> str:

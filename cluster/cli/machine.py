@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import psutil
 
+from pomarium.cluster import platform_choice
 from pomarium.cluster.ray_address import answers
 from pomarium.cluster.state import fault_of, state_folder
 from pomarium.worker.errors import PomariumError
@@ -44,6 +45,7 @@ class Facts:
         folders: where Pomarium writes, and why it cannot, or None: "state" and "cache".
         ray_reachable: whether RAY_ADDRESS answers; None without that variable.
         blas: library behind MLX's products on the CPU; None where the system's is used.
+        diversions: why vLLM would not take our platform (platform_choice), in sentences.
     """
 
     python: tuple[int, ...]
@@ -66,6 +68,7 @@ class Facts:
     folders: Mapping[str, tuple[str, str | None]]
     ray_reachable: bool | None
     environ: Mapping[str, str]
+    diversions: tuple[str, ...] = ()
 
 
 def gather(environ: Mapping[str, str]) -> Facts:
@@ -103,6 +106,7 @@ def gather(environ: Mapping[str, str]) -> Facts:
         folders={"state": _folder(lambda: state_folder(environ)), "cache": _folder(cache_folder)},
         ray_reachable=answers(address) if address else None,
         environ=dict(environ),
+        diversions=tuple(platform_choice.diverted(environ, platform_choice.installed())),
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from pomarium.cluster import platform_choice
 from pomarium.cluster.cli.interrupts import Interrupts, phases
 from pomarium.cluster.cli.progress import log_file, quiet
 from pomarium.cluster.rack import current, inventory, units
@@ -137,9 +138,11 @@ def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:
 
     Raises:
         SettingsError: a variable or argument is not accepted, or the port is taken.
+        UnsupportedError: vLLM would take another platform than ours.
         CheckpointError: a model is named by a path where nothing is.
     """
     settings.load(environ)
+    platform_choice.require(environ)
     check_port(args.host, args.port)
     return ServePlan(tuple(models_of(args, environ)), args.host, args.port, api_keys(args, environ))
 

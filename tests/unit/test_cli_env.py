@@ -96,6 +96,18 @@ def test_memory(environ: dict[str, str], backend: GpuBackend | None, resolved: s
     assert rows(environ, backend)["VLLM_METAL_MEMORY_FRACTION"].resolved == resolved
 
 
+@pytest.mark.parametrize(("backend", "resolved"), [(None, "on (MLX operations on the CPU)"), (GpuBackend.METAL, "on")])
+def test_kernels_have_effect_on_a_gpu(backend: GpuBackend | None, resolved: str) -> None:
+    found = rows({"VLLM_METAL_MLA_KERNEL": "1"}, backend)
+    assert found["VLLM_METAL_MLA_KERNEL"].resolved == resolved
+    assert found["VLLM_METAL_GDN_LAZY_KERNELS"].resolved == resolved
+
+
+def test_a_device_that_does_not_answer_is_an_error_of_its_variable() -> None:
+    (row,) = (row for row in env.resolve({}, GpuBackend.METAL, "No Metal.") if row.name == "VLLM_MLX_DEVICE")
+    assert (row.error, row.resolved) == ("No Metal.", None)
+
+
 def test_the_rest(tmp_path: Path) -> None:
     found = rows(
         {

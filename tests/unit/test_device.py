@@ -8,7 +8,7 @@ import pytest
 
 from pomarium.worker import device
 from pomarium.worker.device import GpuBackend
-from pomarium.worker.errors import SettingsError
+from pomarium.worker.errors import DeviceError, SettingsError
 from pomarium.worker.settings import DeviceKind, Settings, load
 
 
@@ -76,3 +76,47 @@ def test_the_cpu_for_want_of_a_gpu_is_logged_once_and_an_explicit_gpu_refused(ca
 def test_the_gpu_is_the_default_where_there_is_one() -> None:
     assert device.use(load({})).kind is DeviceKind.GPU
     assert mx.default_device() == mx.Device(mx.gpu, 0)
+
+
+@pytest.fixture
+def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose MLX was built with Metal."""
+    monkeypatch.setattr(device, "gpu_backend", lambda: GpuBackend.METAL)
+    device.answering.cache_clear()
+    yield
+    device.answering.cache_clear()
+
+
+@pytest.mark.usefixtures("metal")
+@pytest.mark.parametrize(
+    ("broken", "cure"), [([mx.gpu], "set VLLM_MLX_DEVICE=cpu"), ([mx.gpu, mx.cpu], "needs a Mac's GPU")]
+)
+def test_a_metal_that_answers_with_an_error_is_one_sentence(
+    broken: list[mx.DeviceType], cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_name", lambda which: "Apple Paravirtual device")
+    monkeypatch.setattr(device, "_fault", lambda kind: "Unable to load kernel v_addfloat32" if kind in broken else None)
+    with pytest.raises(DeviceError, match="Metal does not work on this machine") as caught:
+        device.detect(Settings())
+    assert cure in str(caught.value)
+    assert "Unable to load kernel v_addfloat32" in str(caught.value)
+
+
+@pytest.mark.usefixtures("metal")
+def test_no_metal_device_is_one_sentence() -> None:
+    """MLX without a GPU backend answers device_info with an error, as Metal does without a device."""
+    with pytest.raises(DeviceError, match="Metal does not work on this machine"):
+        device.detect(Settings())
+
+
+@pytest.mark.usefixtures("metal")
+def test_the_cpu_is_tried_where_its_memory_is_metals(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Settings(device=DeviceKind.CPU)
+    assert device.detect(asked).kind is DeviceKind.CPU
+    monkeypatch.setattr(device, "_fault", lambda kind: "No Metal device")
+    with pytest.raises(DeviceError, match="not even on the CPU"):
+        device.detect(asked)
+
+
+def test_a_device_that_computes_has_no_fault() -> None:
+    assert device._fault(mx.cpu) is None
