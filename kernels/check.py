@@ -56,7 +56,7 @@ class Outcome:
     """Of one case.
 
     Attributes:
-        error: see Case.error; not-a-number if it could not be run. failure: traceback of what went wrong instead.
+        error: see Case.error; not-a-number if it could not be run. failure: what was raised instead.
         seconds: with compilation, for the first case of each specialisation.
     """
 
@@ -64,7 +64,7 @@ class Outcome:
     error: float
     bound: float
     seconds: float
-    failure: str | None = None
+    failure: Exception | None = None
 
     @property
     def passed(self) -> bool:
@@ -90,7 +90,11 @@ class Report:
         for each in self.outcomes:
             verdict = "ok" if each.passed else "WRONG" if each.failure is None else "FAILED"
             lines.append(f"| {each.name} | {each.error:.1e} | {each.bound:.1e} | {each.seconds:.1f} | {verdict} |")
-        lines += [f"\n{each.name}:\n{each.failure}" for each in self.outcomes if each.failure is not None]
+        lines += [
+            f"\n{each.name}:\n{''.join(traceback.format_exception(each.failure))}"
+            for each in self.outcomes
+            if each.failure is not None
+        ]
         right = len(self.outcomes) - len(self.failed)
         return "\n".join([*lines, f"\n{right} of {len(self.outcomes)} cases are right."])
 
@@ -109,18 +113,19 @@ def all_cases(seed: int = 0) -> Iterator[Case]:
 
 def run(launcher: Launcher, seed: int = 0) -> Report:
     """Run all cases; a case that raises is reported, and the others go on."""
-    return Report(tuple(_outcome(case, launcher) for case in all_cases(seed)))
+    return Report(tuple(outcome(case, launcher) for case in all_cases(seed)))
 
 
-def _outcome(case: Case, launcher: Launcher) -> Outcome:
+def outcome(case: Case, launcher: Launcher) -> Outcome:
+    """Run one case; what it raises is part of the outcome."""
     began = time.perf_counter()
     try:
         results = case.run(launcher)
         mx.eval(results)
         seconds = time.perf_counter() - began
         return Outcome(case.name, case.error(results), case.bound, seconds)
-    except Exception:  # noqa: BLE001 - whatever a GPU's compiler or driver raises belongs into the report
-        return Outcome(case.name, float("nan"), case.bound, time.perf_counter() - began, traceback.format_exc())
+    except Exception as error:  # noqa: BLE001 - whatever a GPU's compiler or driver raises belongs into the report
+        return Outcome(case.name, float("nan"), case.bound, time.perf_counter() - began, error)
 
 
 class PoisonedLauncher(MlxLauncher):

@@ -1,6 +1,6 @@
 """How fast the main kernels are on this machine's GPU: for `pomarium selftest`, which has no other kernels beside it.
 
-    Sizes --workloads--> Workload (what is launched, the bytes it has to move) --measure--> Timing --text--> a table
+    Sizes --makers--> Workload (what is launched, the bytes it has to move) --time_one--> Timing
 
 A rate is of the bytes that no way of computing could leave unread or unwritten, so it can be held against the rate of a
 plain copy, which stands first. Comparisons with MLX's and PyTorch's own attention are benchmarks/kernels_gpu.py's.
@@ -76,30 +76,32 @@ class Timing:
         return self.nbytes / self.milliseconds / 1e6
 
 
+def makers(launcher: Launcher, gpu: Gpu, sizes: Sizes) -> tuple[tuple[str, Callable[[], Workload]], ...]:
+    """A name for each workload, and what makes it: one after another, for each holds its arrays."""
+    return (
+        ("copy", lambda: _copy(sizes)),
+        ("reshape_and_cache", lambda: _store(launcher, sizes)),
+        ("paged_attention_decode, many", lambda: _decode(launcher, gpu, sizes, sizes.sequences)),
+        ("paged_attention_decode, one", lambda: _decode(launcher, gpu, sizes, 1)),
+        ("paged_attention_prefill", lambda: _prefill(launcher, gpu, sizes)),
+        ("mla_decode", lambda: _latent(launcher, gpu, sizes)),
+        ("gdn_recurrent_decode", lambda: _gated_delta(launcher, sizes)),
+    )
+
+
 def workloads(launcher: Launcher, gpu: Gpu, sizes: Sizes) -> Iterator[Workload]:
     """One after another, for each holds its arrays."""
+    return (make() for _, make in makers(launcher, gpu, sizes))
+
+
+def time_one(workload: Workload, rounds: int = ROUNDS) -> Timing:
+    """Time one."""
+    return Timing(workload.name, _median_ms(workload.run, rounds), workload.nbytes)
+
+
+def _copy(sizes: Sizes) -> Workload:
     source = _random(sizes.copied)
-    yield Workload("copy", lambda: [source + 1], 2 * source.nbytes)
-    yield _store(launcher, sizes)
-    yield _decode(launcher, gpu, sizes, sizes.sequences)
-    yield _decode(launcher, gpu, sizes, 1)
-    yield _prefill(launcher, gpu, sizes)
-    yield _latent(launcher, gpu, sizes)
-    yield _gated_delta(launcher, sizes)
-
-
-def measure(launcher: Launcher, gpu: Gpu, sizes: Sizes | None = None, rounds: int = ROUNDS) -> list[Timing]:
-    """Time all workloads."""
-    return [
-        Timing(each.name, _median_ms(each.run, rounds), each.nbytes)
-        for each in workloads(launcher, gpu, sizes or Sizes())
-    ]
-
-
-def text(timings: Sequence[Timing]) -> str:
-    """A Markdown table."""
-    lines = ["| kernel, bfloat16 | ms | GB/s |", "|---|---:|---:|"]
-    return "\n".join([*lines, *(f"| {each.name} | {each.milliseconds:.3f} | {each.rate:.0f} |" for each in timings)])
+    return Workload("copy", lambda: [source + 1], 2 * source.nbytes)
 
 
 def _store(launcher: Launcher, sizes: Sizes) -> Workload:

@@ -130,6 +130,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
+def gpu_facts() -> dict[str, str]:
+    """What MLX tells of this machine's GPU, name by name."""
+    return {str(name): str(value) for name, value in mx.device_info(mx.Device(mx.gpu, 0)).items()}
+
+
 def use(settings: Settings) -> Device:
     """Makes the device of `settings` MLX's default, in this process. Raises as `detect` does.
 

@@ -3,17 +3,15 @@
     embedded checkpoint --load--> one module --reference (mlx-lm's forward, its cache)--+
                                              --ModelRunner (rows, paged pool, sampler)--+--> Report
 
-Written for the first owner of a Mac: a short text to paste into an issue. Nothing but the worker is involved, unless
-the caller brings another way to generate, such as an engine over several Macs.
+Rows of `pomarium selftest`. Nothing but the worker is involved, unless the caller brings another way to generate, such
+as vLLM's engine, here or over several Macs.
 """
 
 import os
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 
 import mlx.core as mx
 import numpy as np
@@ -32,6 +30,7 @@ from pomarium.worker.models.load import load
 from pomarium.worker.models.paged import PagedModel, prepare
 from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.sampler import Sampler
+from pomarium.worker.selftest_rows import Row, Verdict, fact
 from pomarium.worker.settings import DeviceKind
 from pomarium.worker.settings import load as load_settings
 from pomarium.worker.step import CachedRequest, NewRequest, Step
@@ -63,7 +62,6 @@ class Report:
     """
 
     device: str
-    machine: str
     dtype: str
     bound: float
     tokens: int
@@ -77,18 +75,17 @@ class Report:
         """True if every prompt agrees, near ties aside."""
         return not self.failures
 
-    def text(self) -> str:
-        """A few lines to paste."""
-        lines = [
-            f"pomarium selftest: {'passed' if self.passed else 'FAILED'}",
-            f"  machine   {self.machine}",
-            f"  device    {self.device}, MLX {version('mlx')}, {self.dtype}",
-            f"  tokens    {self.equal} of {self.tokens} equal to mlx-lm's, bound {self.bound:.0e}, "
-            f"{self.seconds:.1f} s",
-        ]
-        lines += [f"  near tie  {tie}" for tie in self.near_ties]
-        lines += [f"  FAILED    {failure}" for failure in self.failures]
-        return "\n".join(lines)
+    def rows(self, name: str = "model") -> Iterator[Row]:
+        """The counts, then each prompt that parts from mlx-lm's text."""
+        text = (
+            f"{self.equal} of {self.tokens} tokens equal to mlx-lm's, on the {self.device} in {self.dtype}, bound "
+            f"{self.bound:.0e}, {self.seconds:.1f} s"
+        )
+        yield Row(name, Verdict.OK if self.passed else Verdict.WRONG, text)
+        for tie in self.near_ties:
+            yield fact("near tie", tie)
+        for each in self.failures:
+            yield Row("prompt", Verdict.WRONG, each)
 
 
 def generate(
@@ -148,7 +145,6 @@ def run(compared: Generate | None = None) -> Report:
             (ties if mismatch.lead <= bound else failures).append(f"{prompt!r}: {mismatch}")
     return Report(
         device=f"{device.kind} ({device.name})",
-        machine=f"{platform.platform()}, Python {platform.python_version()}",
         dtype=str(dtype).removeprefix("mlx.core."),
         bound=bound,
         tokens=NEW_TOKENS * len(prompts),

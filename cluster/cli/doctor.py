@@ -7,9 +7,11 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
+from pomarium.cluster.cli import doctor_mac
+from pomarium.cluster.cli.finding import Finding
 from pomarium.cluster.cli.machine import PINS, PORT, Facts, gather
+from pomarium.worker.settings import VARIABLES
 
 GIB = 2**30
 MIN_PYTHON = (3, 11)
@@ -17,18 +19,10 @@ MIN_MEMORY = 4 * GIB
 MIN_DISK = 5 * GIB
 MAX_MACOS_OBJECT_STORE = 2 * GIB
 
+FOREIGN = ("VLLM_", "MLX_")
+
 FASTAPI_LIMIT = (0, 137)
 """FastAPI from this version on breaks vLLM's request parsing."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report. `cure` None means that all is well; `fatal` False is advice."""
-
-    subject: str
-    state: str
-    cure: str | None = None
-    fatal: bool = True
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -36,8 +30,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "doctor",
         help="check this machine and name the cure for each fault",
-        description="Checks versions, memory, disk, folders, port, device, BLAS, embedded model, settings, Ray; exits "
-        "1 if one of them would keep Pomarium from serving.",
+        description="Checks versions, memory, disk, folders, port, device, BLAS, embedded model, settings, foreign "
+        "variables, other Pomariums, Ray, and on a Mac the version of macOS, Rosetta, the local network, the firewall "
+        "and power settings; exits 1 if one of them would keep Pomarium from serving.",
     )
     parser.set_defaults(run=run)
 
@@ -52,7 +47,8 @@ def run(_: argparse.Namespace) -> int:
 def diagnose(facts: Facts) -> list[Finding]:
     """All findings on `facts`, good and bad."""
     checks: Iterable[Callable[[Facts], list[Finding]]] = (
-        _python, _packages, _resources, _folders, _port, _device, _embedded, _settings, _platform, _ray, _macos,
+        _python, _packages, _resources, _folders, _port, _device, _embedded, _settings, _variables, _platform,
+        _neighbours, _ray, _macos,
     )  # fmt: skip
     return [finding for check in checks for finding in check(facts)]
 
@@ -69,7 +65,7 @@ def report(findings: Iterable[Finding]) -> str:
 
 
 def _python(facts: Facts) -> list[Finding]:
-    state = ".".join(map(str, facts.python))
+    state = f"{'.'.join(map(str, facts.python))}, {facts.machine}"
     if facts.python[:2] < MIN_PYTHON:
         return [Finding("Python", state, "Install Python 3.11 or newer and run `make install` again.")]
     return [Finding("Python", state)]
@@ -147,6 +143,32 @@ def _settings(facts: Facts) -> list[Finding]:
     return [Finding("settings", "valid")]
 
 
+def _variables(facts: Facts) -> list[Finding]:
+    """Those of vLLM and MLX that are none of ours: names only, for values may be secret."""
+    ours = {variable.name for variable in VARIABLES}
+    foreign = sorted(name for name in facts.environ if name.startswith(FOREIGN) and name not in ours)
+    if not foreign:
+        return []
+    cure = "They change what vLLM or MLX do: unset those that you did not mean."
+    return [Finding("variables", ", ".join(foreign), cure, fatal=False)]
+
+
+def _neighbours(facts: Facts) -> list[Finding]:
+    findings = []
+    others = facts.neighbours
+    if len(others.commands) > 1:
+        cure = f"A shell runs {others.commands[0]}: remove the others, or name the one that you mean by its path."
+        findings.append(Finding("commands named pomarium", ", ".join(others.commands), cure, fatal=False))
+    if len(others.packages) > 1:
+        cure = "Python imports the first on its path: uninstall the others, and unset PYTHONPATH."
+        findings.append(Finding("installed twice", ", ".join(others.packages), cure, fatal=False))
+    if others.serving:
+        pids = ", ".join(map(str, others.serving))
+        cure = "It holds memory and its port: stop it before you serve another model, or serve both from it."
+        findings.append(Finding("another pomarium runs", f"process {pids}", cure, fatal=False))
+    return findings
+
+
 def _platform(facts: Facts) -> list[Finding]:
     return [Finding("vLLM's platform", "not Pomarium's", sentence) for sentence in facts.diversions]
 
@@ -173,12 +195,12 @@ def _ray(facts: Facts) -> list[Finding]:
 def _macos(facts: Facts) -> list[Finding]:
     if facts.system != "Darwin":
         return []
-    findings = []
+    joins = "RAY_ADDRESS" in facts.environ
+    findings = [] if facts.mac is None else doctor_mac.diagnose(facts.mac, joins)
     if facts.machine != "arm64":
         findings.append(
             Finding("machine", facts.machine, "Use a Mac with Apple silicon, and a Python built for arm64.")
         )
-    joins = "RAY_ADDRESS" in facts.environ
     if joins and facts.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") != "1":
         cure = "Set it to 1 in every process: without it Ray on macOS joins no other machine."
         findings.append(Finding("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "not 1", cure))

@@ -5,7 +5,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +13,9 @@ from typing import TypeVar
 import psutil
 
 from pomarium.cluster import platform_choice
+from pomarium.cluster.cli import mac_facts, neighbours
+from pomarium.cluster.cli.mac_facts import MacFacts
+from pomarium.cluster.cli.neighbours import Neighbours
 from pomarium.cluster.ray_address import answers
 from pomarium.cluster.state import fault_of, state_folder
 from pomarium.worker.errors import PomariumError
@@ -45,6 +48,7 @@ class Facts:
         folders: where Pomarium writes, and why it cannot, or None: "state" and "cache".
         ray_reachable: whether RAY_ADDRESS answers; None without that variable.
         blas: library behind MLX's products on the CPU; None where the system's is used.
+        neighbours: other Pomariums here. mac: what macOS says; None elsewhere.
         diversions: why vLLM would not take our platform (platform_choice), in sentences.
     """
 
@@ -69,6 +73,8 @@ class Facts:
     ray_reachable: bool | None
     environ: Mapping[str, str]
     diversions: tuple[str, ...] = ()
+    neighbours: Neighbours = field(default_factory=Neighbours)
+    mac: MacFacts | None = None
 
 
 def gather(environ: Mapping[str, str]) -> Facts:
@@ -106,6 +112,8 @@ def gather(environ: Mapping[str, str]) -> Facts:
         folders={"state": _folder(lambda: state_folder(environ)), "cache": _folder(cache_folder)},
         ray_reachable=answers(address) if address else None,
         environ=dict(environ),
+        neighbours=neighbours.gather(environ),
+        mac=mac_facts.gather() if platform.system() == "Darwin" else None,
         diversions=tuple(platform_choice.diverted(environ, platform_choice.installed())),
     )
 

@@ -11,6 +11,7 @@ import ray
 
 from pomarium.cluster.executor.ask import SHARE_MACS
 from pomarium.cluster.executor.member import Member
+from pomarium.cluster.selftest.tokens import greedy
 from pomarium.worker.models.embedded import path
 from pomarium.worker.models.paged import PagedModel
 
@@ -42,11 +43,7 @@ class StagedEngine:
 
     def generate(self, model: PagedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         """See worker.selftest.Generate; `model` is the reference's and not used."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-        outputs = self._llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        return greedy(self._llm, prompts, new_tokens)
 
     def close(self) -> None:
         """End the workers, and the connection to Ray, which prints their logs."""

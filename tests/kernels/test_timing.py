@@ -1,21 +1,24 @@
 """The kernels' part of `pomarium selftest`, checks and times, with the emulator in the place of a GPU."""
 
-from functools import partial
+from collections.abc import Iterable
 from itertools import islice
 
 import pytest
 from emulator.launcher import EmulatedLauncher
 
-from pomarium.kernels import check, timing
+from pomarium.kernels import check, compile_check, timing
 from pomarium.kernels.gpu_family import Family, Gpu
-from pomarium.kernels.timing import Sizes, Timing
+from pomarium.kernels.launch import FOLDER
+from pomarium.kernels.timing import Sizes
 from pomarium.worker import selftest_kernels
+from pomarium.worker.selftest_rows import Event, Row, Verdict
 
 SMALL = Sizes(4, 2, 64, 2, 32, 16, 8, 2, 2, 16, 1 << 10)
 
 
 def test_every_workload_runs_and_has_a_rate() -> None:
-    measured = timing.measure(EmulatedLauncher(), Gpu(Family.APPLE, 1), SMALL, rounds=1)
+    workloads = timing.workloads(EmulatedLauncher(), Gpu(Family.APPLE, 1), SMALL)
+    measured = [timing.time_one(each, rounds=1) for each in workloads]
     assert [each.name.partition(",")[0] for each in measured] == [
         "copy",
         "reshape_and_cache",
@@ -35,39 +38,55 @@ def test_bytes_are_those_that_have_to_move() -> None:
     assert by_name["gdn_recurrent_decode, 2 states"] == 2 * 2 * 16 * 16 * 4 * 2
 
 
-def test_the_table() -> None:
-    assert timing.text([Timing("copy", 2.0, 10**9)]).splitlines()[-1] == "| copy | 2.000 | 500 |"
-
-
-ALL_CASES, MEASURE = check.all_cases, timing.measure
+ALL_CASES = check.all_cases
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest_kernels, "launcher_of", lambda device: EmulatedLauncher())
-    monkeypatch.setattr(check, "PoisonedLauncher", EmulatedLauncher)
-    monkeypatch.setattr(check, "all_cases", lambda seed: islice(ALL_CASES(seed), 3))
-    monkeypatch.setattr(timing, "measure", partial(MEASURE, sizes=SMALL, rounds=1))
+    emulator = EmulatedLauncher()
+    monkeypatch.setattr(selftest_kernels, "gpu_launchers", lambda: selftest_kernels.Launchers(emulator, emulator))
+    monkeypatch.setattr(check, "all_cases", lambda seed=0: islice(ALL_CASES(seed), 3))
+
+
+def rows(events: Iterable[Event]) -> list[Row]:
+    return [event for event in events if isinstance(event, Row)]
 
 
 @pytest.mark.usefixtures("gpu")
-def test_the_report_has_every_case_and_the_times() -> None:
-    report = selftest_kernels.run()
-    assert report is not None
-    assert report.passed
-    text = report.text()
-    assert "3 of 3 cases are right." in text
-    assert "| mla_decode, 2 x 32 latents |" in text
+def test_every_kernel_case_and_time_is_a_row() -> None:
+    compiled = rows(selftest_kernels.compiled([]))
+    assert [(row.name, row.verdict, row.text[:11]) for row in compiled] == [
+        ("reshape_and_cache", Verdict.OK, "3 variants,"),
+        ("copy_blocks", Verdict.OK, "3 variants,"),
+    ]
+    checked = rows(selftest_kernels.checked([], []))
+    assert [row.verdict for row in checked] == [Verdict.OK] * 3
+    timed = rows(selftest_kernels.timed([], SMALL, 1))
+    assert len(timed) == 7
+    assert all("GB/s" in row.text and not row.failed for row in timed)
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_wrong_kernel_fails_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_done_or_broken_is_not_run_again() -> None:
+    assert [row.name for row in rows(selftest_kernels.compiled(["reshape_and_cache"]))] == ["copy_blocks"]
+    first, *others = rows(selftest_kernels.checked([], ["copy_blocks"]))
+    assert (first.verdict, first.text) == (Verdict.NOT_RUN, "copy_blocks does not compile")
+    assert [row.name for row in rows(selftest_kernels.checked([first.name], []))] == [row.name for row in others]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_wrong_result_fails_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check.Case, "error", lambda case, results: 1.0)
-    report = selftest_kernels.run()
-    assert report is not None
-    assert not report.passed
-    assert "WRONG" in report.text()
+    assert {row.verdict for row in rows(selftest_kernels.checked([], []))} == {Verdict.WRONG}
+
+
+def test_each_kernel_is_compiled_by_itself() -> None:
+    """All kernels are among the launches of all cases."""
+    names = {path.stem for path in (FOLDER / "metal").glob("*.metal")}
+    assert set(compile_check.collect(ALL_CASES())) == names
 
 
 def test_without_a_gpu_there_is_nothing_to_run() -> None:
-    assert selftest_kernels.run() is None
+    assert [row.verdict for row in rows(selftest_kernels.compiled([]))] == [Verdict.NOT_RUN]
+    assert rows(selftest_kernels.checked([], [])) == []
+    assert rows(selftest_kernels.timed([])) == []

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from pomarium.cluster.cli import doctor
+from pomarium.cluster.cli.mac_facts import Firewall, MacFacts
 from pomarium.cluster.cli.machine import PINS, Facts, gather
+from pomarium.cluster.cli.neighbours import Neighbours
 
 WELL = Facts(
     python=(3, 11, 7),
@@ -35,6 +37,7 @@ WELL = Facts(
 RACK = {"RAY_ADDRESS": "10.0.0.1:6379", "RAY_AUTH_MODE": "disabled"}
 MAC = replace(
     WELL,
+    mac=MacFacts((15, 6, 1), False, {"sleep": 0, "womp": 1, "lowpowermode": 0}, Firewall.OFF, "192.168.7.1", False),
     system="Darwin",
     machine="arm64",
     ray_reachable=True,
@@ -69,6 +72,10 @@ def test_a_sound_machine_has_no_fault(facts: Facts) -> None:
         (WELL, {"blas": None, "blas_fault": "Install it."}, "BLAS", False),
         (WELL, {"settings_fault": "X is wrong."}, "settings", True),
         (WELL, {"diversions": ("X makes vLLM ignore us: unset it.",)}, "vLLM's platform", True),
+        (WELL, {"neighbours": Neighbours(commands=("/a/pomarium", "/b/pomarium"))}, "commands named pomarium", False),
+        (WELL, {"neighbours": Neighbours(packages=("/a", "/b"))}, "installed twice", False),
+        (WELL, {"neighbours": Neighbours(serving=(12,))}, "another pomarium runs", False),
+        (WELL, {"environ": {"VLLM_USE_V1": "1", "MLX_X": "2", "VLLM_METAL_DEBUG": "1"}}, "variables", False),
         (WELL, {"embedded_fault": "Reinstall."}, "embedded model", True),
         (WELL, {"temp_folder": "/a/very/long/temporary/folder"}, "RAY_TMPDIR", True),
         (WELL, {"environ": RACK, "ray_reachable": False}, "Ray", True),
@@ -81,6 +88,11 @@ def test_a_sound_machine_has_no_fault(facts: Facts) -> None:
 )
 def test_each_fault_is_named(base: Facts, change: dict[str, Any], subject: str, fatal: bool) -> None:
     assert faults(replace(base, **change)) == {subject: fatal}
+
+
+def test_foreign_variables_are_named_without_their_values() -> None:
+    findings = doctor.diagnose(replace(WELL, environ={"VLLM_API_KEY": "secret", "VLLM_METAL_DEBUG": "1"}))
+    assert "note  variables: VLLM_API_KEY" in doctor.report(findings).splitlines()
 
 
 def test_the_report_shows_the_cure_below_its_fault() -> None:
