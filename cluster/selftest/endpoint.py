@@ -20,7 +20,7 @@ from pomarium.cluster.rack import ports
 from pomarium.worker.models.embedded import NAME
 from pomarium.worker.selftest_rows import Begin, Event, Row, Verdict
 
-CONTEXT = 1024
+CONTEXT, SEQUENCES = 1024, 8
 ANSWER_S = 60.0
 STOP_S = 45.0
 TAIL_LINES = 8
@@ -54,7 +54,7 @@ class _Server:
         environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self._began = time.monotonic()
         self._process = subprocess.Popen(
-            [*command, "--max-model-len", str(CONTEXT)],
+            [*command, "--max-model-len", str(CONTEXT), "--max-num-seqs", str(SEQUENCES)],
             env=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -15,7 +15,8 @@ from pomarium.worker.models.embedded import path
 from pomarium.worker.models.paged import PagedModel
 from pomarium.worker.selftest_rows import Begin, Event, fact
 
-CONTEXT = 256
+CONTEXT, SEQUENCES = 256, 8
+"""Small, so that no more memory is asked for than they can use."""
 
 
 class InProcessEngine:
@@ -29,7 +30,7 @@ class InProcessEngine:
         import_vllm()
         from vllm import LLM
 
-        self._llm = LLM(str(path()), max_model_len=CONTEXT, disable_log_stats=True)
+        self._llm = LLM(str(path()), max_model_len=CONTEXT, max_num_seqs=SEQUENCES, disable_log_stats=True)
         return greedy(self._llm, prompts, new_tokens)
 
 
