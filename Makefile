@@ -6,14 +6,17 @@ ARGS ?=
 # Set-up leaves compiling to the first import of a module: a Python that keeps nothing would compile at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install install-dev serve test test-full test-fast lint lint-style lint-types lint-layers format proto engine-options bench bench-batch bench-autoscale rack-simulation mutants clean
+.PHONY: help install vllm-cpu-backend install-dev serve test test-full test-fast lint lint-style lint-types lint-layers format proto engine-options bench bench-batch bench-autoscale rack-simulation mutants check-macos-wheels clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 	@echo "  PYTHON=/path/to/python3 chooses the interpreter; ARGS=... is passed on by serve, test, test-fast, bench and mutants"
 
 install: ## set up .venv, so that .venv/bin/pomarium works
 	@deploy/setup.sh
+
+vllm-cpu-backend: ## vLLM with its own CPU kernels, which VLLM_METAL_USE_MLX=0 takes; a Mac builds them, for many minutes
+	@POMARIUM_VLLM=cpu deploy/setup.sh
 
 install-dev: ## the same, and the linters, type checker and test tools
 	@deploy/setup.sh --dev
@@ -73,6 +76,9 @@ bench-autoscale: install-dev ## from a request to a rack asleep to its first tok
 
 rack-simulation: install-dev ## a day of 8, 64 and 512 Macs that sleep, by policy (docs/benchmarks.md)
 	@$(BIN)/python benchmarks/rack_simulation.py $(ARGS)
+
+check-macos-wheels: install-dev ## ask the index whether each pin has a macOS wheel, for Python 3.11 to 3.14 (PYTHONS="3.13")
+	@deploy/check_macos_wheels.sh $(PYTHONS)
 
 clean: ## remove .venv, caches and build output
 	rm -rf .venv build dist pomarium.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -21,6 +21,7 @@ from pomarium.cluster.admission import Backend, EngineFacts, admit, choose_backe
 from pomarium.cluster.executor.environment import RESOURCE, VISIBLE_DEVICES
 from pomarium.cluster.intake import defaults as intake_defaults
 from pomarium.cluster.intake import guard
+from pomarium.cluster.provision.kernels import require_cpu_backend
 from pomarium.worker import settings as worker_settings
 from pomarium.worker.device import Device, detect
 from pomarium.worker.errors import UnsupportedError
@@ -78,6 +79,8 @@ class PomariumPlatform(Platform):
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Raises SettingsError or UnsupportedError, or completes `vllm_config`. May run more than once on it."""
         settings = worker_settings.load(os.environ)
+        if not settings.use_mlx:  # plugin.register stands down then, unless there is no other backend
+            require_cpu_backend()
         device = detect(settings)
         if vllm_config.model_config is None:  # vLLM builds such configs for its own defaults; nothing runs on them
             return

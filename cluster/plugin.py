@@ -7,11 +7,14 @@ vLLM loads those in every process, whichever platform it has taken, and lets thr
 
 
 def register() -> str | None:
-    """Qualified name of our platform for vLLM, or None when VLLM_METAL_USE_MLX=0 makes it stand down."""
+    """Qualified name of our platform for vLLM, or None when VLLM_METAL_USE_MLX=0 makes it stand down.
+
+    Where vLLM has no backend of its own to serve with then, our platform stays, and refuses."""
+    from pomarium.cluster.provision.kernels import has_cpu_backend
     from pomarium.worker.settings import normalise, wants_mlx
 
     normalise()
-    if wants_mlx():
+    if wants_mlx() or not has_cpu_backend():
         return "pomarium.cluster.platform.PomariumPlatform"
     # vLLM's own executor then drives its own worker processes: nothing else of ours runs in them.
     from pomarium.cluster.faults import record_backend_faults

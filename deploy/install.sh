@@ -30,6 +30,8 @@ say() { printf '%s\n' "$*"; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 readonly here
+# shellcheck disable=SC1091
+. "$here/deploy/prerequisites.sh"
 readonly daemons="${DESTDIR:-}/Library/LaunchDaemons" agents="$HOME/Library/LaunchAgents"
 readonly logs="$HOME/Library/Logs/Pomarium"
 readonly key_file="${XDG_CONFIG_HOME:-$HOME/.config}/pomarium/rack.key"
@@ -100,12 +102,11 @@ absolute() { # PATH, of which the folder exists
 check_machine() {
     [ "$(uname -s)" = Darwin ] ||
         fail "this is $(uname -s), and launchd is macOS's: use \`pomarium rack up\` and \`join\` here."
-    [ "$(uname -m)" = arm64 ] || fail "this is no Apple silicon, or a terminal under Rosetta: use a native one."
-    local version
-    version=$(sw_vers -productVersion)
-    [ "${version%%.*}" -ge 15 ] || fail "macOS $version is too old: update this Mac to macOS 15 or newer."
-    case "${network:+$version}" in
-        15 | 15.[0-4] | 15.[0-4].*) fail "--local-network needs macOS 15.5, and this is $version: update this Mac." ;;
+    check_macos
+    case "${network:+$(sw_vers -productVersion)}" in
+        15 | 15.[0-4] | 15.[0-4].*)
+            fail "--local-network needs macOS 15.5, and this is $(sw_vers -productVersion): update this Mac."
+            ;;
     esac
     [ "$(id -u)" -ne 0 ] ||
         fail "run it as the user that Pomarium is to run as, without sudo: it asks for root where it needs it."
@@ -117,18 +118,6 @@ check_place() { # WHAT PATH
             fail "$1 is in $2, which macOS keeps from jobs: move it elsewhere in your home folder."
             ;;
     esac
-}
-
-find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13 python3.14}; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' >/dev/null 2>&1; then
-            python=$candidate
-            return
-        fi
-    done
-    fail "no Python 3.11 to 3.14 was found: \`brew install python@3.13\`, or take python.org's installer; or name one" \
-        "with PYTHON=/path/to/python3."
 }
 
 run() { # COMMAND ...
@@ -387,7 +376,7 @@ main() {
         say "Kept: Pomarium itself, the rack's key ($key_file), batches and logs (~/.local/state/pomarium, $logs)."
         return
     fi
-    find_python
+    python=$(find_python)
     choose_prefix
     store_key
     copy

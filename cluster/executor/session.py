@@ -14,6 +14,7 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 
 from pomarium.cluster import ray_address
 from pomarium.cluster.executor.environment import RESOURCE
+from pomarium.cluster.rack.membership import SAME_PYTHON
 
 logger = logging.getLogger("vllm.pomarium.executor")  # see `launch`
 
@@ -31,6 +32,7 @@ def ensure_connected(num_workers: int = 1) -> None:
         return
     if address := os.environ.get("RAY_ADDRESS"):
         ray_address.require(address)
+        os.environ.update(SAME_PYTHON)
         ray.init(address=address, logging_level="WARNING")
         return
     start_embedded(num_workers)

@@ -1,9 +1,14 @@
 """What belonging to a rack means for a process: where Ray's head is, the token, TLS, as facts and as variables."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pomarium.worker.handoff.credentials import PLAINTEXT_VARIABLE, TLS_VARIABLE
+
+SAME_PYTHON: Mapping[str, str] = {"RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor"}
+"""Ray refuses a node or driver whose Python is not the head's to the patch (ray/_private/utils.py,
+check_version_info), which no two Macs' package managers promise. Pickles and bytecode change with the minor version."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Membership:
             "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DEDUP_LOGS": "0",
+            **SAME_PYTHON,
         }
         if self.tls is not None:
             found[TLS_VARIABLE] = str(self.tls)

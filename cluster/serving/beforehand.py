@@ -4,6 +4,7 @@ as is asked for. The whole check (check.py) takes seconds more, and runs while R
 
 from collections.abc import Mapping, Sequence
 
+from pomarium.cluster.provision.kernels import require_cpu_backend
 from pomarium.cluster.serving import context_length
 from pomarium.cluster.serving.plan import ModelPlan
 from pomarium.worker import settings
@@ -19,8 +20,11 @@ def check(models: Sequence[ModelPlan], environ: Mapping[str, str]) -> None:
     Raises:
         CheckpointError: there is certainly no such model, or it cannot be fetched now.
         SettingsError: --max-model-len is more than a model can take.
+        UnsupportedError: vLLM's own backend is asked for, and not there.
     """
     values = settings.load(environ)
+    if not values.use_mlx:
+        require_cpu_backend()
     for model in models:
         config = look_up.look_up(model.source, use_modelscope=values.use_modelscope)
         tokens = model.engine_args.get("max_model_len")

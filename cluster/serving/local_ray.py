@@ -19,6 +19,7 @@ from pomarium.cluster.rack import kin, node, starting
 from pomarium.cluster.rack.direct import straight
 from pomarium.cluster.rack.kin import Kin
 from pomarium.cluster.rack.mac_power import Power
+from pomarium.cluster.rack.membership import SAME_PYTHON
 from pomarium.cluster.serving import door
 from pomarium.cluster.serving.plan import RESOURCE, ServePlan
 from pomarium.worker.errors import PomariumError, SettingsError
@@ -161,6 +162,7 @@ def join(address: str, plan: ServePlan) -> None:
     from ray.exceptions import RayError, RpcError
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.update(SAME_PYTHON)
     try:
         ray.init(address=address, logging_level="WARNING")
     except (OSError, RuntimeError, ValueError, RayError, RpcError) as e:

