@@ -61,6 +61,11 @@ OTHER = "run, word for word or with shorter times, by "
 
 RUN = "run"
 PLAN = {
+    r"xcode-select --install": MAC,
+    r"brew install python@3\.13": MAC,
+    r"git clone URL pomarium && cd pomarium": "takes a network",
+    r"make install": OTHER + "tests/e2e/test_pure_vllm_serves.py, as a Mac does it",
+    r"\.venv/bin/pomarium serve mlx-community/Qwen3-4B-4bit": "takes a network; tests/unit/test_resolve.py has a Hub",
     r"make serve": OTHER + "tests/unit/test_setup.py and tests/e2e/test_serve.py, in two",
     r"make test": "is what runs this",
     r"curl http://127\.0\.0\.1:8000/v1/chat/completions .*": RUN,

@@ -30,6 +30,7 @@ class Server:
     arguments: list[str] = field(default_factory=list)
     process: "subprocess.Popen[bytes] | None" = None
     port: int = 0
+    python: str = sys.executable
 
     @property
     def url(self) -> str:
@@ -59,7 +60,7 @@ class Server:
         environ.pop("RAY_ADDRESS", None)
         with (self.folder / "output").open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pomarium.cluster.cli.main", "serve", *arguments],
+                [self.python, "-m", "pomarium.cluster.cli.main", "serve", *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environ,

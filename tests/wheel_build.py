@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ("cluster", "worker", "kernels", "proto")
+FOLDERS = ("cluster", "worker", "kernels", "proto", "requirements")
+"""What is installed as a package."""
 
 
 def build_wheel(scratch: Path) -> Path:
@@ -16,8 +17,8 @@ def build_wheel(scratch: Path) -> Path:
         source.mkdir()
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, source)
-        for layer in LAYERS:
-            shutil.copytree(ROOT / layer, source / layer, ignore=shutil.ignore_patterns("__pycache__"))
+        for folder in FOLDERS:
+            shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
         out.mkdir()
         command = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
         subprocess.run([sys.executable, "-c", command, out], cwd=source, check=True, timeout=120, capture_output=True)

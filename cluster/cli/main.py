@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from pomarium.cluster import descriptors
+from pomarium.cluster.provision import packages
 from pomarium.cluster.serving import engine_options
 from pomarium.worker.errors import PomariumError
 
-COMMANDS = ("serve", "batch", "plan", "rack", "env", "doctor", "selftest")
+COMMANDS = ("serve", "batch", "plan", "rack", "env", "doctor", "selftest", "setup")
 
 EXIT_FAULT = 1
 EXIT_INTERRUPTED = 130
@@ -53,6 +54,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.set_defaults(passes_through=False, extra=[])
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     wanted = [c for c in COMMANDS if c in arguments[:1]] or COMMANDS
+    if wanted != ["setup"] and (missing := packages.missing()):
+        raise packages.SetupError(f"{missing[0]} is not installed here: `pomarium setup` installs what pomarium needs.")
     for command in wanted:
         importlib.import_module(f"pomarium.cluster.cli.{command}").add_parser(subparsers)
     args, extra = parser.parse_known_args(list(arguments))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from wheel_build import LAYERS, build_wheel
+from wheel_build import FOLDERS, build_wheel
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "requirements"
@@ -50,8 +50,8 @@ def pins(name: str, system: str = sys.platform) -> dict[str, str]:
 def package_files() -> set[str]:
     """Our files as the wheel should name them."""
     found = set()
-    for layer in LAYERS:
-        for path in (ROOT / layer).rglob("*"):
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md":
                 found.add("pomarium/" + path.relative_to(ROOT).as_posix())
     return found
