@@ -49,7 +49,7 @@ def set_up(scratch: Path, bare: bool) -> Checkout:
         _link_packages(folder)
     environ = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "LANG"))}
     environ |= {"PATH": os.environ["PATH"], "HOME": str(home), "POMARIUM_VLLM": "pure"}
-    environ.setdefault("PIP_CACHE_DIR", _pip_cache())
+    environ.setdefault("PIP_CACHE_DIR", pip_cache())
     done = subprocess.run(
         ["make", "install"], cwd=folder, env=environ, capture_output=True, text=True, timeout=1500, check=False
     )
@@ -66,7 +66,7 @@ def _link_packages(folder: Path) -> None:
             (site / path.name).symlink_to(path)
 
 
-def _pip_cache() -> str:
+def pip_cache() -> str:
     """Where pip keeps downloads, for the empty home not to download again what is at hand."""
     command = [sys.executable, "-m", "pip", "cache", "dir"]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
