@@ -31,6 +31,14 @@ ADDRESSES = ("10.0.5.1", "10.0.5.2", "10.0.5.3")
 KEY = re.compile(r"--key (\S+)")
 
 
+def shown(terminal: int) -> bytes:
+    """What a program has written to its terminal since the last look."""
+    try:
+        return os.read(terminal, 4096)
+    except BlockingIOError:
+        return b""
+
+
 @dataclass
 class Mac:
     """A machine, and who sits at it. folder: a clone. mapped: what the page leaves to its reader."""
@@ -64,6 +72,7 @@ class Mac:
     def run(self, line: Line, answer: str | None = None) -> str:
         """What the line prints at a terminal; `answer` is typed there. Fails unless it ends well."""
         here, there = pty.openpty()
+        os.set_blocking(here, False)
         output = self.state / "output"
         try:
             with output.open("wb") as file:
@@ -73,7 +82,7 @@ class Mac:
                 )  # fmt: skip
             if answer is not None:
                 # Only then: the prompt throws away what was typed before it.
-                until(lambda: process.poll() is not None or b"Key of" in output.read_bytes(), DONE_S, output.read_text)
+                until(lambda: process.poll() is not None or b"Key of" in shown(here), DONE_S, output.read_text)
                 os.write(here, f"{answer}\n".encode())
             assert process.wait(DONE_S) == 0, output.read_text()
         finally:
