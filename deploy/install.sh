@@ -129,11 +129,15 @@ run() { # COMMAND ...
     fi
 }
 
-as_root() { # COMMAND ...
+tell_of_root() {
     if [ -z "$told_of_root" ]; then
         told_of_root=1
-        say "Root is needed now, to put jobs where launchd starts them without a login; sudo may ask for your password."
+        say "Root is needed now, for what this Mac keeps for all of its users; sudo may ask for your password."
     fi
+}
+
+as_root() { # COMMAND ...
+    tell_of_root
     run sudo "$@"
 }
 
@@ -343,6 +347,7 @@ take_sleep_right() {
 allow_network() { # Apple, TN3179: addresses of these networks count as local for no program
     local key there
     [ -n "$network" ] || return 0
+    [ -n "$dry" ] || tell_of_root
     for key in AllowedEthernetLocalNetworkAddresses AllowedWiFiLocalNetworkAddresses; do
         there=''
         [ -n "$dry" ] || there=$(sudo defaults read "$privacy" "$key" 2>/dev/null) || there=''

@@ -4,7 +4,7 @@ macOS: sysctl, system_profiler --mac_hardware--> Hardware --+
 elsewhere: /proc/cpuinfo, psutil -----------------> Hardware --+--facts--> MacFacts
 worker.memory: what workers would take as their base ---------+
 rack.yaml, options: Known (comes first) ----------------------+
-chips.py (Apple's chips), or measured here once, in about a second (speed.py), for a chip that is not in the table
+chips.py (Apple's chips), or measured here (speed.py), for a chip that is not in the table
 """
 
 import json
@@ -100,7 +100,8 @@ def gather(known: Known, name: str, environ: Mapping[str, str]) -> MacFacts:
     where = device.detect(values)
     measured = None
     if is_to_be_measured(known, hardware):
-        measured = speed.known(hardware.chip, where.kind is settings.DeviceKind.GPU, environ)
+        on_gpu = where.kind is settings.DeviceKind.GPU
+        measured = speed.of_gpu(hardware.chip, environ) if on_gpu else speed.of_processor()
     return facts(known, name, hardware, _model_memory(known.memory_limit, environ), measured)
 
 

@@ -1,7 +1,8 @@
 """How fast this machine reads memory and multiplies, measured where its workers will compute.
 
-    known(kind): the file of the state folder --> Speed, if chip, device and MLX are those it was measured with
-                 else measure_cpu | measure_gpu (about a second, MLX) --> Speed, written down
+    of_processor: half a second, at each join, for it suffers from whatever else the machine does
+    of_gpu:       the file of the state folder, if chip and MLX are those it was measured with
+                  else measure_gpu, a second or two, once --> the file
 
 Both take the best of several runs: what else the machine does makes runs slower and none quicker.
 """
@@ -32,17 +33,17 @@ class Speed:
     flops: float
 
 
-def known(chip: str, gpu: bool, environ: Mapping[str, str]) -> Speed:
-    """This machine's, measured once. Raises SettingsError: MLX cannot measure, or the file cannot be written."""
+def of_gpu(chip: str, environ: Mapping[str, str]) -> Speed:
+    """Measured once. Raises SettingsError: MLX cannot measure, or the file cannot be written."""
     path = state.state_folder(environ) / FILE
-    measured_with = {"chip": chip, "gpu": gpu, "mlx": version("mlx")}
+    measured_with = {"chip": chip, "mlx": version("mlx")}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["with"] == measured_with:
             return Speed(float(found["bandwidth"]), float(found["flops"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent, or of another version: measured anew
-    speed = measure_gpu(chip) if gpu else measure_cpu()
+    speed = measure_gpu(chip)
     state.made(path.parent)
     try:
         path.write_text(json.dumps({"with": measured_with, **asdict(speed)}), encoding="utf-8")
@@ -51,8 +52,8 @@ def known(chip: str, gpu: bool, environ: Mapping[str, str]) -> Speed:
     return speed
 
 
-def measure_cpu() -> Speed:
-    """This machine's processor: a matrix times a vector, and a product of two matrices."""
+def of_processor() -> Speed:
+    """In 32 bits: a matrix times a vector, and a product of two matrices."""
     import numpy as np
 
     matrix, vector = np.ones((MATRIX, MATRIX), np.float32), np.ones(MATRIX, np.float32)

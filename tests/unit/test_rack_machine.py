@@ -74,7 +74,7 @@ def test_linux_tells_the_processor_s_name() -> None:
     assert machine_facts.cpu_name("processor\t: 0\nCPU part\t: 0xd0c\n") is None
 
 
-@pytest.mark.parametrize("measure", [speed.measure_cpu, lambda: speed.measure_gpu("Apple M9", side=1024, product=256)])
+@pytest.mark.parametrize("measure", [speed.of_processor, lambda: speed.measure_gpu("Apple M9", side=1024, product=256)])
 def test_this_machine_is_measured_within_bounds(measure: Callable[[], Speed]) -> None:
     found = measure()
     assert 1e8 < found.bandwidth < 1e13
