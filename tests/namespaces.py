@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import pytest
 
@@ -34,7 +35,7 @@ def namespace_or_skip(prefix: str) -> Iterator[str]:
         subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def _without(why: str) -> None:
+def _without(why: str) -> NoReturn:
     if os.environ.get("CI") and os.geteuid() == 0:
         pytest.fail(f"network namespaces cannot be made here, and CI's tests run as root: {why}")
     pytest.skip(f"network namespaces cannot be made here: {why}")

@@ -102,9 +102,11 @@ class Ssh:
         faults: list[str] = []
         for way in sleep.MAC_WAYS:
             try:
-                return ssh.run_and_part(self.host, way, LEAVE_S)
+                ssh.run_and_part(self.host, way, LEAVE_S)
             except CommandError as error:
                 faults.append(str(error).rstrip("."))
+            else:
+                return
         raise sleep.refused(faults)
 
 

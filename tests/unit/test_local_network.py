@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from namespaces import namespace_or_skip
@@ -17,6 +18,7 @@ from namespaces import namespace_or_skip
 from pomarium.cluster import ray_address
 from pomarium.cluster.autoscaling.head_view import HeadView
 from pomarium.cluster.rack import this_machine
+from pomarium.cluster.rack.identity import RackKey
 from pomarium.cluster.rack.membership import Membership
 from pomarium.worker import local_network
 
@@ -102,9 +104,7 @@ def unreachable() -> Iterator[str]:
         yield name
 
 
-def test_a_network_without_a_way_is_told_with_its_errno_wherever_it_is_met(unreachable: str, tmp_path: object) -> None:
-    from pomarium.cluster.rack.identity import RackKey
-
+def test_a_network_without_a_way_is_told_with_its_errno_wherever_it_is_met(unreachable: str, tmp_path: Path) -> None:
     environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
     program = PROGRAM.replace("KEY", repr(RackKey.generate().text))
     done = subprocess.run(
@@ -131,7 +131,8 @@ def test_a_mac_that_waits_for_its_head_says_why_once_for_each_reason(monkeypatch
     said: list[str] = []
     this_machine._await_head("10.0.5.1:6379", said.append)
     assert len(said) == 3
-    assert CURE in said[0] == said[2]
+    assert CURE in said[0]
+    assert said[0] == said[2]
     assert said[1] == "waiting for the rack at 10.0.5.1:6379: Connection refused"
 
 
