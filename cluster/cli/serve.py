@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from pomarium.cluster import platform_choice
+from pomarium.cluster import disk, platform_choice
 from pomarium.cluster.cli.interrupts import Interrupts, phases
 from pomarium.cluster.cli.progress import log_file, quiet
 from pomarium.cluster.rack import current, inventory, units
@@ -139,10 +139,12 @@ def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:
     Raises:
         SettingsError: a variable or argument is not accepted, or the port is taken.
         UnsupportedError: vLLM would take another platform than ours.
+        DiskFullError: there is no room for logs or temporary files.
         CheckpointError: a model is named by a path where nothing is.
     """
     settings.load(environ)
     platform_choice.require(environ)
+    disk.require(environ.get("RAY_TMPDIR") or "/tmp", environ)  # torch cannot be imported on a full one
     check_port(args.host, args.port)
     return ServePlan(tuple(models_of(args, environ)), args.host, args.port, api_keys(args, environ))
 

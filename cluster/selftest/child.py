@@ -7,8 +7,10 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from types import FrameType
 
+from pomarium.cluster import disk
 from pomarium.cluster.selftest.process import ENDED
 from pomarium.cluster.selftest.sections import SECTIONS
 from pomarium.worker.errors import PomariumError
@@ -34,8 +36,17 @@ def main(section: str, done: str, given: str) -> None:
         except PomariumError as error:
             tell(to_json(Row(begun, Verdict.FAILED, " ".join(str(error).split()))))
         except Exception as error:  # noqa: BLE001 - the report is to go on, and to tell of it
-            tell(to_json(failure(begun, error)))
+            tell(to_json(_told(failure(begun, error))))
         tell(ENDED)
+
+
+def _told(row: Row) -> Row:
+    """With the sentence on a full disk, which libraries name in many ways and not by its name."""
+    try:
+        sentence = disk.shortage(disk.rooms(os.environ.get("RAY_TMPDIR") or "/tmp"))
+    except PomariumError as error:
+        sentence = str(error)
+    return row if sentence is None else replace(row, detail=(*row.detail, sentence))
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -153,11 +153,9 @@ def test_a_full_disk(tmp_path: Path) -> None:
     whole(done.stdout, *SERVING)
     assert row(done.stdout, "device")[0] == "ok"
     for name in ("model", "engine"):
-        verdict, text = row(done.stdout, name)
-        assert verdict == "FAILED"
-        assert "No space left on device" in text
+        assert row(done.stdout, name)[0] == "FAILED"
     assert row(done.stdout, "pomarium serve")[0] == "FAILED"
-    assert "No space left" in done.stdout.partition(SERVING[-1])[2]
+    assert done.stdout.count("The disk of /tmp") == 3, done.stdout
 
 
 @pytest.fixture
