@@ -23,7 +23,7 @@ def test_two_stages_compute_what_mlx_lm_does(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "selftest: passed" in done.stdout
-    stages = re.search(r"stages +layers 0-(\d+) on \S+; layers (\d+)-29 on", done.stdout)
+    stages = re.search(r"where +layers 0-(\d+) on \S+; layers (\d+)-29 on", done.stdout)
     assert stages is not None, done.stdout
     assert int(stages[2]) == int(stages[1]) + 1
     assert not done.stderr
