@@ -197,7 +197,7 @@ def _macos(facts: Facts) -> list[Finding]:
         return []
     joins = "RAY_ADDRESS" in facts.environ
     findings = [] if facts.mac is None else doctor_mac.diagnose(facts.mac, joins)
-    if facts.machine != "arm64":
+    if facts.machine != "arm64" and not (facts.mac is not None and facts.mac.translated):
         findings.append(
             Finding("machine", facts.machine, "Use a Mac with Apple silicon, and a Python built for arm64.")
         )

@@ -85,7 +85,12 @@ def gather(environ: Mapping[str, str]) -> Facts:
     from pomarium.worker.models.gguf.cache import cache_folder
 
     values, settings_fault = _attempt(lambda: settings.load(environ))
-    device, device_fault = _attempt(lambda: detect(values if values is not None else settings.load({})))
+    used = settings.Settings() if values is None else values
+    if platform.system() == "Darwin":
+        known = {v.name for v in settings.VARIABLES} if values is None else set()  # `settings` has its own finding
+        device, device_fault = device_apart({name: text for name, text in environ.items() if name not in known})
+    else:
+        device, device_fault = _attempt(lambda: detect(used).name)
     _, embedded_fault = _attempt(lambda: embedded.verify(embedded.gguf_file()))
     blas_facts, blas_fault = _attempt(lambda: blas.load(environ))
     state, _ = _attempt(lambda: state_folder(environ))
@@ -103,7 +108,7 @@ def gather(environ: Mapping[str, str]) -> Facts:
         disk_free=_free(state),
         port_free=_port_free("127.0.0.1", PORT),
         temp_folder=environ.get("RAY_TMPDIR") or "/tmp",
-        device=device.name if device is not None else None,
+        device=device,
         device_fault=device_fault,
         blas=blas_facts.name if blas_facts is not None else None,
         blas_fault=blas_fault,
@@ -116,6 +121,14 @@ def gather(environ: Mapping[str, str]) -> Facts:
         mac=mac_facts.gather() if platform.system() == "Darwin" else None,
         diversions=tuple(platform_choice.diverted(environ, platform_choice.installed())),
     )
+
+
+def device_apart(environ: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """(device, None) or (None, why there is none), found in a process of its own: Metal may end the one that asks."""
+    from pomarium.cluster.selftest import process, sections
+
+    row, *_ = process.run(process.Section(sections.DEVICE), environ)
+    return (None, " ".join((row.text, *row.detail))) if row.failed else (row.text, None)
 
 
 def _attempt(look: Callable[[], T]) -> tuple[T | None, str | None]:

@@ -10,11 +10,15 @@ engine over a rack instead (staged_selftest).
 import argparse
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from pomarium.cluster.cli.progress import log_file, quiet
 from pomarium.cluster.rack import current
 from pomarium.worker.errors import SettingsError
 from pomarium.worker.selftest_rows import Verdict
+
+if TYPE_CHECKING:
+    from pomarium.cluster.selftest.report import Report
 
 EXIT_FAILED = 1
 WHERE = "To report it, open an issue in Pomarium's issue tracker and paste everything between the two lines of quotes."
@@ -47,12 +51,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _alone(environ: Mapping[str, str], serving: bool) -> int:
-    from pomarium.cluster.selftest import machine, process, sections
-    from pomarium.cluster.selftest.process import Section
     from pomarium.cluster.selftest.report import Report
 
     report = Report()
     report.say(f"{FENCE}text\npomarium selftest")
+    try:
+        _sections(report, environ, serving)
+    except KeyboardInterrupt:
+        report.say(f"\ninterrupted\n{FENCE}")
+        raise
+    report.say(f"\n{report.summary()}\n{FENCE}\n{WHERE}")
+    return EXIT_FAILED if report.failed else 0
+
+
+def _sections(report: "Report", environ: Mapping[str, str], serving: bool) -> None:
+    from pomarium.cluster.selftest import machine, process, sections
+    from pomarium.cluster.selftest.process import Section
+
     report.section("machine", machine.rows(environ))
     device = report.section("device", process.run(Section(sections.DEVICE), environ))
     if any(row.failed for row in device):  # kernels have nothing to run on; the rest is tried without a GPU
@@ -69,8 +84,6 @@ def _alone(environ: Mapping[str, str], serving: bool) -> int:
     if serving:
         report.section("embedded model, vLLM's engine", process.run(Section(sections.ENGINE), environ))
         report.section("embedded model, over HTTP", process.run(Section(sections.ENDPOINT), environ))
-    report.say(f"\n{report.summary()}\n{FENCE}\n{WHERE}")
-    return EXIT_FAILED if report.failed else 0
 
 
 def _staged(stages: int, share_macs: bool) -> int:

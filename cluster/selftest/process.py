@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from pomarium.worker.selftest_rows import Begin, Row, Verdict, from_json
 SILENCE_S = 300.0
 """Seconds without an event after which a section hangs: the longest step is a start of an endpoint, a minute on two
 loaded cores."""
+LAST_WORDS_S = 5.0
+"""Seconds for a process that has no more to tell, to end by itself."""
 STOP_S = 70.0
 """Seconds for a section that was told to end: an endpoint takes its engine down."""
 TAIL_LINES = 8
@@ -103,7 +104,7 @@ class _Child:
     def end(self) -> str | None:
         """Have the process end; why it did not do so by itself and whole, or None."""
         if self._silent or not self._whole:
-            self._stop(at_once=not self._silent)
+            self._stop()
         code = self._process.wait()
         for reader in self._readers:
             reader.join(5)  # a grandchild may hold the pipe
@@ -119,15 +120,17 @@ class _Child:
         """The last lines of stderr."""
         return tuple(self._errors)
 
-    def _stop(self, at_once: bool) -> None:
-        """End the process if it still runs; one that closed its pipe is about to end by itself."""
-        deadline = time.monotonic() + STOP_S
-        if not at_once:
-            self._process.terminate()
-        try:
-            self._process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+    def _stop(self) -> None:
+        """End the process if it still runs: one that died, or got Ctrl-C as well, is about to end by itself."""
+        for seconds, end in (
+            (0.0 if self._silent else LAST_WORDS_S, self._process.terminate),
+            (STOP_S, self._process.kill),
+        ):
+            try:
+                self._process.wait(seconds)
+                return
+            except subprocess.TimeoutExpired:
+                end()
 
     def _read_events(self, pipe: IO[bytes]) -> None:
         with pipe:

@@ -1,15 +1,17 @@
 """Each fault of a machine is found, named with a cure, and decides the exit code."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import selftest_faults
 
 from pomarium.cluster.cli import doctor
 from pomarium.cluster.cli.mac_facts import Firewall, MacFacts
-from pomarium.cluster.cli.machine import PINS, Facts, gather
+from pomarium.cluster.cli.machine import PINS, Facts, device_apart, gather
 from pomarium.cluster.cli.neighbours import Neighbours
 
 WELL = Facts(
@@ -35,9 +37,10 @@ WELL = Facts(
     environ={},
 )
 RACK = {"RAY_ADDRESS": "10.0.0.1:6379", "RAY_AUTH_MODE": "disabled"}
+MAC_SAYS = MacFacts((15, 6, 1), False, {"sleep": 0, "womp": 1, "lowpowermode": 0}, Firewall.OFF, "192.168.7.1", False)
 MAC = replace(
     WELL,
-    mac=MacFacts((15, 6, 1), False, {"sleep": 0, "womp": 1, "lowpowermode": 0}, Firewall.OFF, "192.168.7.1", False),
+    mac=MAC_SAYS,
     system="Darwin",
     machine="arm64",
     ray_reachable=True,
@@ -81,6 +84,7 @@ def test_a_sound_machine_has_no_fault(facts: Facts) -> None:
         (WELL, {"environ": RACK, "ray_reachable": False}, "Ray", True),
         (WELL, {"environ": {"RAY_ADDRESS": "h:1"}, "ray_reachable": True}, "RAY_AUTH_MODE", True),
         (MAC, {"machine": "x86_64"}, "machine", True),
+        (MAC, {"machine": "x86_64", "mac": replace(MAC_SAYS, translated=True)}, "Rosetta", True),
         (MAC, {"environ": RACK}, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", True),
         (MAC, {"environ": {**MAC.environ, "RAY_OBJECT_STORE_MEMORY": "9" * 11}}, "RAY_OBJECT_STORE_MEMORY", True),
         (MAC, {"hostname": "mac.local", "host_is_loopback": True}, "host name", True),
@@ -108,6 +112,14 @@ def test_pins_are_those_of_the_requirement_files() -> None:
     pinned = dict(re.findall(r"^([A-Za-z0-9_-]+)==([\w.]+)", text, re.M))
     found = {name: pinned.get(name) or pinned.get(f"{name}-cpu") for name in PINS}
     assert found == dict(PINS)
+
+
+def test_a_metal_that_ends_the_process_is_told_of(tmp_path: Path) -> None:
+    environ = os.environ | selftest_faults.preload(tmp_path, "aborting_metal")
+    device, fault = device_apart(environ)
+    assert device is None
+    assert fault == "its process was ended by SIGABRT NSRangeException: index 0 beyond bounds for empty array"
+    assert device_apart(os.environ)[1] is None
 
 
 def test_this_machine_can_be_looked_at() -> None:
