@@ -102,15 +102,16 @@ def answering(backend: GpuBackend) -> str:
         DeviceError: it answers with an error, or adds wrongly.
     """
     words = {GpuBackend.METAL: "Metal", GpuBackend.CUDA: "CUDA"}[backend]
+    name, fault = "", ""
     try:
-        name, fault = _name(mx.Device(mx.gpu, 0)), None
+        name = _name(mx.Device(mx.gpu, 0))
     except KeyError:
-        name, fault = "", "MLX finds no such device"
+        fault = "MLX finds no such device"
     except (RuntimeError, ValueError) as error:
-        name, fault = "", _first_line(error)
-    if fault is None and backend is GpuBackend.METAL:
-        fault = _fault(mx.gpu)
-    if fault is None:
+        fault = _first_line(error)
+    if not fault and backend is GpuBackend.METAL:
+        fault = _fault(mx.gpu) or ""
+    if not fault:
         return name
     cure = "set VLLM_MLX_DEVICE=cpu to compute on the CPU." if _fault(mx.cpu) is None else _ELSEWHERE
     raise DeviceError(f"{words} does not work on this machine ({fault}): {cure}")

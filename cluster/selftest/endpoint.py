@@ -121,7 +121,8 @@ def _completion(url: str) -> Row:
 def _chat(url: str) -> Row:
     message = {"role": "user", "content": "What is the capital of France?"}
     body = {"model": NAME, "messages": [message], "max_tokens": 32, "temperature": 0, "stream": True}
-    said, times = [], []
+    said: list[str] = []
+    times: list[float] = []
     began = time.monotonic()
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=ANSWER_S) as response:
         if response.status_code != 200:
