@@ -92,9 +92,8 @@ _ELSEWHERE = (
 )
 
 
-@cache
 def answering(backend: GpuBackend) -> str:
-    """The GPU's name, once it has added two numbers; asked once in a process.
+    """The GPU's name, once it has added two numbers.
 
     On CUDA only for its name: a kernel would make a context, which takes memory in processes that compute nothing.
 
@@ -117,8 +116,9 @@ def answering(backend: GpuBackend) -> str:
     raise DeviceError(f"{words} does not work on this machine ({fault}): {cure}")
 
 
+@cache
 def _fault(kind: mx.DeviceType) -> str | None:
-    """Why a device does not add 1 and 1, None if it does."""
+    """Why a device does not add 1 and 1, None if it does; asked once in a process."""
     try:
         one = mx.ones(1, stream=kind)
         total = mx.add(one, one, stream=kind).item()

@@ -79,12 +79,9 @@ def test_the_gpu_is_the_default_where_there_is_one() -> None:
 
 
 @pytest.fixture
-def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def metal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose MLX was built with Metal."""
     monkeypatch.setattr(device, "gpu_backend", lambda: GpuBackend.METAL)
-    device.answering.cache_clear()
-    yield
-    device.answering.cache_clear()
 
 
 @pytest.mark.usefixtures("metal")
