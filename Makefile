@@ -6,7 +6,7 @@ ARGS ?=
 # Set-up leaves compiling to the first import of a module: a Python that keeps nothing would compile at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install vllm-cpu-backend install-dev serve test test-full test-fast lint lint-style lint-types lint-layers format proto engine-options bench bench-batch bench-autoscale rack-simulation mutants check-macos-wheels clean
+.PHONY: help install vllm-cpu-backend install-dev serve test test-full test-fast test-mac-network lint lint-style lint-types lint-layers format proto engine-options bench bench-batch bench-autoscale rack-simulation mutants check-macos-wheels clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ test-full: install-dev lint ## the same with the long forms: more families, cuts
 
 test-fast: install-dev ## the tests that start no server: about five minutes on two cores
 	@$(BIN)/python -m pytest -m "not e2e" $(ARGS)
+
+test-mac-network: install-dev ## the same in a network as a Mac's, with 127.0.0.1 alone (Linux, root)
+	@tests/mac_network.sh $(BIN)/python -m pytest -m "not e2e" $(ARGS)
 
 lint: lint-style lint-types lint-layers ## style, types and the layer rule
 

@@ -20,7 +20,7 @@ echo "[test] the tests that start no server"
 cat "$logs/others"
 if [ "$servers" -ne 0 ] && [ "$servers" -ne 5 ]; then
     echo "[test] the tests that start servers, once more from their first failure on"
-    sed -n '/^=* \(FAILURES\|ERRORS\) =*$/,$p' "$logs/servers"
+    sed -nE '/^=* (FAILURES|ERRORS) =*$/,$p' "$logs/servers"
 fi
 case "$servers $others" in
     "5 "*) exit "$others" ;;
