@@ -23,8 +23,7 @@ _RUN_FLAGS = (
     *_INCLUDES,
     "-O1",
     "-fno-finite-loops",
-    "-march=native",
-    "-shared",
+    "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native",
     "-fPIC",
     "-fno-strict-aliasing",
     "-ffp-contract=off",
@@ -93,8 +92,13 @@ def shared_object(text: str) -> Path:
     path = _folder() / f"{_digest(text, _RUN_FLAGS)}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=_folder()) as folder:
-            made = Path(folder) / "kernel.so"
-            messages = _clang(text, (*_RUN_FLAGS, "-o", str(made)))
+            compiled, made = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
+            messages = _clang(("-x", "c++", "-", *_RUN_FLAGS, "-c", "-o", str(compiled)), text)
+            if not compiled.exists():
+                raise CompileError(messages)
+            # Linked without the flags: a shared object of macOS would else need the sanitizers' own run-time library,
+            # which ends a process that loads it late.
+            messages = _clang(("-shared", str(compiled), "-o", str(made)))
             if not made.exists():
                 raise CompileError(messages)
             made.replace(path)
@@ -107,14 +111,14 @@ def messages(text: str) -> str:
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=_folder()) as folder:
             made = Path(folder) / "messages.txt"
-            made.write_text(_clang(text, _CHECK_FLAGS))
+            made.write_text(_clang(("-x", "c++", "-", *_CHECK_FLAGS), text))
             made.replace(path)
     return path.read_text()
 
 
-def _clang(text: str, flags: tuple[str, ...]) -> str:
-    """Run it on `text`; what it says."""
-    command = [compiler(), *flags, "-x", "c++", "-"]
+def _clang(arguments: tuple[str, ...], text: str = "") -> str:
+    """Run it, with `text` as its standard input; what it says."""
+    command = [compiler(), *arguments]
     return subprocess.run(command, input=text, capture_output=True, text=True, check=False).stderr
 
 
