@@ -1,17 +1,24 @@
 """Settings of all tests.
 
 hypothesis has no deadline: the first example of a property compiles MLX functions with g++, and CI machines are slow.
-Many tests share a process with engines that were started in it, so what those leave behind is put back.
+Many tests share a process with engines that were started in it, so what those leave behind is put back. What a test
+computes itself it computes on the CPU, for whose float32 its bounds are: `pomarium selftest` is for GPUs.
 """
 
 import logging
 from collections.abc import Iterator
 
+import mlx.core as mx
 import pytest
 from hypothesis import settings
 
 settings.register_profile("pomarium", deadline=None)
 settings.load_profile("pomarium")
+
+
+def pytest_configure() -> None:
+    """Where there is no GPU the CPU is the default anyway."""
+    mx.set_default_device(mx.cpu)
 
 
 @pytest.fixture(autouse=True)

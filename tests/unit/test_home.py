@@ -71,7 +71,8 @@ def test_doctor_names_the_folders(home: str) -> None:
         [sys.executable, "-m", "pomarium.cluster.cli.main", "doctor"], env=environ, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (1, "")
-    for kind, folder in (("state", ".local/state"), ("cache", ".cache")):
+    caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
+    for kind, folder in (("state", ".local/state"), ("cache", caches)):
         assert f"FAULT {kind} folder: {home}/{folder}/pomarium: " in done.stdout
         assert f"Set XDG_{kind.upper()}_HOME, or HOME, to a folder that you can write." in done.stdout
 
