@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import psutil
 
-from pomarium.cluster import platform_choice
+from pomarium.cluster import listening, platform_choice
 from pomarium.cluster.cli import mac_facts, neighbours
 from pomarium.cluster.cli.mac_facts import MacFacts
 from pomarium.cluster.cli.neighbours import Neighbours
@@ -106,7 +106,7 @@ def gather(environ: Mapping[str, str]) -> Facts:
         memory_total=memory.total,
         memory_available=memory.available,
         disk_free=_free(state),
-        port_free=_port_free("127.0.0.1", PORT),
+        port_free=listening.is_free("127.0.0.1", PORT),
         temp_folder=environ.get("RAY_TMPDIR") or "/tmp",
         device=device,
         device_fault=device_fault,
@@ -164,13 +164,3 @@ def _is_loopback(hostname: str) -> bool:
         return socket.gethostbyname(hostname).startswith("127.")
     except OSError:
         return False
-
-
-def _port_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from pomarium.cluster import disk, platform_choice
+from pomarium.cluster import disk, listening, platform_choice
 from pomarium.cluster.cli.interrupts import Interrupts, phases
 from pomarium.cluster.cli.progress import log_file, quiet
 from pomarium.cluster.rack import current, inventory, units
@@ -265,10 +265,7 @@ def check_port(host: str, port: int) -> None:
     if not 0 < port < 65536:
         raise SettingsError(f"--port {port} is not a port: give one from 1 to 65535.")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        listening.check(host, port)
     except socket.gaierror as e:
         raise SettingsError(f"--host {host} is no address of this machine ({e.strerror}).") from e
     except OSError as e:

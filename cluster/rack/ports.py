@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
 
+from pomarium.cluster import listening
 from pomarium.cluster.rack.node import Ports
 from pomarium.worker.errors import SettingsError
 
@@ -21,7 +22,7 @@ def free(count: int) -> tuple[int, ...]:
     candidates = random.sample(range(LOWEST, HIGHEST), HIGHEST - LOWEST)
     found = []
     for port in candidates:
-        if is_free("", port):
+        if listening.is_free("", port):
             found.append(port)
         if len(found) == count:
             return tuple(found)
@@ -34,23 +35,10 @@ def deal(ports: Sequence[int]) -> tuple[Ports, ...]:
     return tuple(Ports(*(*one, 0, 0)) for one in dealt)
 
 
-def is_free(address: str, port: int) -> bool:
-    """Whether one could listen there; "" is all IPv4 addresses."""
-    with socket.socket() as probe:
-        # Else a connection that was closed within the last minute counts as a listener.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-            probe.listen()
-        except OSError:
-            return False
-    return True
-
-
 def require(wanted: Ports) -> None:
     """Raises SettingsError unless a node can listen on all ports that are its own alone."""
     for name, port in asdict(wanted).items():
-        if "worker" not in name and not is_free("", port):
+        if "worker" not in name and not listening.is_free("", port):
             raise SettingsError(
                 f"Port {port} ({name.replace('_', ' ')} of the rack's node) is in use: end what listens there."
             )

@@ -15,7 +15,7 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pomarium.cluster import ray_address
+from pomarium.cluster import listening, ray_address
 from pomarium.cluster.rack import current, machine_facts, ports, starting, teardown
 from pomarium.cluster.rack.current import CurrentRack
 from pomarium.cluster.rack.identity import RackKey, ray_token, write_tls
@@ -74,9 +74,9 @@ def up(
         prepare: gives the head its autoscaler; None for a rack whose Macs do not sleep.
     """
     address = own_address(machine.address, TEST_ADDRESS)
-    if not ports.is_free(address, port):
+    if not listening.is_free(address, port):
         raise SettingsError(f"Port {port} of {address} is in use: end what listens there, or choose another --port.")
-    if not ports.is_free(address, JOBS_PORT):
+    if not listening.is_free(address, JOBS_PORT):
         raise SettingsError(f"Port {JOBS_PORT} of {address}, for jobs, is in use: end what listens there.")
     ports.require(machine.ports)
     spec = _spec(machine, address, environ, say)

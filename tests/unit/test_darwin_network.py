@@ -48,6 +48,25 @@ def test_the_network_is_a_mac_s() -> None:
                      "192.168.77.2": "bound", "::1": "bound"}  # fmt: skip
 
 
+ABSENT = """
+import sys
+from pomarium.cluster.rack import ports
+from pomarium.worker.errors import SettingsError
+sys.platform = "darwin"
+ports.check_local("127.0.0.1")
+try:
+    ports.check_local("127.0.0.9")
+except SettingsError as error:
+    print(error)
+"""
+
+
+def test_an_address_that_a_mac_lacks_is_added_to_its_loopback() -> None:
+    done = inside(sys.executable, "-c", ABSENT)
+    assert done.stdout.startswith("127.0.0.9 is not an address of this machine ("), done.stderr
+    assert "run `sudo ifconfig lo0 alias 127.0.0.9`" in done.stdout
+
+
 def test_a_command_s_exit_code_is_told() -> None:
     assert inside("sh", "-c", "exit 7").returncode == 7
 

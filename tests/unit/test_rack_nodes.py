@@ -17,6 +17,7 @@ import ray
 from rack_serving import until
 from ray._private.utils import check_version_info
 
+from pomarium.cluster import listening
 from pomarium.cluster.rack import current, kin, netns, node, ports, starting, teardown
 from pomarium.cluster.rack.current import CurrentRack, Network
 from pomarium.cluster.rack.facts import PROCESS_BYTES
@@ -230,7 +231,7 @@ def test_a_link_s_rate_delay_and_loss_reach_the_kernel() -> None:
 def test_free_ports_are_free_and_different() -> None:
     found = ports.free(30)
     assert len(set(found)) == 30
-    assert all(ports.is_free("", port) for port in found)
+    assert all(listening.is_free("", port) for port in found)
 
 
 def test_a_port_in_use_is_named() -> None:
