@@ -1,7 +1,9 @@
 """The emulator's build as a Mac's clang would have it, by Debian's clang."""
 
+import ctypes
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,9 +35,9 @@ exec {build.compiler()} "$@"
     clang.chmod(0o755)
     monkeypatch.setattr(build, "compiler", lambda: str(clang))
     monkeypatch.setattr(build, "_folder", lambda: tmp_path)
-    made = build.shared_object('extern "C" int answer() { return 42; }')
+    made = build.shared_object('extern "C" { void __tsan_init() {} int answer() { return 42; } }')
     assert made.parent == tmp_path
-    assert made.read_bytes()[:4] == b"\x7fELF"
+    assert ctypes.CDLL(str(made)).answer() == 42
 
 
 def test_what_does_not_link_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +55,7 @@ def assembled(text: str, target: str, folder: Path) -> bytes:
     return code[code.index(SUB) : code.index(RET) + len(RET)]
 
 
-@pytest.mark.parametrize("target", ["arm64-apple-macos15", "aarch64-linux-gnu"])
+@pytest.mark.parametrize("target", ["arm64-apple-macos15", *(["aarch64-linux-gnu"] if sys.platform == "linux" else [])])
 def test_fibers_save_every_register_on_arm(target: str, tmp_path: Path) -> None:
     """Ten pairs, x19 to x30 and d8 to d15, kept and taken back; AAPCS64, 6.1."""
     arm = FIBERS.partition("#elif defined(__aarch64__)")[2]
