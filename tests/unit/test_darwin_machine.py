@@ -73,7 +73,8 @@ def test_a_virtual_mac_s_chip_is_not_in_the_table_and_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     become(RUNNER, tmp_path, monkeypatch)
-    found = machine_facts.gather(Known(), "runner", {"VLLM_MLX_DEVICE": "cpu"})
+    environ = {"VLLM_MLX_DEVICE": "cpu", "XDG_STATE_HOME": str(tmp_path / "state")}
+    found = machine_facts.gather(Known(), "runner", environ)
     assert found.chip == "Apple M1 (Virtual)"
     assert not chips.is_apple(found.chip)
     assert found.memory == 7 * GIB
