@@ -147,7 +147,7 @@ remove_other_vllm() {
 
 install_pure_vllm() {
     grep -qs "^Version: $(vllm_version)+cpu.pure$" "$venv"/lib/python3.*/site-packages/vllm-*.dist-info/METADATA ||
-        "$venv/bin/python" cluster/provision/pure_vllm.py "$vllm_source" >>"$log" 2>&1 || failed_step
+        PYTHONPATH='' "$venv/bin/python" cluster/provision/pure_vllm.py "$vllm_source" >>"$log" 2>&1 || failed_step
 }
 
 vllm_version() { sed -n 's/^vllm==\([^ ]*\).*/\1/p' "$vllm_source"; }
