@@ -1,5 +1,6 @@
 """Writes into the paged pool: the K and V of a step's tokens, and copies of whole blocks.
 
+    shape --unset--> a buffer that nothing was written to
     (tokens, heads, width) + slots --reshape_and_cache--> blocks, in place
     pairs of blocks --copy_blocks--> blocks, in place
 
@@ -20,7 +21,8 @@ RESHAPE_AND_CACHE = KernelSource(
     "reshape_and_cache", ("k", "v", "keys", "values", "slots", "after"), ("token",), ("keys", "values")
 )
 COPY_BLOCKS = KernelSource("copy_blocks", ("keys", "values", "pairs", "after"), ("token",), ("keys", "values"))
-SOURCES: tuple[KernelSource, ...] = (RESHAPE_AND_CACHE, COPY_BLOCKS)
+UNSET = KernelSource("unset", ("after",), ("array", "token"))
+SOURCES: tuple[KernelSource, ...] = (RESHAPE_AND_CACHE, COPY_BLOCKS, UNSET)
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 """Element types of a pool."""
@@ -57,6 +59,16 @@ class BlockShape:
         if self.num_blocks * self.num_kv_heads * self.block_size >= 1 << 31:
             return f"a pool of {self.num_blocks * self.num_kv_heads * self.block_size} rows is over 2^31"
         return None
+
+
+def unset(launcher: Launcher, shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """An array of which no element was written, not-a-numbers included, and an int32 (1,) that is 1.
+
+    For buffers of which only what was written is read: zeroing the pool of a large machine writes all of its memory.
+    """
+    launch = Launch((mx.zeros((8,), mx.int32),), (), (1, 1, 1), (1, 1, 1), ((shape, dtype), *_TOKEN))
+    array, token = launcher.launch(UNSET, launch)
+    return array, token
 
 
 def slot_indices(slots: np.ndarray, pool_tokens: int) -> mx.array:

@@ -10,7 +10,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from pomarium.kernels.cache_writes import BlockShape, copy_blocks, reshape_and_cache, slot_indices
+from pomarium.kernels.cache_writes import BlockShape, copy_blocks, reshape_and_cache, slot_indices, unset
 from pomarium.kernels.cases.order import LAST_TOKEN, ordered
 from pomarium.kernels.check import Case
 from pomarium.kernels.launch import Launcher
@@ -76,8 +76,16 @@ WRITES: tuple[Writes, ...] = (
 """Equal and unequal widths, latents, one token, more and fewer chunks than threads."""
 
 
+def _unset(launcher: Launcher) -> list[mx.array]:
+    """Whether a buffer that was not written has its shape and dtype, and the token of the kernel that made it."""
+    array, token = unset(launcher, (3, 1000), mx.bfloat16)
+    mx.eval(array)
+    return [token, mx.array([array.shape == (3, 1000) and array.dtype == mx.bfloat16])]
+
+
 def cases(seed: int = 0) -> Iterator[Case]:
-    """One case per sample; `seed` chooses the numbers."""
+    """One case per sample, and one of a buffer that is not written; `seed` chooses the numbers."""
+    yield Case("a buffer that is not written", _unset, lambda: [np.array([1.0]), np.array([1.0])], 0.0)
     for writes in WRITES:
         chosen = Writes(writes.shape, writes.slots, writes.pairs, seed)
         shape = chosen.shape

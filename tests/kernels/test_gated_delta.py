@@ -12,7 +12,7 @@ from hybrid_models import ONE_SLOT, HybridDriver, build_hybrid, paged_hybrid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pomarium.kernels.cache_writes import SOURCES as CACHE_WRITES
+from pomarium.kernels.cache_writes import RESHAPE_AND_CACHE, UNSET
 from pomarium.kernels.cases.gated_delta import (
     BOUNDS,
     Inputs,
@@ -294,7 +294,7 @@ def test_all_layers_of_a_hybrid_model_through_kernels(launcher: EmulatedLauncher
 
     driver = HybridDriver(model, 8, states=poisoned_kernels(counting), attention=attention)
     assert driver.run(prompts, 4, chunks=(37,)) == want
-    names = {source.name for source in (*CACHE_WRITES[:1], *PAGED_ATTENTION, *GATED_DELTA)}
+    names = {source.name for source in (RESHAPE_AND_CACHE, UNSET, *PAGED_ATTENTION, *GATED_DELTA)}
     assert set(counting.launches) == names
 
 

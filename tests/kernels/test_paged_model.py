@@ -16,7 +16,7 @@ from wrapper_models import build_text
 from pomarium.kernels.gpu_family import H100, Family, Gpu
 from pomarium.worker.attention.choose import attention_backend
 from pomarium.worker.attention.gathered import GatheredAttention
-from pomarium.worker.attention.kernels import KernelAttention, group_rows
+from pomarium.worker.attention.kernels import KernelAttention, group_rows, paged_pool
 from pomarium.worker.attention.mla import LatentKernelAttention
 from pomarium.worker.batch import Batch, Sequence
 from pomarium.worker.device import Device, GpuBackend
@@ -27,7 +27,9 @@ from pomarium.worker.models.paged import PagedModel, prepare
 from pomarium.worker.settings import DeviceKind
 
 LENGTHS = {"one": 1, "short": 5, "block": 16, "long": 43}
-KERNELS = {"reshape_and_cache", "paged_attention_decode", "paged_attention_reduce", "paged_attention_prefill"}
+KERNELS = {
+    "unset", "reshape_and_cache", "paged_attention_decode", "paged_attention_reduce", "paged_attention_prefill",
+}  # fmt: skip
 NEW_TOKENS, STEPS = 4, 8
 CHUNKS = (7, 1, 16, 50)
 
@@ -44,7 +46,9 @@ def prompts() -> dict[str, list[int]]:
 
 def through_kernels(paged: PagedModel, launcher: CountingLauncher, gpu: Gpu) -> Driver:
     driver = Driver(paged, block_size=8)
-    driver.recorder.inner = PagedForward(paged, KernelAttention(PagedPool(driver.layout, paged.dtype), launcher, gpu))
+    # The emulator fills what a kernel leaves unset with not-a-numbers, and so the pool.
+    pool = paged_pool(driver.layout, paged.dtype, launcher)
+    driver.recorder.inner = PagedForward(paged, KernelAttention(pool, launcher, gpu))
     return driver
 
 
@@ -103,6 +107,26 @@ def test_a_shape_that_the_kernels_do_not_take_goes_to_operations_and_is_logged_o
         "attention of some layers is left to MLX operations: head size 8 is not one of 64, 80, 96, 112, 128, 192, "
         "256, 512 (4 layers from 0)"
     ]
+
+
+def test_a_pool_is_unset_where_kernels_read_it_and_zeroed_where_operations_do() -> None:
+    """Operations copy whole blocks and give what is too much no weight: not-a-numbers there would spread."""
+    layout = single_group_layout([LayerCache(2, 64), LayerCache(2, 8)], 8, 4)
+    pool = paged_pool(layout, mx.float32, CountingLauncher())
+    unset, zeroed = (pool.keys_and_values(layer) for layer in (0, 1))
+    assert all(bool(mx.isnan(array).all()) for array in unset)
+    assert all(bool((array == 0).all()) for array in zeroed)
+
+
+def test_operations_over_an_unset_pool_would_give_no_number() -> None:
+    """Why a pool is not unset everywhere, and what the kernels' tests over one rest on."""
+    paged = model("llama")
+    driver = Driver(paged, block_size=8)
+    driver.recorder.inner = PagedForward(
+        paged, GatheredAttention(paged_pool(driver.layout, paged.dtype, CountingLauncher()))
+    )
+    driver.run({"a": [5, 6, 7]}, 1)
+    assert all(np.isnan(row).all() for row in driver.recorder.logits["a"].values())
 
 
 @pytest.mark.parametrize("backend", [None, *GpuBackend])

@@ -1,12 +1,15 @@
 """Which attention backend a device and a model take."""
 
+import mlx.core as mx
+
 from pomarium.kernels.gpu_family import this_gpu
 from pomarium.kernels.launch import CudaLauncher, Launcher, MetalLauncher
 from pomarium.worker.attention.base import AttentionBackend
 from pomarium.worker.attention.gathered import GatheredAttention
-from pomarium.worker.attention.kernels import KernelAttention
+from pomarium.worker.attention.kernels import KernelAttention, paged_pool
 from pomarium.worker.attention.mla import LatentKernelAttention
 from pomarium.worker.device import Device, GpuBackend
+from pomarium.worker.kv_cache.layout import CacheLayout
 from pomarium.worker.kv_cache.pool import PagedPool
 
 
@@ -15,6 +18,12 @@ def launcher_of(device: Device) -> Launcher | None:
     if device.backend is None:
         return None
     return MetalLauncher() if device.backend is GpuBackend.METAL else CudaLauncher()
+
+
+def pool_of(layout: CacheLayout, dtype: mx.Dtype, device: Device) -> PagedPool:
+    """A pool for `attention_backend`: zeroed, but for what kernels write and read."""
+    launcher = launcher_of(device)
+    return PagedPool(layout, dtype) if launcher is None else paged_pool(layout, dtype, launcher)
 
 
 def attention_backend(pool: PagedPool, device: Device, *, mla_kernel: bool) -> AttentionBackend:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from pomarium.kernels.cache_writes import BlockShape, reshape_and_cache, slot_indices
+from pomarium.kernels.cache_writes import BlockShape, reshape_and_cache, slot_indices, unset
 from pomarium.kernels.contiguous_prefill import (
     ContiguousPlan,
     contiguous_prefill,
@@ -42,7 +42,7 @@ from pomarium.kernels.paged_tuning import PREFILL
 from pomarium.kernels.reference import Scoring
 from pomarium.worker.attention.gathered import GatheredStep, plan_group
 from pomarium.worker.batch import Batch
-from pomarium.worker.kv_cache.layout import CacheGroup
+from pomarium.worker.kv_cache.layout import CacheGroup, CacheLayout
 from pomarium.worker.kv_cache.pool import PagedPool
 
 logger = logging.getLogger(__name__)
@@ -235,11 +235,11 @@ class KernelAttention:
     def __init__(self, pool: PagedPool, launcher: Launcher, gpu: Gpu) -> None:
         """Take over the buffers of `pool` that the kernels take; nobody else may read or write them."""
         layout = pool.layout
-        reasons = {layer: unsupported(pool, layer) for layer in range(len(layout.layers))}
+        reasons = {layer: unsupported(layout, pool.dtype, layer) for layer in range(len(layout.layers))}
         taken = [layer for layer, reason in reasons.items() if reason is None]
         layer_of_buffer = {layout.buffer_of_layer[layer]: layer for layer in taken}
         ordered = {buffer: Ordered(*pool.keys_and_values(layer)) for buffer, layer in layer_of_buffer.items()}
-        blocks = {layer: block_shape(pool, layer) for layer in taken}
+        blocks = {layer: block_shape(layout, pool.dtype, layer) for layer in taken}
         self._kernels = _Kernels(pool, launcher, gpu, blocks, ordered)
         _log_unsupported(reasons)
 
@@ -254,11 +254,11 @@ class KernelAttention:
         return KernelStep(self._kernels, batch)
 
 
-def block_shape(pool: PagedPool, layer: int) -> BlockShape:
+def block_shape(layout: CacheLayout, dtype: mx.Dtype, layer: int) -> BlockShape:
     """Of the buffer that holds `layer`."""
-    cache, block_size = pool.layout.layers[layer], pool.layout.group_of(layer).block_size
+    cache, block_size = layout.layers[layer], layout.group_of(layer).block_size
     value_dim = 0 if cache.latent else cache.value_dim
-    return BlockShape(pool.layout.num_blocks, cache.num_kv_heads, block_size, cache.head_dim, value_dim, pool.dtype)
+    return BlockShape(layout.num_blocks, cache.num_kv_heads, block_size, cache.head_dim, value_dim, dtype)
 
 
 def attention_shape(blocks: BlockShape, num_heads: int) -> AttentionShape:
@@ -268,13 +268,27 @@ def attention_shape(blocks: BlockShape, num_heads: int) -> AttentionShape:
     )
 
 
-def unsupported(pool: PagedPool, layer: int) -> str | None:
+def paged_pool(layout: CacheLayout, dtype: mx.Dtype, launcher: Launcher) -> PagedPool:
+    """A pool whose buffers are not zeroed where kernels take their layers, for those read no row that nobody wrote.
+
+    What attends by operations copies whole blocks and gives what is too much in them no weight, which takes numbers
+    there: 0 * NaN is NaN.
+    """
+
+    def make(layer: int, shape: tuple[int, int]) -> mx.array:
+        taken = unsupported(layout, dtype, layer) is None
+        return unset(launcher, shape, dtype)[0] if taken else mx.zeros(shape, dtype)
+
+    return PagedPool(layout, dtype, make)
+
+
+def unsupported(layout: CacheLayout, dtype: mx.Dtype, layer: int) -> str | None:
     """Why the kernels do not take a layer; None if they do."""
-    cache = pool.layout.layers[layer]
+    cache = layout.layers[layer]
     if cache.latent or cache.value_dim != cache.head_dim:
         kept = "latents" if cache.latent else f"values of {cache.value_dim} elements to keys of {cache.head_dim}"
         return f"it keeps {kept}"
-    blocks = block_shape(pool, layer)
+    blocks = block_shape(layout, dtype, layer)
     return attention_shape(blocks, cache.num_kv_heads).unsupported or blocks.unsupported
 
 

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import qwen3_5, qwen3_next
 
+from pomarium.kernels.cache_writes import unset
 from pomarium.kernels.gated_delta import FRESH, GatedDeltaPlan, GatedDeltaShape, conv1d_silu, plan, recurrent
 from pomarium.kernels.launch import Launcher
 from pomarium.kernels.ordered import Ordered
@@ -90,15 +91,15 @@ class KernelStateBackend:
     """
 
     def __init__(self, layout: StateLayout, shape: GatedDeltaShape, launcher: Launcher) -> None:
-        """Allocate zeroed pools."""
+        """Allocate pools, which nobody zeroes: a sequence at position 0 reads no slot, and others what they wrote."""
         self.layout, self.shape, self.launcher = layout, shape, launcher
         self.group_index = layout.group_index
         self.pools: dict[int, tuple[Ordered, Ordered]] = {}
         for layer, cache in enumerate(layout.layers):
             buffer = layout.buffer_of_layer[layer]
             if buffer not in self.pools:
-                conv = mx.zeros((layout.num_slots, *cache.conv), cache.conv_dtype)
-                states = mx.zeros((layout.num_slots, *cache.recurrent), mx.float32)
+                conv, _ = unset(launcher, (layout.num_slots, *cache.conv), cache.conv_dtype)
+                states, _ = unset(launcher, (layout.num_slots, *cache.recurrent), mx.float32)
                 mx.eval(conv, states)
                 self.pools[buffer] = (Ordered(conv), Ordered(states))
 
