@@ -215,6 +215,26 @@ def paged_step_ms(model: Any, launcher: Any, contexts: Sequence[int]) -> float:
     return median_ms(lambda: forward.run(batch))
 
 
+def paged_prompt_ms(model: Any, launcher: Any, tokens: int) -> float:
+    """One step that computes a whole prompt and wants its last logits."""
+    import numpy as np
+
+    from pomarium.kernels.gpu_family import this_gpu
+    from pomarium.worker.attention.kernels import KernelAttention, paged_pool
+    from pomarium.worker.batch import Batch
+    from pomarium.worker.batch import Sequence as Rows
+    from pomarium.worker.forward import PagedForward
+    from pomarium.worker.kv_cache.layout import single_group_layout
+
+    blocks = -(-tokens // BLOCK_SIZE)
+    pool = paged_pool(single_group_layout(model.layers, BLOCK_SIZE, blocks), model.dtype, launcher)
+    forward = PagedForward(model, KernelAttention(pool, launcher, this_gpu()))
+    rows, last = np.arange(tokens, dtype=np.int32), np.array([tokens - 1], np.int32)
+    sequence = Rows("0", 0, tokens, (tuple(range(blocks)),))
+    batch = Batch((sequence,), rows, rows, last, np.zeros(1, np.int32), ("0",), {})
+    return median_ms(lambda: forward.run(batch), 10)
+
+
 def fill(pool: Any, tokens: int) -> None:
     """Random keys and values in every block: zeros may be faster."""
     import mlx.core as mx

@@ -5,6 +5,8 @@ backend instead. Settings are validated in `platform.check_and_update_config`. `
 vLLM loads those in every process, whichever platform it has taken, and lets through what they raise.
 """
 
+import os
+
 
 def register() -> str | None:
     """Qualified name of our platform for vLLM, or None when VLLM_METAL_USE_MLX=0 makes it stand down.
@@ -15,6 +17,10 @@ def register() -> str | None:
 
     normalise()
     if wants_mlx() or not has_cpu_backend():
+        from pomarium.worker import command_buffers
+
+        # The platform imports MLX: this is the last moment before it, in every process that runs a worker.
+        command_buffers.prepare(os.environ)
         return "pomarium.cluster.platform.PomariumPlatform"
     # vLLM's own executor then drives its own worker processes: nothing else of ours runs in them.
     from pomarium.cluster.faults import record_backend_faults

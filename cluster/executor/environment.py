@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
+from pomarium.worker.command_buffers import is_default
 from pomarium.worker.handoff.credentials import PLAINTEXT_VARIABLE, TLS_VARIABLE
 from pomarium.worker.settings import MACHINE_MEMORY
 
@@ -82,7 +83,9 @@ def worker_environment(engine: Mapping[str, str], device: int) -> dict[str, str]
     carried = {
         name: value
         for name, value in engine.items()
-        if name not in _LEFT_BEHIND and (name in _CARRIED_NAMES or name.startswith(_CARRIED_PREFIXES))
+        if name not in _LEFT_BEHIND
+        and not is_default(name, value)
+        and (name in _CARRIED_NAMES or name.startswith(_CARRIED_PREFIXES))
     }
     return carried | {VISIBLE_DEVICES: str(device)}
 

@@ -18,6 +18,7 @@ from pomarium.cluster.serving.engine import EngineReplica
 from pomarium.cluster.serving.ingress import IngressDeployment
 from pomarium.cluster.serving.plan import INGRESS_CPUS, REPLICA_CPUS, Batches, ModelPlan, ServePlan
 from pomarium.cluster.state import state_folder
+from pomarium.worker.command_buffers import is_default
 
 APP_NAME = "pomarium"
 MAX_REQUESTS = 10_000
@@ -38,7 +39,12 @@ PASSED_PREFIXES = ("VLLM_", "POMARIUM_", "HF_", "MLX_", "MODELSCOPE_", "TRANSFOR
 
 def passed_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """What of the command line's environment the replicas get."""
-    return {k: v for k, v in environ.items() if k.startswith(PASSED_PREFIXES) and k not in NODE_OWN | ENDPOINT_OWN}
+    kept_here = NODE_OWN | ENDPOINT_OWN
+    return {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(PASSED_PREFIXES) and name not in kept_here and not is_default(name, value)
+    }
 
 
 def build(

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pomarium.worker.command_buffers import defaults as command_buffers_defaults
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -168,3 +170,15 @@ def test_a_picture_shows_each_stage_from_the_first_to_the_last_of_the_steps() ->
     assert picture.findtext("{*}title") == "two <stages"
     with pytest.raises(ValueError, match="none of the steps"):
         timeline.svg([first, second], range(7, 9), "")
+
+
+def test_settings_of_command_buffers_and_their_table() -> None:
+    import command_buffers
+
+    chosen = command_buffers.settings()
+    assert chosen["defaults"] == {}
+    assert chosen["ours"] == dict(command_buffers_defaults(sys.platform))
+    found = {"defaults": [{"1 x 1024, ms": 9.0}, {"1 x 1024, ms": 8.5}], "ours": [{"1 x 1024, ms": 7.0}]}
+    assert command_buffers.table(found).splitlines() == [
+        "| setting | 1 x 1024, ms |", "|---|---:|", "| defaults | 8.50 to 9.00 |", "| ours | 7.00 |",
+    ]  # fmt: skip

@@ -19,6 +19,7 @@ from pomarium.cluster.executor.environment import (
 from pomarium.cluster.executor.launch import check_versions
 from pomarium.cluster.executor.link import Reply, gather
 from pomarium.cluster.executor.service import ready
+from pomarium.worker import command_buffers
 from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.handoff.address import authority
 
@@ -44,6 +45,15 @@ def test_a_worker_gets_settings_and_its_device_but_not_the_engines_machine() -> 
     }
     expected = {"VLLM_METAL_DEBUG": "1", "HF_TOKEN": "t", "PYTHONPATH": "/p", VISIBLE_DEVICES: "2"}
     assert worker_environment(engine, device=2) == expected
+
+
+def test_a_worker_gets_the_users_command_buffers_and_sets_others_itself() -> None:
+    """Those of an engine on another system they would be wrong; what a user sets is his for all machines."""
+    engine: dict[str, str] = {}
+    command_buffers.prepare(engine)
+    assert set(worker_environment(engine, device=0)) == {VISIBLE_DEVICES}
+    engine[command_buffers.MEGABYTES] = "7"
+    assert worker_environment(engine, device=0)[command_buffers.MEGABYTES] == "7"
 
 
 def test_secrets_are_parted_from_what_ray_shows_and_the_api_key_stays() -> None:

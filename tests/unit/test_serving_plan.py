@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pomarium.cluster.serving.app import passed_environment
 from pomarium.cluster.serving.plan import REPLICA_CPUS, ModelPlan, ServePlan, served_names
+from pomarium.worker import command_buffers
 from pomarium.worker.errors import SettingsError
 
 
@@ -102,8 +103,11 @@ def test_only_settings_travel_to_replicas() -> None:
             "AWS_SECRET": "s",
             "POMARIUM_TLS": "/t",
             "POMARIUM_API_KEY": "k",
+            command_buffers.OPERATIONS: "100",
+            command_buffers.MEGABYTES: "7",
         }
     ) == {
+        command_buffers.MEGABYTES: "7",
         "VLLM_METAL_DEBUG": "1",
         "HF_HOME": "/h",
     }
