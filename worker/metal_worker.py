@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import torch
+from mlx.utils import tree_flatten
 from vllm.sampling_params import SamplingParams as VllmSamplingParams
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
@@ -44,17 +45,15 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 from pomarium.worker import blas, memory
 from pomarium.worker.activations import activation_bytes, layer_width
 from pomarium.worker.attention.base import AttentionBackend
-from pomarium.worker.attention.choose import attention_backend, launcher_of
+from pomarium.worker.attention.cache import cache_backend
 from pomarium.worker.device import Device, use
-from pomarium.worker.errors import InsufficientMemoryError, UnsupportedError
+from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.forward import ContiguousForward, Forward, PagedForward, contiguous_layer
 from pomarium.worker.kv_cache.layout import LayerCache
 from pomarium.worker.kv_cache.paging import Paging, expand, paging_of
 from pomarium.worker.kv_cache.placement import layout_of, names_of, state_layout_of
-from pomarium.worker.kv_cache.pool import PagedPool
 from pomarium.worker.kv_cache.states import StateCache
 from pomarium.worker.model_runner import ModelRunner, StepStats
-from pomarium.worker.models.gated_delta_kernels import with_states
 from pomarium.worker.models.load import LoadedModel, load
 from pomarium.worker.models.paged import PagedModel, StageModel, prepare, prepare_stage
 from pomarium.worker.models.resolve import resolve
@@ -67,6 +66,7 @@ from pomarium.worker.sampling.sampler import Sampler
 from pomarium.worker.settings import DeviceKind
 from pomarium.worker.settings import load as load_settings
 from pomarium.worker.step import BlockTables, CachedRequest, Grammar, NewRequest, Step, StepResult
+from pomarium.worker.wiring import wire
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +214,7 @@ class MetalWorker(WorkerBase):
             kind=self.mlx_device.kind,
             base=memory.memory_base(self.mlx_device, now),
             available=now.available,
+            reserve=now.reserve,
             others=memory.others_since(self.memory_at_start, now),
             weights=self.loaded.weight_bytes,
             activations=self._activation_bytes(),
@@ -221,17 +222,11 @@ class MetalWorker(WorkerBase):
             fraction=self.settings.memory_fraction,
             paged=self.settings.paged_attention,
             sequence=self._paging.physical(sum(spec.max_memory_usage_bytes(self.vllm_config) for spec in specs)),
+            sequences=self.scheduler_config.max_num_seqs,
             block=self._paging.physical(sum(spec.page_size_bytes for spec in specs)),
+            stage=self._stage is not None,
         )
-        if (asked := self.cache_config.kv_cache_memory_bytes) is not None:
-            if asked < (least := memory.minimum_kv_bytes(facts)):
-                raise InsufficientMemoryError(
-                    f"--kv-cache-memory-bytes {asked} is less than one sequence of maximum length needs ({least}): "
-                    "raise it or lower --max-model-len."
-                )
-            return self._paging.reported(int(asked))
-        memory.wire(self.mlx_device, memory.wired_bytes(facts))
-        return self._paging.reported(memory.kv_bytes(facts))
+        return self._paging.reported(memory.cache_bytes(facts, self.cache_config.kv_cache_memory_bytes))
 
     def _activation_bytes(self) -> int:
         rows = self.scheduler_config.max_num_batched_tokens
@@ -266,21 +261,22 @@ class MetalWorker(WorkerBase):
             return
         forward: Forward
         if self.paged is None:
+            self._wire([])
             forward = ContiguousForward(self.loaded.model)
         else:
             forward = PagedForward(self.paged, self._cache(kv_cache_config))
         self.runner = ModelRunner(forward, sampler, self._publish, custom[False], custom[True])
 
     def _cache(self, kv_cache_config: KVCacheConfig) -> AttentionBackend:
-        pool = PagedPool(layout_of(kv_cache_config, self.layers, self.layer_names, self._paging.blocks), self.kv_dtype)
-        logger.info("KV pool: %d blocks, %d MiB", pool.layout.num_blocks, pool.nbytes >> 20)
-        attention = attention_backend(pool, self.mlx_device, mla_kernel=self.settings.mla_kernel)
-        if self.settings.debug:
-            logger.info("attention path: %s", type(attention).__name__)
-        if not self.states:
-            return attention
-        launcher = launcher_of(self.mlx_device) if self.settings.gdn_lazy_kernels else None
-        return with_states(attention, state_layout_of(kv_cache_config, self.states, self.state_names), launcher)
+        layout = layout_of(kv_cache_config, self.layers, self.layer_names, self._paging.blocks)
+        states = state_layout_of(kv_cache_config, self.states, self.state_names) if self.states else None
+        backend = cache_backend(layout, states, self.kv_dtype, self.mlx_device, self.settings)
+        self._wire(backend.arrays)
+        return backend
+
+    def _wire(self, pool: Sequence[mx.array]) -> None:
+        weights = [array for _, array in tree_flatten(self.loaded.model.parameters())]
+        self._wired = wire(self.mlx_device, self.settings.wire, [*weights, *pool])
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Nothing is compiled ahead: MLX builds its kernels at the first step."""

@@ -21,6 +21,8 @@ from pomarium.worker.errors import SettingsError
 MACHINE_MEMORY = "POMARIUM_MACHINE_MEMORY"
 """Bytes that this machine may use for models, set by the rack's node that the process belongs to, not by users."""
 
+WIRE = "POMARIUM_WIRE"
+
 STEP_TIMEOUT = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"
 """vLLM's variable. Seconds after which a step that has not ended is taken for a fault; unset: never, for a worker that
 is lost or frozen is seen by its links, and one that computes for long is not to be ended."""
@@ -44,6 +46,13 @@ class DeviceKind(StrEnum):
 
     GPU = "gpu"
     CPU = "cpu"
+
+
+class Wire(StrEnum):
+    """What is kept from being paged out on a Mac: nothing, or weights and KV pool."""
+
+    OFF = "off"
+    POOL = "pool"
 
 
 class MultimodalMode(StrEnum):
@@ -81,6 +90,7 @@ class Settings:
     mla_kernel: bool = False
     step_seconds: float = STEP_SECONDS
     max_request_chars: int | None = None
+    wire: Wire = Wire.OFF
     visible_devices: str | None = None
     max_body: int = 8 << 20
     max_upload: int = 200 << 20
@@ -143,6 +153,10 @@ def _device(text: str) -> DeviceKind:
     return DeviceKind(text.lower())
 
 
+def _wire(text: str) -> Wire:
+    return Wire(text.lower())
+
+
 def _multimodal_mode(text: str) -> MultimodalMode:
     return MultimodalMode(text.lower())
 
@@ -183,8 +197,9 @@ VARIABLES: tuple[Variable, ...] = (
         "`auto` or a number in (0, 1]: the share of the machine's memory that weights, activations and KV cache take. "
         "Paged: `auto` is 0.9. Not paged: must be `auto`, and just enough for the model plus one sequence of maximum "
         "length is taken. The base is the recommended working set on a GPU and the machine's memory on the CPU, where "
-        "`auto` gives 2 GiB to the KV cache, up to 4 GiB if one sequence needs them. Memory that others took since the "
-        "start is left to them. Workers on one machine share the fraction.",
+        "`auto` gives 2 GiB to the KV cache, up to 4 GiB if one sequence needs them. It is an upper bound: what others "
+        "took, a reserve for the system, and what `--max-num-seqs` sequences cannot use are left alone. Workers on one "
+        "machine share the fraction.",
     ),
     Variable(
         "VLLM_METAL_USE_MLX",
@@ -282,6 +297,15 @@ VARIABLES: tuple[Variable, ...] = (
         "`auto` or a whole number: characters of text and token ids in one request, `/tokenize` included; more is an "
         "error (400) before a tokenizer reads it. `auto` is 16 for each token of `--max-model-len`, "
         "at least 1,000,000.",
+    ),
+    Variable(
+        WIRE,
+        "wire",
+        "off",
+        "off or pool",
+        _wire,
+        "On a Mac. `off`: nothing is wired, and macOS may page out what is idle. `pool`: weights and KV pool are "
+        "wired, once, when they are made, and nothing else ever is. `pomarium serve --wire` sets it.",
     ),
     Variable(
         "VLLM_METAL_VISIBLE_DEVICES",

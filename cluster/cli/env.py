@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from pomarium.worker import device
 from pomarium.worker.errors import DeviceError, SettingsError
-from pomarium.worker.settings import VARIABLES, DeviceKind, Settings, parse_all, unknown
+from pomarium.worker.settings import VARIABLES, DeviceKind, Settings, Wire, parse_all, unknown
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ def _outcomes(settings: Settings, kind: DeviceKind, backend: device.GpuBackend |
         "max_request_chars": "16 for each token of the model's length, at least 1000000"
         if settings.max_request_chars is None
         else str(settings.max_request_chars),
+        "wire": _wire(settings, backend),
         "visible_devices": "set by the executor"
         if settings.visible_devices is None
         else "overridden by the executor with a warning",
@@ -143,6 +144,12 @@ def _memory(settings: Settings, kind: DeviceKind) -> str:
         return f"{settings.resolved_fraction:g} of the recommended working set"
     limit = ", 2 to 4 GiB for the KV cache" if settings.memory_fraction is None else ""
     return f"{settings.resolved_fraction:g} of this machine's memory{limit}"
+
+
+def _wire(settings: Settings, backend: device.GpuBackend | None) -> str:
+    if backend is not device.GpuBackend.METAL:
+        return "no effect on this machine"
+    return "nothing" if settings.wire is Wire.OFF else "weights and KV pool, once"
 
 
 def _device(settings: Settings, kind: DeviceKind, backend: device.GpuBackend | None) -> str:

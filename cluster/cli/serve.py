@@ -95,6 +95,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--max-model-len", type=int, metavar="TOKENS", help="longest prompt plus answer (default: the model's)"
     )
     parser.add_argument(
+        "--wire",
+        choices=list(settings.Wire),
+        help="on a Mac: off wires nothing; pool wires weights and KV pool, once, against a model that grows slow when "
+        "macOS takes it for idle (default: POMARIUM_WIRE, or off)",
+    )
+    parser.add_argument(
         "--api-key",
         action="append",
         default=[],
@@ -114,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
     """
     with quiet(log_file("serve")) as terminal, Interrupts(lambda: terminal.say("stopping ...")) as interrupts:
         started = time.monotonic()
+        if args.wire is not None:
+            os.environ[settings.WIRE] = args.wire
         if not args.no_rack:
             current.enter()
         plan = plan_of(args, os.environ)

@@ -189,10 +189,11 @@ def _model_memory(limit: int | None, environ: Mapping[str, str]) -> int:
     values = settings.load(environ)
     where = device.detect(values)
     confined = {} if limit is None else {settings.MACHINE_MEMORY: str(limit)}
-    base = memory.memory_base(where, memory.snapshot(where, confined))
+    found = memory.snapshot(where, confined)
+    base, most = memory.memory_base(where, found), max(1, found.total - found.reserve)
     if where.kind is settings.DeviceKind.CPU:
-        return cpu_model_memory(base, values.resolved_fraction)
-    return int(base * values.resolved_fraction)
+        return min(cpu_model_memory(base, values.resolved_fraction), most)
+    return min(int(base * values.resolved_fraction), most)
 
 
 def _mac_hardware() -> Hardware:

@@ -9,11 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pomarium.cluster.cli import rack_options
 from pomarium.cluster.cli.main import main, parse
 from pomarium.cluster.cli.rack import invitation
 from pomarium.cluster.rack import current, inventory, key_file, machine_facts, netns, ports, speed, this_machine
+from pomarium.cluster.rack.facts import working_set
 from pomarium.cluster.rack.identity import RackKey
 from pomarium.cluster.rack.machine_facts import Hardware, Known
 from pomarium.cluster.rack.membership import Membership
@@ -23,7 +26,8 @@ from pomarium.cluster.rack.speed import Speed
 from pomarium.worker import device
 from pomarium.worker.device import Device, GpuBackend
 from pomarium.worker.errors import SettingsError
-from pomarium.worker.settings import DeviceKind
+from pomarium.worker.memory import reserve_of
+from pomarium.worker.settings import AUTO_FRACTION, DeviceKind
 
 GIB = 1 << 30
 SYSCTL = "machdep.cpu.brand_string: Apple M4 Max\nhw.memsize: 68719476736\n"
@@ -153,6 +157,16 @@ def test_this_machine_s_memory_is_what_its_workers_would_take() -> None:
     assert whole.model_memory == pytest.approx(0.9 * whole.memory, rel=0.2)
     half = machine_facts.gather(replace(known, memory_limit=4 * GIB), "m", {"VLLM_METAL_MEMORY_FRACTION": "0.5"})
     assert (half.memory, half.model_memory) == (4 * GIB, 2 * GIB)
+
+
+def test_a_plan_never_counts_on_what_a_worker_keeps_free() -> None:
+    all_of_it = machine_facts.gather(Known(bandwidth=1e10, flops=1e11), "m", {"VLLM_METAL_MEMORY_FRACTION": "1"})
+    assert all_of_it.model_memory <= all_of_it.memory - reserve_of(all_of_it.memory)
+
+
+@given(st.integers(2 * GIB, 1024 * GIB))
+def test_a_macs_share_of_its_working_set_leaves_the_reserve(memory: int) -> None:
+    assert working_set(memory) * AUTO_FRACTION <= memory - reserve_of(memory)
 
 
 def test_rack_yaml_is_searched_by_name_and_then_by_address() -> None:
