@@ -21,7 +21,7 @@ RESHAPE_AND_CACHE = KernelSource(
     "reshape_and_cache", ("k", "v", "keys", "values", "slots", "after"), ("token",), ("keys", "values")
 )
 COPY_BLOCKS = KernelSource("copy_blocks", ("keys", "values", "pairs", "after"), ("token",), ("keys", "values"))
-UNSET = KernelSource("unset", ("after",), ("array", "token"))
+UNSET = KernelSource("unset", ("after",), ("out", "token"))
 SOURCES: tuple[KernelSource, ...] = (RESHAPE_AND_CACHE, COPY_BLOCKS, UNSET)
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)

@@ -32,6 +32,9 @@ SYSTEM_SHARE, MOST_SYSTEM_BYTES = 16, 4 * GIB
 compresses and swaps before it refuses anything. What runs by then is not in it, for that is not available."""
 OWN_BYTES = GIB // 4
 """What our processes on the machine may grow by while they serve: requests, tokenizers, bodies (an upload: 200 MiB)."""
+MIXED_PADDING = 2
+"""vLLM puts layers of one kind into groups of as many layers each (vllm/v1/core/kv_cache_utils.py), and a group that is
+not full takes as many blocks: less than twice what its layers need."""
 RESERVED_BLOCKS = 1
 """vLLM's block pool keeps one block as a placeholder (vllm/v1/core/block_pool.py, null_block): no sequence gets it."""
 
@@ -52,6 +55,7 @@ class MemoryFacts:
         sequence: K and V, and states, of one sequence of maximum length, the step that is computed included.
         sequences: that are served at once (max_num_seqs).
         block: K and V of one block over all layers of this worker.
+        mixed: layers are of several kinds (windows, states, heads of two sizes).
         stage: the worker has a part of a model's layers, which a plan gave to this machine.
     """
 
@@ -68,6 +72,7 @@ class MemoryFacts:
     sequence: int
     sequences: int
     block: int
+    mixed: bool = False
     stage: bool = False
 
 
@@ -87,7 +92,7 @@ def minimum_kv_bytes(facts: MemoryFacts) -> int:
 
 def maximum_kv_bytes(facts: MemoryFacts) -> int:
     """The most that the sequences served at once can use, in whole blocks: more would only keep old prefixes."""
-    return _blocks_for(facts, facts.sequences)
+    return _blocks_for(facts, facts.sequences * (MIXED_PADDING if facts.mixed else 1))
 
 
 def _blocks_for(facts: MemoryFacts, sequences: int) -> int:

@@ -208,7 +208,7 @@ class MetalWorker(WorkerBase):
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache. Raises InsufficientMemoryError if one sequence of maximum length does not fit."""
-        specs = self.get_kv_cache_spec().values()
+        specs = list(self.get_kv_cache_spec().values())
         now = memory.snapshot(self.mlx_device)
         facts = memory.MemoryFacts(
             kind=self.mlx_device.kind,
@@ -224,6 +224,7 @@ class MetalWorker(WorkerBase):
             sequence=self._paging.physical(sum(spec.max_memory_usage_bytes(self.vllm_config) for spec in specs)),
             sequences=self.scheduler_config.max_num_seqs,
             block=self._paging.physical(sum(spec.page_size_bytes for spec in specs)),
+            mixed=any(spec != specs[0] for spec in specs),
             stage=self._stage is not None,
         )
         return self._paging.reported(memory.cache_bytes(facts, self.cache_config.kv_cache_memory_bytes))

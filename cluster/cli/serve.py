@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -120,8 +120,7 @@ def run(args: argparse.Namespace) -> int:
     """
     with quiet(log_file("serve")) as terminal, Interrupts(lambda: terminal.say("stopping ...")) as interrupts:
         started = time.monotonic()
-        if args.wire is not None:
-            os.environ[settings.WIRE] = args.wire
+        choose_wire(args, os.environ)
         if not args.no_rack:
             current.enter()
         plan = plan_of(args, os.environ)
@@ -139,6 +138,12 @@ def run(args: argparse.Namespace) -> int:
                 _wait(watch.Watch(terminal.say, watch.look, watch.head_answers))
         terminal.say("stopped")
     return 0
+
+
+def choose_wire(args: argparse.Namespace, environ: MutableMapping[str, str]) -> None:
+    """Hand --wire on as workers read it; it travels to them with the other settings."""
+    if args.wire is not None:
+        environ[settings.WIRE] = args.wire
 
 
 def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:

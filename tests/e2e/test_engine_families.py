@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from engine_process import engine, generate, log_softmax, logprob_table, tokens_of
 from equality import BOUND, check_tokens, logit_error, reference
-from tiny_models import VOCAB_SIZE, build, write_checkpoint
+from tiny_models import FULL, VOCAB_SIZE, build, write_checkpoint
+from tiny_models import SLIDING as WINDOWED
 from vllm import LLM, SamplingParams
 
 from pomarium.worker.parity import Reference
@@ -102,3 +103,24 @@ def test_hybrid_cache_on_and_off(name: str, hybrid: bool, folder: Path) -> None:
 def test_contiguous_cache_computes_the_same(name: str, folder: Path) -> None:
     with engine(checkpoint(name, folder), {"VLLM_METAL_USE_PAGED_ATTENTION": "0"}, max_logprobs=-1) as llm:
         check(llm, references(name))
+
+
+UNEVEN = {"num_hidden_layers": 7, "layer_types": [WINDOWED, WINDOWED, WINDOWED, FULL, WINDOWED, WINDOWED, FULL]}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "most"),
+    [("llama", {}, 256 // 16 + 1), ("llama_sliding", UNEVEN, 7 * 256 // 16)],
+    ids=["one group", "groups that vLLM pads"],
+)
+def test_a_pool_is_as_large_as_its_sequences_can_use(
+    name: str, changes: dict[str, object], most: int, folder: Path
+) -> None:
+    """One sequence of maximum length runs to its end in it, and the CPU's 2 GiB are left alone."""
+    directory = write_checkpoint(name, folder / f"{name}-alone", **changes)
+    wanted = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, detokenize=False)
+    with engine(directory, kv_cache_memory_bytes=None, max_num_seqs=1, max_num_batched_tokens=64) as llm:
+        config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+        assert 256 // 16 < config.num_blocks <= most
+        (answer,) = generate(llm, [[5] * 56], wanted)
+        assert len(tokens_of(answer)) == 200

@@ -13,11 +13,14 @@ from tiny_models import write_checkpoint
 
 from pomarium.cluster.cli import main as cli
 from pomarium.cluster.cli import serve
+from pomarium.cluster.executor.environment import worker_environment
+from pomarium.cluster.serving.app import passed_environment
 from pomarium.cluster.serving.check import Check
 from pomarium.cluster.serving.engine_args import parse
 from pomarium.cluster.serving.plan import ModelPlan, ServePlan
 from pomarium.worker.errors import PomariumError, SettingsError
 from pomarium.worker.models import embedded
+from pomarium.worker.settings import Wire, load
 
 words = st.text("abcdefghij/.", min_size=1, max_size=8)
 options = st.text("abcdefghij", min_size=3, max_size=8).map(lambda w: f"--x{w}")
@@ -50,6 +53,24 @@ def test_options_may_come_before_the_models() -> None:
 
 def test_no_argument_is_taken_for_another_by_its_beginning() -> None:
     assert cli.parse(["serve", "--max-model", "8"]).extra == ["--max-model", "8"]
+
+
+@pytest.mark.parametrize("choice", list(Wire))
+def test_what_is_wired_travels_to_the_workers_as_a_setting(choice: Wire) -> None:
+    environ = {"POMARIUM_WIRE": "off"}
+    serve.choose_wire(cli.parse(["serve"]), environ)
+    assert environ == {"POMARIUM_WIRE": "off"}
+    serve.choose_wire(cli.parse(["serve", "--wire", choice.value]), environ)
+    assert load(environ).wire is choice
+    assert worker_environment(passed_environment(environ), 0)["POMARIUM_WIRE"] == choice.value
+
+
+def test_another_word_for_what_is_wired_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(["serve", "--wire", "all"])
+    assert "--wire" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match=r"POMARIUM_WIRE='all' is not accepted: set it to off or pool\."):
+        load({"POMARIUM_WIRE": "all"})
 
 
 def test_other_commands_take_no_unknown_argument(capsys: pytest.CaptureFixture[str]) -> None:
