@@ -29,8 +29,8 @@ HEAP_BYTES = 1 << 20
 """MLX's heap of small buffers (mlx/backend/metal/allocator.h), one allocation."""
 IN_HEAP = 256
 """Bytes of the largest of them."""
-UNKNOWN_ARRAYS = 64
-"""Small arrays that nobody listed: rotary frequencies, tokens that order accesses."""
+UNKNOWN_ARRAYS = 512
+"""Small arrays that nobody listed, such as each layer's rotary frequencies: 8 MiB if each takes a page."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ sizes = st.integers(1, 4 * PAGE) | st.integers(1, 1 << 30)
 
 @given(
     st.lists(sizes, max_size=40),
-    st.lists(st.integers(1, PAGE), max_size=wiring.UNKNOWN_ARRAYS),
+    st.lists(st.integers(1, PAGE), max_size=64),
     st.sampled_from([1, 256, 4096, PAGE]),
     st.lists(st.integers(IN_HEAP + 1, 1 << 30), max_size=20),
     st.randoms(),
