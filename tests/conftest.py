@@ -11,6 +11,9 @@ from collections.abc import Iterator
 import mlx.core as mx
 import pytest
 from hypothesis import settings
+from leftovers import pytest_configure, pytest_unconfigure
+
+__all__ = ["pomarium_logger", "pytest_configure", "pytest_unconfigure"]
 
 settings.register_profile("pomarium", deadline=None)
 settings.load_profile("pomarium")
