@@ -5,6 +5,7 @@ Many tests share a process with engines that were started in it, so what those l
 computes itself it computes on the CPU, for whose float32 its bounds are: `pomarium selftest` is for GPUs.
 """
 
+import gc
 import logging
 from collections.abc import Iterator
 
@@ -13,8 +14,14 @@ import pytest
 from hypothesis import settings
 from leftovers import pytest_configure, pytest_unconfigure
 
-__all__ = ["pomarium_logger", "pytest_configure", "pytest_unconfigure"]
+__all__ = [
+    "pomarium_logger",
+    "pytest_collection_finish",
+    "pytest_configure",
+    "pytest_unconfigure",
+]
 
+gc.disable()
 settings.register_profile("pomarium", deadline=None)
 settings.load_profile("pomarium")
 
@@ -22,6 +29,12 @@ settings.load_profile("pomarium")
 def pytest_configure() -> None:
     """Where there is no GPU the CPU is the default anyway."""
     mx.set_default_device(mx.cpu)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: it is not looked through for garbage, neither now nor later."""
+    gc.enable()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,7 +34,8 @@ def engine(model: Path, environment: Mapping[str, str] | None = None, **argument
         "disable_log_stats": False,
     }
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", **(environment or {})}
-    with patch.dict(os.environ, variables):
+    # vLLM freezes what there is, this engine with it: then only the whole heap could be looked through for its garbage.
+    with patch.dict(os.environ, variables), patch("vllm.v1.engine.core.freeze_gc_heap"):
         llm = LLM(str(model), **{**defaults, **arguments})
         try:
             yield llm
@@ -48,8 +50,14 @@ def _shut_down(llm: LLM) -> None:
     core.model_executor.shutdown()
     core.scheduler.shutdown()
     vllm.envs.disable_envs_cache()
-    gc.unfreeze()
     gc.collect()
+    _freeze_what_stays()
+
+
+@cache
+def _freeze_what_stays() -> None:
+    """What the first engine has imported stays: to look through it once more takes longer than to run a tiny engine."""
+    gc.freeze()
 
 
 def generate(
