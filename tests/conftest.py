@@ -9,17 +9,10 @@ import gc
 import logging
 from collections.abc import Iterator
 
+import leftovers
 import mlx.core as mx
 import pytest
 from hypothesis import settings
-from leftovers import pytest_configure, pytest_unconfigure
-
-__all__ = [
-    "pomarium_logger",
-    "pytest_collection_finish",
-    "pytest_configure",
-    "pytest_unconfigure",
-]
 
 gc.disable()
 settings.register_profile("pomarium", deadline=None)
@@ -28,7 +21,13 @@ settings.load_profile("pomarium")
 
 def pytest_configure() -> None:
     """Where there is no GPU the CPU is the default anyway."""
+    leftovers.pytest_configure()
     mx.set_default_device(mx.cpu)
+
+
+def pytest_unconfigure() -> None:
+    """What the run has started ends with it."""
+    leftovers.pytest_unconfigure()
 
 
 def pytest_collection_finish() -> None:
