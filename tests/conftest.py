@@ -13,6 +13,16 @@ import leftovers
 import mlx.core as mx
 import pytest
 from hypothesis import settings
+from sharing import pytest_collection_modifyitems, pytest_runtest_teardown
+
+__all__ = [
+    "pomarium_logger",
+    "pytest_collection_finish",
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "pytest_runtest_teardown",
+    "pytest_unconfigure",
+]
 
 gc.disable()
 settings.register_profile("pomarium", deadline=None)

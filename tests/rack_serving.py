@@ -89,22 +89,62 @@ def serving(state: Path, config: Path, up: Sequence[str], serve: Sequence[str], 
     Args:
         state, config: folders for what they write. variables: of the environment.
     """
-    environ = os.environ | {"XDG_STATE_HOME": str(state), "XDG_CONFIG_HOME": str(config), **variables}
-    environ.pop("RAY_ADDRESS", None)
-    command(environ, "up", *up)
+    environ = environment(state, config) | variables
     try:
-        recorded = current.current(environ)
-        assert recorded is not None
-        server = Server(state, list(serve))
-        server.ensure()
-        try:
-            yield Rack(server, SimulatedRack(recorded, environ), environ)
-        finally:
-            server.interrupt()
-            server.kill()
+        command(environ, "up", *up)
+        with served(environ, state, serve) as rack:
+            yield rack
     finally:
         command(environ, "down")
     assert current.recorded(environ) is None
+
+
+@contextmanager
+def served(environ: dict[str, str], state: Path, serve: Sequence[str]) -> Iterator[Rack]:
+    """`serve` with these arguments on the rack that is up; it is ended with the context."""
+    server = Server(state, list(serve))
+    try:
+        server.ensure()
+        yield Rack(server, simulated(environ), environ)
+    finally:
+        server.end()
+
+
+def environment(state: Path, config: Path) -> dict[str, str]:
+    """Of commands that start a rack of their own."""
+    environ = os.environ | {"XDG_STATE_HOME": str(state), "XDG_CONFIG_HOME": str(config)}
+    environ.pop("RAY_ADDRESS", None)
+    return environ
+
+
+def simulated(environ: dict[str, str]) -> SimulatedRack:
+    """The one that is up."""
+    recorded = current.current(environ)
+    assert recorded is not None
+    return SimulatedRack(recorded, environ)
+
+
+@dataclass
+class SharedRack:
+    """A simulated rack that several modules serve from, one after the other (sharing.py). folder: its own."""
+
+    folder: Path
+    macs: int
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return environment(self.folder, self.folder)
+
+    def ensure(self) -> SimulatedRack:
+        """It runs, with all its Macs."""
+        if current.current(self.environ) is None:
+            command(self.environ, "up", "--simulate", str(self.macs))
+        rack = simulated(self.environ)
+        assert all(mac.pids() for mac in rack.macs), "a module left the rack without one of its Macs"
+        return rack
+
+    def end(self) -> None:
+        command(self.environ, "down")
 
 
 def answer(rack: Rack) -> str:

@@ -19,6 +19,11 @@ class Proxy:
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._listen, daemon=True).start()
 
+    @property
+    def environment(self) -> dict[str, str | None]:
+        """All variables name it, and none excepts anything from it. None: no such variable."""
+        return {**dict.fromkeys(PROXIES, self.url), **dict.fromkeys((*NAMES, "no_grpc_proxy"))}
+
     def _listen(self) -> None:
         while True:
             try:
@@ -35,12 +40,13 @@ class Proxy:
 
 @contextmanager
 def proxied(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """All variables name it, and none excepts anything from it."""
+    """This process has its environment."""
     proxy = Proxy()
-    for name in PROXIES:
-        monkeypatch.setenv(name, proxy.url)
-    for name in (*NAMES, "no_grpc_proxy"):
-        monkeypatch.delenv(name, raising=False)
+    for name, value in proxy.environment.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
     try:
         yield proxy
     finally:

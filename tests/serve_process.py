@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,10 +25,16 @@ MARKER = "POMARIUM_TEST_SERVER"
 
 @dataclass
 class Server:
-    """A server process in a session of its own, as a terminal would start it."""
+    """A server process in a session of its own, as a terminal would start it.
+
+    Attributes:
+        variables: of its environment beside this process's own; None: it has none of that name. key: for clients.
+    """
 
     folder: Path
     arguments: list[str] = field(default_factory=list)
+    variables: Mapping[str, str | None] = field(default_factory=dict)
+    key: str = "none"
     process: "subprocess.Popen[bytes] | None" = None
     port: int = 0
     python: str = sys.executable
@@ -41,7 +48,7 @@ class Server:
         return (self.folder / "output").read_text()
 
     def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=120)
 
     def ensure(self, *models: str) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -56,8 +63,8 @@ class Server:
             time.sleep(0.2)
 
     def start(self, arguments: list[str]) -> "subprocess.Popen[bytes]":
-        environ = os.environ | {"XDG_STATE_HOME": str(self.folder), MARKER: str(self.folder)}
-        environ.pop("RAY_ADDRESS", None)
+        changed = {"XDG_STATE_HOME": str(self.folder), MARKER: str(self.folder), "RAY_ADDRESS": None, **self.variables}
+        environ = {name: value for name, value in (os.environ | changed).items() if value is not None}
         with (self.folder / "output").open("wb") as output:
             self.process = subprocess.Popen(
                 [self.python, "-m", "pomarium.cluster.cli.main", "serve", *arguments],
@@ -76,6 +83,14 @@ class Server:
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGINT)
         return self.process.wait(STOP_S)
+
+    def end(self) -> None:
+        """Ctrl-C if it runs; and nothing of it is left."""
+        try:
+            if self.process is not None and self.process.poll() is None:
+                self.interrupt()
+        finally:
+            self.kill()
 
     def processes(self) -> list[psutil.Process]:
         found = []

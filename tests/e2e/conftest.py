@@ -1,29 +1,48 @@
-"""One `pomarium serve` with the embedded model for all end-to-end tests, started again where a test ended it."""
+"""Servers that modules share, started again where a test ended them."""
 
 from collections.abc import Iterator
 
 import pytest
+from guarded import Guarded
 from openai import OpenAI
 from serve_process import Server
+from sharing import share
 
 
 @pytest.fixture(scope="session")
-def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("serve"))
-    yield server
-    if server.process is not None and server.process.poll() is None:
-        server.interrupt()
-    server.kill()
+def _embedded(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    return Server(tmp_path_factory.mktemp("serve"))
 
 
 @pytest.fixture
-def server(_server: Server) -> Server:
-    """The server, ready."""
-    _server.ensure()
-    return _server
+def embedded_server(_embedded: Server, request: pytest.FixtureRequest) -> Server:
+    """`pomarium serve` with the embedded model, ready."""
+    _embedded.ensure()
+    share(request, _embedded.end)
+    return _embedded
+
+
+@pytest.fixture
+def server(embedded_server: Server) -> Server:
+    """What most modules mean by it."""
+    return embedded_server
 
 
 @pytest.fixture
 def client(server: Server) -> OpenAI:
     """OpenAI's official client of the server."""
     return server.client()
+
+
+@pytest.fixture(scope="session")
+def _guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    with Guarded.made(tmp_path_factory.mktemp("guarded")) as guarded:
+        yield guarded
+
+
+@pytest.fixture
+def guarded_server(_guarded: Guarded, request: pytest.FixtureRequest) -> Guarded:
+    """One with a key, bounds that are soon reached, and proxies in its environment (guarded.py), ready."""
+    _guarded.ensure()
+    share(request, _guarded.end)
+    return _guarded

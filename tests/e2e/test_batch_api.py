@@ -1,20 +1,19 @@
 """OpenAI's client uploads a file, has it answered as a batch, and finds both again after a restart of the endpoint.
 
-The endpoint runs where all variables name a proxy that answers nothing, from a folder whose name is a pattern of names.
+The endpoint wants a key, and runs where all variables name a proxy that answers nothing, from a folder whose name is a
+pattern of names (guarded.py).
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from guarded import AUTHORISED, Guarded
 from openai import BadRequestError, NotFoundError, OpenAI
 from rack_serving import until
-from recording_proxy import proxied
-from serve_process import CONTEXT, Server
-from tiny_models import write_checkpoint
+from serve_process import CONTEXT
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -23,18 +22,9 @@ HALF = "\ud83d"
 """Of an emoji's surrogate pair: JSON can name it, UTF-8 has no form of it."""
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("batches")
-    model = write_checkpoint("llama", folder / "[tiny] *?", max_position_embeddings=CONTEXT)
-    server = Server(folder, [str(model), "--served-name", "tiny"])
-    with pytest.MonkeyPatch.context() as patch, proxied(patch) as proxy:
-        server.ensure()
-        patch.undo()  # this process's clients would ask it, too
-        yield server
-        server.interrupt()
-        server.kill()
-    assert [asked for asked in proxy.asked if b"127.0.0.1" in asked] == [], "Ray's own processes included"
+@pytest.fixture
+def server(guarded_server: Guarded) -> Guarded:
+    return guarded_server
 
 
 def upload(client: OpenAI, folder: Path, count: int, tokens: int = 2) -> Any:
@@ -62,14 +52,15 @@ def ended(client: OpenAI, name: str, seconds: float = 120) -> Any:
     return until(over, seconds)
 
 
-def test_a_batch_from_upload_to_results(server: Server, tmp_path: Path) -> None:
+def test_a_batch_from_upload_to_results(server: Guarded, tmp_path: Path) -> None:
     client = server.client()
     source = upload(client, tmp_path, 6)
     assert (source.purpose, source.bytes) == ("batch", (tmp_path / "in.jsonl").stat().st_size)
     assert client.files.content(source.id).read() == (tmp_path / "in.jsonl").read_bytes()
     asked = {"input_file_id": source.id, "endpoint": "/v1/completions", "completion_window": "24h"}
     # As JavaScript's clients send it; OpenAI's for Python has no way to.
-    created = httpx.post(f"{server.url}/v1/batches", content=json.dumps({**asked, "metadata": {"half": HALF}}))
+    content = json.dumps({**asked, "metadata": {"half": HALF}})
+    created = httpx.post(f"{server.url}/v1/batches", content=content, headers=AUTHORISED)
     assert created.status_code == 200, created.text
     batch = ended(client, created.json()["id"])
     assert batch.status == "completed"
@@ -85,7 +76,7 @@ def test_a_batch_from_upload_to_results(server: Server, tmp_path: Path) -> None:
     assert [(each.id, each.metadata) for each in client.batches.list(limit=1)] == [(batch.id, {"half": HALF})]
 
 
-def test_what_there_is_not(server: Server, tmp_path: Path) -> None:
+def test_what_there_is_not(server: Guarded, tmp_path: Path) -> None:
     client = server.client()
     with pytest.raises(NotFoundError, match="There is no file"):
         client.files.retrieve("file-passwd")
@@ -102,7 +93,7 @@ def test_what_there_is_not(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_batch_goes_on_after_a_restart_and_can_be_cancelled(server: Server, tmp_path: Path) -> None:
+def test_a_batch_goes_on_after_a_restart_and_can_be_cancelled(server: Guarded, tmp_path: Path) -> None:
     client = server.client()
     # One request at a time would take minutes: more than a restart.
     source = upload(client, tmp_path, 400, tokens=400)

@@ -1,6 +1,6 @@
 """What strangers can do to an endpoint: other users of its machine, and clients that send too much or too slowly.
 
-One server with a tiny model, a key, and bounds that are soon reached.
+One server with a tiny model, a key, and bounds that are soon reached (guarded.py).
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,61 +16,18 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from guarded import AUTHORISED, BODY_BYTES, HF_TOKEN, KEY, TIMEOUT_S, UPLOAD_BYTES, Guarded
 from serve_process import CONTEXT, Server
-from tiny_models import write_checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 NOBODY = 65534
-KEY, HF_TOKEN = f"sk-{secrets.token_hex(8)}", f"hf_{secrets.token_hex(8)}"
-TIMEOUT_S = 4.0
-BODY_BYTES, UPLOAD_BYTES = 8 << 20, 1 << 20
 PATIENCE_S = 60.0
-AUTHORISED = {"Authorization": f"Bearer {KEY}"}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("doors")
-    tiny = write_checkpoint("llama", folder / "tiny", max_position_embeddings=CONTEXT)
-    found = Server(folder, ["--served-name", "tiny", "--max-num-seqs", "8"])
-    with pytest.MonkeyPatch.context() as patch, seen_on_command_lines():
-        patch.setenv("POMARIUM_API_KEY", KEY)
-        patch.setenv("HF_TOKEN", HF_TOKEN)
-        patch.setenv("POMARIUM_CLIENT_TIMEOUT", str(TIMEOUT_S))
-        patch.setenv("POMARIUM_MAX_BODY", str(BODY_BYTES))
-        patch.setenv("POMARIUM_MAX_UPLOAD", "1MiB")
-        try:
-            found.ensure(str(tiny))
-            yield found
-            found.interrupt()
-        finally:
-            found.kill()
-
-
-SHOWN: set[str] = set()
-"""Command lines with a secret that somebody could have read while the server started."""
-
-
-@contextlib.contextmanager
-def seen_on_command_lines() -> Iterator[None]:
-    over = threading.Event()
-
-    def look() -> None:
-        while not over.wait(0.1):
-            for path in Path("/proc").glob("[0-9]*/cmdline"):
-                with contextlib.suppress(OSError):
-                    line = path.read_bytes().decode(errors="replace")
-                    if KEY in line or HF_TOKEN in line:
-                        SHOWN.add(line)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+@pytest.fixture
+def server(guarded_server: Guarded) -> Guarded:
+    return guarded_server
 
 
 # --- other users of the machine -------------------------------------------------------------------------------------
@@ -102,7 +58,7 @@ def look_around(wanted: list[str], answer: "multiprocessing.SimpleQueue[dict[str
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_another_user_finds_no_secret_and_no_way_in(server: Server) -> None:
+def test_another_user_finds_no_secret_and_no_way_in(server: Guarded) -> None:
     environs = [process.environ() for process in server.processes()]
     assert any(environ.get("POMARIUM_API_KEY") == KEY for environ in environs), "the look would find nothing anyhow"
     tokens = {environ["RAY_AUTH_TOKEN"] for environ in environs if "RAY_AUTH_TOKEN" in environ}
@@ -118,7 +74,7 @@ def test_another_user_finds_no_secret_and_no_way_in(server: Server) -> None:
     own = {str(Path(name)) for name in server_sockets(server)}
     assert own, "Ray has sockets"
     assert own.isdisjoint(found["sockets"])
-    assert set() == SHOWN
+    assert set() == server.shown
 
 
 def server_sockets(server: Server) -> set[str]:

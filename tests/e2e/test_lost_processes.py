@@ -27,9 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(folder, [str(model), "--replicas", "2", "--max-model-len", str(CONTEXT)])
     server.ensure()
     yield server
-    if server.process is not None and server.process.poll() is None:
-        server.interrupt()
-    server.kill()
+    server.end()
 
 
 def processes(server: Server, name: str) -> list[psutil.Process]:

@@ -28,9 +28,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def server(tmp_path: Path) -> Iterator[Server]:
     server = Server(tmp_path)
     yield server
-    if server.process is not None and server.process.poll() is None:
-        server.interrupt()
-    server.kill()
+    server.end()
 
 
 def test_it_serves_the_tokens_that_mlx_lm_gives(model: str, server: Server) -> None:

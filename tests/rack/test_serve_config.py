@@ -1,4 +1,4 @@
-"""Two simulated Macs, and on them the endpoint of deploy/serve.example.yaml, deployed by Ray's own command with a tiny
+"""Simulated Macs, and on them the endpoint of deploy/serve.example.yaml, deployed by Ray's own command with a tiny
 model in two stages and a key: it answers, a real Prometheus gets every series that dashboard and alarms ask for, and a
 faulty file changes nothing.
 
@@ -7,7 +7,6 @@ The tests run in order on one rack and one deployment.
 
 import json
 import math
-import os
 import socket
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import yaml
 from monitoring import alarms, dashboard_queries, prometheus, undecided
 from openai import APIError, AuthenticationError, OpenAI
 from openai.types import Completion
-from rack_serving import command, until
+from rack_serving import SharedRack, command, until
 from serve_process import CONTEXT
 from tiny_models import write_checkpoint
 
@@ -91,27 +90,19 @@ class Deployed:
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+def deployed(four_macs: SharedRack, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     folder = tmp_path_factory.mktemp("deployed")
-    environ = os.environ | {"XDG_STATE_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
-    environ.pop("RAY_ADDRESS", None)
-    command(environ, "up", "--simulate", "2")
-    try:
-        rack = current.current(environ)
-        assert rack is not None
-        ray = current.for_ray_commands(rack)
-        tiny = write_checkpoint("llama", folder / "tiny", max_position_embeddings=CONTEXT)
-        keys = folder / "api_keys"
-        keys.touch(0o600)
-        keys.write_text(f"{KEY}\n")
-        config = configured(yaml.safe_load(EXAMPLE.read_text()), str(tiny), keys)
-        found = Deployed(environ | ray, ray["RAY_API_SERVER_ADDRESS"], folder / "serve.yaml", config)
-        found.deploy(config["applications"][0]["args"])
-        until(lambda: found.healthy() or told_of_failure(found), DEPLOY_S)
-        assert found.healthy(), found.status()["message"]
-        yield found
-    finally:
-        command(environ, "down")
+    ray = current.for_ray_commands(four_macs.ensure().current)
+    tiny = write_checkpoint("llama", folder / "tiny", max_position_embeddings=CONTEXT)
+    keys = folder / "api_keys"
+    keys.touch(0o600)
+    keys.write_text(f"{KEY}\n")
+    config = configured(yaml.safe_load(EXAMPLE.read_text()), str(tiny), keys)
+    found = Deployed(four_macs.environ | ray, ray["RAY_API_SERVER_ADDRESS"], folder / "serve.yaml", config)
+    found.deploy(config["applications"][0]["args"])
+    until(lambda: found.healthy() or told_of_failure(found), DEPLOY_S)
+    assert found.healthy(), found.status()["message"]
+    return found
 
 
 def configured(example: dict[str, Any], model: str, keys: Path) -> dict[str, Any]:
@@ -234,7 +225,7 @@ def test_prometheus_gets_every_series_of_dashboard_and_alarms(deployed: Deployed
         targets = asked.targets()
         assert [(target["health"], target["lastError"]) for target in targets] == [("up", "")]
         assert missing == MAY_BE_EMPTY.keys(), {name: queries[name] for name in missing}
-        assert asked.query('sum(pomarium_macs{state="awake"})') == [2.0]
+        assert asked.query('sum(pomarium_macs{state="awake"})') == [4.0]
         assert asked.query(alarms()["EndpointDown"]) == [], "an alarm while all is well"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from openai import NotFoundError
-from rack_serving import Rack, answer, serving, until
+from rack_serving import Rack, SharedRack, answer, served, until
 from serve_process import CONTEXT
 from tiny_models import write_checkpoint
 
@@ -21,8 +21,8 @@ TINY = "pomme d'Adèle \U0001f34e #1/" + "é" * 300
 
 
 @pytest.fixture(scope="module")
-def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
-    folder, config = tmp_path_factory.mktemp("state"), tmp_path_factory.mktemp("config")
+def rack(four_macs: SharedRack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
+    folder = tmp_path_factory.mktemp("models")
     tiny = write_checkpoint("llama", folder / "modèle \U0001f34e #1", max_position_embeddings=CONTEXT)
     models = [
         {"name": "smollm2", "source": "smollm2", "stages": 3},
@@ -32,7 +32,8 @@ def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
     file = folder / "rack.yaml"
     described = {"macs": macs, "head": {"mac": "mac-1"}, "models": models}
     file.write_text(json.dumps(described, ensure_ascii=False))  # JSON is YAML
-    with serving(folder, config, ["--simulate", "4"], ["--rack", str(file)]) as rack:
+    four_macs.ensure()
+    with served(four_macs.environ, four_macs.folder, ["--rack", str(file)]) as rack:
         yield rack
 
 
