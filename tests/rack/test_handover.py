@@ -20,13 +20,29 @@ from pomarium.cluster.executor import handover, launch, session
 from pomarium.cluster.executor.staging import Ask
 from pomarium.cluster.executor.team import assemble
 session.ensure_connected()
-team = assemble(Ask(os.environ["MODEL"]))
-worker = psutil.Process(team.members[0].contact.endpoint.pid)
+
+def started():
+    team = assemble(Ask(os.environ["MODEL"]))
+    return team, psutil.Process(team.members[0].contact.endpoint.pid)
+
+team, worker = started()
 
 def engine():
     from vllm import LLM
     return LLM(os.environ["MODEL"], worker_cls="stub_worker.StubWorker", max_model_len=400, skip_tokenizer_init=True,
                distributed_executor_backend="ray", disable_log_stats=True)
+"""
+
+LOST = """
+worker.kill()
+worker.wait(15)
+from pomarium.cluster.executor.codec import WorkerLostError
+try:
+    launch.connect(team.members, lambda rank, error: None)
+except WorkerLostError as error:
+    print(f"LOST {error}")  # in one piece: Ray prints beside it
+team.dissolve()
+team, worker = started()
 """
 
 ADOPTED = """
@@ -40,16 +56,6 @@ print("ADOPTED", llm.collective_rpc(lambda w: (os.getpid(), w.worker.devices)) =
 (core,) = [p for p in psutil.Process().children() if "EngineCore" in " ".join(p.cmdline())]
 core.kill()
 print("ENDED", not psutil.wait_procs([worker], timeout=15)[1])
-"""
-
-LOST = """
-worker.kill()
-worker.wait(15)
-from pomarium.cluster.executor.codec import WorkerLostError
-try:
-    launch.connect(team.members, lambda rank, error: None)
-except WorkerLostError as error:
-    print(f"LOST {error}")  # in one piece: Ray prints beside it
 """
 
 ORPHANED = """
@@ -77,15 +83,14 @@ def run(body: str, tmp_path: Path, code: int = 0) -> str:
         return result.stdout
 
 
-def test_an_engine_adopts_the_worker_which_ends_with_it(tmp_path: Path) -> None:
-    output = run(ADOPTED, tmp_path)
+def test_a_worker_lost_before_its_adoption_is_named_and_the_next_is_adopted_and_ends_with_its_engine(
+    tmp_path: Path,
+) -> None:
+    output = run(LOST + ADOPTED, tmp_path)
+    assert "LOST worker 0 (pid " in output
     assert f"TOKENS {list(range(8, 16))}" in output
     assert "ADOPTED True" in output
     assert "ENDED True" in output
-
-
-def test_a_worker_lost_before_its_adoption_is_named(tmp_path: Path) -> None:
-    assert "LOST worker 0 (pid " in run(LOST, tmp_path)
 
 
 def test_a_worker_that_nobody_adopted_ends_with_who_started_it(tmp_path: Path) -> None:
