@@ -177,6 +177,7 @@ def test_streams_run_side_by_side(server: Server) -> None:
     assert all("Paris" in answer for answer in answers)
 
 
+@pytest.mark.full  # always: one of two by test_lost_processes.py, the only one by tests/rack/test_rack_serving.py
 def test_a_killed_worker_is_replaced(server: Server, client: OpenAI) -> None:
     """kill -9: health turns to 503 with a reason within seconds, and to 200 once Serve has started another engine."""
     (worker,) = [p for p in server.processes() if "WorkerActor" in "".join(p.cmdline())]
