@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _device_fault() -> str | None:
     """Why the device that this process would compute on does not answer."""
-    values, _ = parse_all(os.environ)
+    asked = parse_all(os.environ)[0].get("device")
     try:
-        device.detect(Settings(device=DeviceKind(values["device"]) if "device" in values else None))
+        device.detect(Settings(device=asked if isinstance(asked, DeviceKind) else None))
     except DeviceError as error:
         return str(error)
     except SettingsError:
