@@ -1,8 +1,6 @@
 """Servers and racks that several modules share: those modules run in a row, and what they share ends with the last.
 
-    a test's fixture: start it unless it runs; share(request, end) --> ended once the next test does not ask for it
-
-So one that ended is started again if a later test asks for it after all.
+a test's fixture: start it unless it runs; share(request, end) --> ended once no later test asks for it
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +13,7 @@ ENDS = pytest.StashKey[dict[str, Callable[[], None]]]()
 
 
 def share(request: pytest.FixtureRequest, end: Callable[[], None]) -> None:
-    """Call `end` once no test in a row asks for this fixture any more: perhaps more than once."""
+    """Call `end` once no later test asks for this fixture."""
     assert request.fixturename in NAMES, "its modules are not run in a row"
     request.config.stash.setdefault(ENDS, {})[request.fixturename] = end
 
@@ -34,9 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """After the test's and its module's own fixtures."""
     yield
-    needed = _used(nextitem) if nextitem is not None else []
-    for name in [name for name in item.config.stash.get(ENDS, {}) if name not in needed]:
-        item.config.stash[ENDS].pop(name)()
+    shared = item.config.stash.get(ENDS, {})
+    if shared:
+        items = item.session.items
+        needed = {name for later in items[items.index(item) + 1 :] for name in _used(later)}
+        for name in shared.keys() - needed:
+            shared.pop(name)()
