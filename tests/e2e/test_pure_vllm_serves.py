@@ -13,7 +13,12 @@ from serve_process import MODEL, STOP_S, Server
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
-SCHEMA: Any = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+SCHEMA: Any = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 TOOL: Any = {"type": "function", "function": {"name": "look_up", "parameters": SCHEMA}}
 TOOLS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 
