@@ -28,6 +28,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., device.Device]:
         info = mac.device_info(state)
         monkeypatch.setattr(mx.metal, "is_available", lambda: True)
         monkeypatch.setattr(mx, "device_info", lambda _: info)
+        monkeypatch.setattr(device, "_fault", lambda kind: None)
         return device.detect(Settings())
 
     return _on

@@ -18,6 +18,7 @@ from pomarium.cluster.autoscaling import wake_on_lan
 from pomarium.cluster.rack import chips, machine_facts
 from pomarium.cluster.rack.facts import REACHED_BANDWIDTH, working_set
 from pomarium.cluster.rack.machine_facts import Known
+from pomarium.worker import device
 from pomarium.worker.errors import SettingsError
 from pomarium.worker.settings import AUTO_FRACTION
 
@@ -34,6 +35,7 @@ def mac(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     info = found.device_info()
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda _: info)
+    monkeypatch.setattr(device, "_fault", lambda kind: None)
     memory = SimpleNamespace(total=int(info["memory_size"]), available=int(info["memory_size"]) // 2)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     return found
