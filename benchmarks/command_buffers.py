@@ -5,7 +5,7 @@
     python benchmarks/command_buffers.py [--layers 32] [--rounds 2] [--only defaults ours ...]
 
 Llama 3 8B's shape with random bfloat16 weights (16 GB with all 32 layers), the worker's own path without sampling, as
-in kernels_gpu.py. "ours" is what workers set on this system (worker/command_buffers.py). Prints a Markdown table with
+in kernels_gpu.py. "ours" is what workers set (worker/command_buffers.py). Prints a Markdown table with
 the least and the largest of the rounds, which take turns. Runs from a bare checkout with mlx, mlx-lm and numpy.
 """
 
@@ -34,14 +34,14 @@ CACHE = "MLX_CUDA_GRAPH_CACHE_SIZE"
 
 def settings() -> dict[str, dict[str, str]]:
     """Environment variables of each setting."""
-    from pomarium.worker.command_buffers import MEGABYTES, OPERATIONS, defaults
+    from pomarium.worker.command_buffers import DEFAULTS, MEGABYTES, OPERATIONS
 
     def of(operations: int, megabytes: int) -> dict[str, str]:
         return {OPERATIONS: str(operations), MEGABYTES: str(megabytes)}
 
-    ours = dict(defaults(sys.platform))
+    ours = dict(DEFAULTS)
     found = {"defaults": {}, "ours": ours}
-    found |= {f"{o} and {m}": of(o, m) for o, m in ((50, 50), (100, 200), (100, 1000), (200, 400), (400, 4000))}
+    found |= {f"{o} and {m}": of(o, m) for o, m in ((50, 50), (100, 1000), (100, 4000), (200, 400), (400, 4000))}
     return found if sys.platform == "darwin" else found | {"ours, more graphs kept": ours | {CACHE: "4000"}}
 
 

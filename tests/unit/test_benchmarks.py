@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pomarium.worker.command_buffers import defaults as command_buffers_defaults
+from pomarium.worker.command_buffers import DEFAULTS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -178,7 +178,7 @@ def test_settings_of_command_buffers_and_their_table() -> None:
 
     chosen = command_buffers.settings()
     assert chosen["defaults"] == {}
-    assert chosen["ours"] == dict(command_buffers_defaults(sys.platform))
+    assert chosen["ours"] == DEFAULTS
     found = {"defaults": [{"1 x 1024, ms": 9.0}, {"1 x 1024, ms": 8.5}], "ours": [{"1 x 1024, ms": 7.0}]}
     assert command_buffers.table(found).splitlines() == [
         "| setting | 1 x 1024, ms |", "|---|---:|", "| defaults | 8.50 to 9.00 |", "| ours | 7.00 |",

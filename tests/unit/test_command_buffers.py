@@ -5,20 +5,19 @@ import sys
 
 import pytest
 
-from pomarium.worker.command_buffers import CUDA, MEGABYTES, METAL, OPERATIONS, is_default, prepare
+from pomarium.worker.command_buffers import DEFAULTS, MEGABYTES, OPERATIONS, is_default, prepare
 
 
-@pytest.mark.parametrize(("platform", "values"), [("darwin", METAL), ("linux", CUDA)])
-def test_each_variable_is_set_unless_the_user_did(platform: str, values: dict[str, str]) -> None:
+def test_each_variable_is_set_unless_the_user_did() -> None:
     environ: dict[str, str] = {}
-    prepare(environ, platform)
-    assert environ == {OPERATIONS: values[OPERATIONS], MEGABYTES: values[MEGABYTES]}
-    assert all(is_default(name, value, platform) for name, value in environ.items())
+    prepare(environ)
+    assert environ == DEFAULTS
+    assert all(is_default(name, value) for name, value in environ.items())
     environ = {OPERATIONS: "7", "MLX_METAL_FAST_SYNCH": "1"}
-    prepare(environ, platform)
-    assert environ == {OPERATIONS: "7", "MLX_METAL_FAST_SYNCH": "1", MEGABYTES: values[MEGABYTES]}
-    assert not is_default(OPERATIONS, "7", platform)
-    assert not is_default("PATH", "100", platform)
+    prepare(environ)
+    assert environ == {OPERATIONS: "7", "MLX_METAL_FAST_SYNCH": "1", MEGABYTES: DEFAULTS[MEGABYTES]}
+    assert not is_default(OPERATIONS, "7")
+    assert not is_default("PATH", "100")
 
 
 SCRIPT = """
@@ -45,6 +44,5 @@ def test_they_are_set_when_mlx_is_imported(imports: str) -> None:
     script = SCRIPT.replace("{imports}", imports)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    wanted = METAL if sys.platform == "darwin" else CUDA
     found = [line for line in done.stdout.splitlines() if line.startswith("found ")]
-    assert found == [f"found {wanted[OPERATIONS]} {wanted[MEGABYTES]}"]
+    assert found == [f"found {DEFAULTS[OPERATIONS]} {DEFAULTS[MEGABYTES]}"]
