@@ -1,6 +1,7 @@
 """Steps bound by their seconds in vLLM's engine: a tiny model whose every row is made to take its time.
 
 What is slowed is the forward pass of the worker itself, so that its own figures, which the scheduler goes by, are true.
+Asserted are rows of steps: on a busy machine rows take longer, steps get fewer of them, and seconds say nothing.
 """
 
 import time
@@ -99,15 +100,14 @@ def test_a_long_prompt_leaves_those_beside_it_their_tokens(model: Path) -> None:
     with slowed(PagedForward):
         with engine(model, FREE, **ENGINE) as llm:
             assert not isinstance(llm.llm_engine.engine_core.engine_core.scheduler, BoundScheduler)
-            times, free = play(llm, [LONG])
-            without = widest(times["a"])
+            steps = figures(llm)
+            _, free = play(llm, [LONG])
+            assert max(step.rows for step in steps) > 0.9 * len(LONG)
         with engine(model, BOUND, **ENGINE) as llm:
             assert isinstance(llm.llm_engine.engine_core.engine_core.scheduler, BoundAsyncScheduler)
             generate(llm, [LONG], greedy(1))  # the device is known
             steps = figures(llm)
-            times, bound = play(llm, [LONG])
-    assert without > 0.9 * len(LONG) * ROW_S
-    assert widest(times["a"]) < without / 3
+            _, bound = play(llm, [LONG])
     assert bound == free
     assert max(step.rows for step in steps) < len(LONG) / 3
 
@@ -115,13 +115,14 @@ def test_a_long_prompt_leaves_those_beside_it_their_tokens(model: Path) -> None:
 def test_a_short_prompt_does_not_wait_for_several_long_ones(model: Path) -> None:
     with slowed(PagedForward), engine(model, BOUND, **ENGINE) as llm:
         generate(llm, [LONG], greedy(1))
+        steps = figures(llm)
         times, tokens = play(llm, [LONG, LONG[::-1], [*LONG[400:], *LONG[:400]], [9] * 30])
         alone = [tokens_of(generate(llm, [prompt], greedy(4))[0]) for prompt in (LONG, [9] * 30)]
     first = {name: found[0] for name, found in times.items()}
     began = times["a"][19]
     assert first["late 3"] - began < 0.3 * (first["late 2"] - began)
     assert [tokens["late 0"], tokens["late 3"]] == alone
-    assert widest(times["a"]) < len(LONG) * ROW_S / 3
+    assert max(step.rows for step in steps) < len(LONG) / 3
 
 
 def test_the_users_budget_stays_the_upper_bound(model: Path) -> None:
@@ -151,15 +152,15 @@ def test_the_slowest_of_the_stages_counts(model: Path) -> None:
 
     with patch.object(StageForward, "run", slow):
         with staged(model, [0, 2, 4], FREE, **ENGINE) as (llm, _):
-            times, free = play(llm, [LONG])
-            without = widest(times["a"])
+            _, free = play(llm, [LONG])
         with staged(model, [0, 2, 4], BOUND, **ENGINE) as (llm, _):
             scheduler = llm.llm_engine.engine_core.engine_core.scheduler
             assert isinstance(scheduler, BoundCohortScheduler)
             generate(llm, [LONG], greedy(1))
-            times, bound = play(llm, [LONG])
+            steps = figures(llm)
+            _, bound = play(llm, [LONG])
             assert scheduler.step_budget < 500
-    assert widest(times["a"]) < without / 2
+    assert max(step.rows for step in steps) < len(LONG) / 2
     assert bound == free
 
 
