@@ -16,7 +16,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 ask() { # PYTHON
     .venv/bin/python -m pip --disable-pip-version-check --no-input install --dry-run --no-deps --only-binary :all: \
-        --platform "$platform" --implementation cp --python-version "$1" --target "$scratch/$1" \
+        --platform "$platform" --implementation=cp --python-version "$1" --target "$scratch/$1" \
         --requirement "$pins" >"$scratch/$1.log" 2>&1
 }
 

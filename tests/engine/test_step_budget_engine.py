@@ -157,10 +157,8 @@ def test_the_slowest_of_the_stages_counts(model: Path) -> None:
             scheduler = llm.llm_engine.engine_core.engine_core.scheduler
             assert isinstance(scheduler, BoundCohortScheduler)
             generate(llm, [LONG], greedy(1))
-            steps = figures(llm)
             _, bound = play(llm, [LONG])
             assert scheduler.step_budget < 500
-    assert max(step.rows for step in steps) < len(LONG) / 2
     assert bound == free
 
 

@@ -22,7 +22,7 @@ GNU_ALONE = {
     "find's -printf, -regextype, -readable": r"\bfind\b[^|;\n]* -(printf|regextype|readable|executable)\b",
     "xargs -d": r"\bxargs\b[^|;\n]* (-d\b|--)",
     "head or tail of all but n": r"\bhead\b[^|;\n]* -[nc] ?-\d|\btail\b[^|;\n]* --",
-    "cp, ln, mkdir, rm, mv with long options, -t or -T": r"\b(cp|ln|mkdir|rm|mv)\b [^|;\n]*(--\w|(?<=\s)-\w*[tT]\b)",
+    "GNU options of cp, ln, mkdir, rm, mv": r"(?<![\w=-])(cp|ln|mkdir|rm|mv)\b [^|;\n]*(--\w|(?<=\s)-\w*[tT]\b)",
     "mktemp's long options": r"\bmktemp\b[^|;\n]* (--|-p)",
     "sort's -h and -V are late": r"\bsort\b[^|;\n]* -\w*[hV]",
     "df without -P": r"\bdf\b (?!-\w*P)",
