@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from namespaces import namespace_or_skip
+from namespaces import ip, namespace_or_skip
 
 from pomarium.cluster import ray_address
 from pomarium.cluster.autoscaling.head_view import HeadView
@@ -100,7 +100,7 @@ main(["rack", "join", "{PEER}", "--key", KEY, "--address", "127.0.0.2", "--bandw
 def unreachable() -> Iterator[str]:
     with namespace_or_skip("pmlocal") as name:
         for command in ("link set lo up", f"route add unreachable {PEER}/32", "route add unreachable default"):
-            subprocess.run(["ip", "-netns", name, *command.split()], check=True)
+            ip("-netns", name, *command.split())
         yield name
 
 
