@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All tests in two parts at once: those that start servers and racks wait much, the others keep one core busy. Racks and
-# endpoints are one part: two racks with README's addresses cannot be up at once.
+# endpoints are one part: two racks with README's addresses cannot be up at once. vLLM's engines are in it, too: they
+# change what a process logs and which classes transformers knows.
 #   deploy/test.sh MARKERS [pytest arguments]        MARKERS: as for pytest's -m, "" for all tests
 # A part is made of folders, so that it reads its own files only. The servers' output comes as it runs, the others' when
 # both are done, and what failed comes once more at the end. Exit code: pytest's; 5 only if neither part had a test to
@@ -19,7 +20,7 @@ trap 'exit 130' INT TERM
 
 part_of() { # FOLDER
     case "$1" in
-        tests/rack/ | tests/e2e/) echo servers ;;
+        tests/rack/ | tests/e2e/ | tests/engine/) echo servers ;;
         *) echo others ;;
     esac
 }
