@@ -133,12 +133,12 @@ def test_all_processes_of_a_node_are_found_and_ended(family: tuple[Kin, "subproc
 def test_a_node_is_frozen_thawed_and_killed_as_a_whole(family: tuple[Kin, "subprocess.Popen[bytes]"]) -> None:
     one, first = family
     kin.send(one, signal.SIGSTOP)
-    until(lambda: {process.status() for process in kin.members(one)} == {psutil.STATUS_STOPPED}, 20)
+    until(lambda: {process.status() for process in kin.members(one)} == {psutil.STATUS_STOPPED}, 90)
     kin.send(one, signal.SIGCONT)
-    until(lambda: psutil.STATUS_STOPPED not in {process.status() for process in kin.members(one)}, 20)
+    until(lambda: psutil.STATUS_STOPPED not in {process.status() for process in kin.members(one)}, 90)
     kin.send(one, signal.SIGSTOP)
     kin.kill(one)
-    first.wait(5)
+    first.wait(60)
     assert kin.members(one) == []
 
 
