@@ -42,10 +42,15 @@ def shortage(rooms: Sequence[Room], least: int = LEAST_FREE) -> str | None:
     )
 
 
+def ray_parent(environ: Mapping[str, str]) -> str:
+    """In which a Ray of our own makes its folder."""
+    return environ.get("RAY_TMPDIR") or "/tmp"
+
+
 def rooms(ray_folder: str, environ: Mapping[str, str] = os.environ) -> tuple[Room, ...]:
     """Of the folders that an engine's processes write to."""
     state = state_folder(environ)
-    folders = {"Ray's files": Path(ray_folder), "temporary files": _temporary(environ), "logs": state}
+    folders = {"Ray's files": Path(ray_folder), "temporary files": temporary(environ), "logs": state}
     return tuple(Room(what, folder, _free(folder)) for what, folder in folders.items())
 
 
@@ -60,15 +65,19 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _temporary(environ: Mapping[str, str]) -> Path:
+def temporary(environ: Mapping[str, str]) -> Path:
     """Where Python makes temporary files; `tempfile.gettempdir` itself fails on a full disk."""
     if tempfile.tempdir is not None:
         return Path(tempfile.tempdir)
     return Path(environ.get("TMPDIR") or environ.get("TEMP") or environ.get("TMP") or "/tmp")
 
 
+def nearest(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that there is: on the disk where it would be."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
 def _free(folder: Path) -> int:
     """Bytes that this user may write on the disk of `folder`, or of the nearest folder above it that there is."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    found = os.statvfs(there)
+    found = os.statvfs(nearest(folder))
     return found.f_bavail * found.f_frsize

@@ -8,7 +8,7 @@ plain copy, which stands first. Comparisons with MLX's and PyTorch's own attenti
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -87,11 +87,6 @@ def makers(launcher: Launcher, gpu: Gpu, sizes: Sizes) -> tuple[tuple[str, Calla
         ("mla_decode", lambda: _latent(launcher, gpu, sizes)),
         ("gdn_recurrent_decode", lambda: _gated_delta(launcher, sizes)),
     )
-
-
-def workloads(launcher: Launcher, gpu: Gpu, sizes: Sizes) -> Iterator[Workload]:
-    """One after another, for each holds its arrays."""
-    return (make() for _, make in makers(launcher, gpu, sizes))
 
 
 def time_one(workload: Workload, rounds: int = ROUNDS) -> Timing:

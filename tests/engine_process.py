@@ -17,8 +17,11 @@ from unittest.mock import patch
 
 import numpy as np
 import vllm.envs
+from equality import check_tokens
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
+
+from pomarium.worker.parity import Reference
 
 KV_BYTES = 8 << 20
 """More than any tiny model here needs; vLLM's block table of the 2 GiB default alone takes seconds to build."""
@@ -72,6 +75,14 @@ def generate(
 def tokens_of(output: RequestOutput) -> list[int]:
     """Generated tokens of a request's first completion."""
     return list(output.outputs[0].token_ids)
+
+
+def check_answers(llm: LLM, wanted: Sequence[Reference], greedy: SamplingParams) -> list[int]:
+    """Assert mlx-lm's tokens of all prompts at once; return how many tokens of each came from a cached prefix."""
+    answers = generate(llm, [want.prompt for want in wanted], greedy)
+    for answer, want in zip(answers, wanted, strict=True):
+        check_tokens(tokens_of(answer), want)
+    return [answer.num_cached_tokens or 0 for answer in answers]
 
 
 def counter(llm: LLM, name: str) -> int:

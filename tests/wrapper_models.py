@@ -223,6 +223,12 @@ def write_wrapper(
     return directory
 
 
+def release(name: str, blocks: tuple[int, int] | None, folder: Path) -> Path:
+    """`write_wrapper` in a folder that a module's tests share, once."""
+    directory = folder / f"{name}-{blocks}"
+    return directory if directory.exists() else write_wrapper(name, directory, blocks)
+
+
 def write_release(directory: Path, tensors: Mapping[str, tuple[str, np.ndarray]], config: Config) -> None:
     """A directory with these tensors (dtype, array), this config.json and the tiny tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)

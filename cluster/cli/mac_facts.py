@@ -5,16 +5,16 @@
 The parsers are pure; their texts are tried with tests/darwin/doctor.
 """
 
-import errno
 import platform
 import re
-import socket
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-COMMAND_S, CONNECT_S = 10.0, 2.0
+from pomarium.cluster.commands import said
+from pomarium.worker import local_network
+
+CONNECT_S = 2.0
 SOCKETFILTERFW = "/usr/libexec/ApplicationFirewall/socketfilterfw"
 PROBED_PORT = 80
 """Of the router; that nothing listens there is an answer too."""
@@ -94,16 +94,5 @@ def gateway(text: str) -> str | None:
 
 def no_route(address: str, port: int = PROBED_PORT) -> bool:
     """Whether a connection fails with EHOSTUNREACH, as macOS answers without Local Network access."""
-    try:
-        with socket.create_connection((address, port), CONNECT_S):
-            return False
-    except OSError as error:
-        return error.errno == errno.EHOSTUNREACH
-
-
-def said(command: Sequence[str]) -> str:
-    """A command's output, "" if it cannot be run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    fault = local_network.fault(address, port, CONNECT_S)
+    return fault is not None and local_network.is_unreachable(fault)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import psutil
 
-from pomarium.cluster import listening, platform_choice
+from pomarium.cluster import disk, listening, platform_choice
 from pomarium.cluster.cli import mac_facts, neighbours
 from pomarium.cluster.cli.mac_facts import MacFacts
 from pomarium.cluster.cli.neighbours import Neighbours
@@ -107,7 +107,7 @@ def gather(environ: Mapping[str, str]) -> Facts:
         memory_available=memory.available,
         disk_free=_free(state),
         port_free=listening.is_free("127.0.0.1", PORT),
-        temp_folder=environ.get("RAY_TMPDIR") or "/tmp",
+        temp_folder=disk.ray_parent(environ),
         device=device,
         device_fault=device_fault,
         blas=blas_facts.name if blas_facts is not None else None,
@@ -146,8 +146,7 @@ def _folder(look: Callable[[], Path]) -> tuple[str, str | None]:
 
 def _free(folder: Path | None) -> int:
     """Bytes on the disk where `folder` is or would be."""
-    there = Path("/") if folder is None else next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(Path("/") if folder is None else disk.nearest(folder)).free
 
 
 def _installed(name: str) -> str | None:

@@ -157,7 +157,7 @@ def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:
     """
     settings.load(environ)
     platform_choice.require(environ)
-    disk.require(environ.get("RAY_TMPDIR") or "/tmp", environ)  # torch cannot be imported on a full one
+    disk.require(disk.ray_parent(environ), environ)  # torch cannot be imported on a full one
     check_port(args.host, args.port)
     return ServePlan(tuple(models_of(args, environ)), args.host, args.port, api_keys(args, environ))
 

@@ -45,7 +45,7 @@ def main(section: str, done: str, given: str) -> None:
 def _told(row: Row) -> Row:
     """With the sentence on a full disk, which libraries name in many ways and not by its name."""
     try:
-        sentence = disk.shortage(disk.rooms(os.environ.get("RAY_TMPDIR") or "/tmp"))
+        sentence = disk.shortage(disk.rooms(disk.ray_parent(os.environ)))
     except PomariumError as error:
         sentence = str(error)
     return row if sentence is None else replace(row, detail=(*row.detail, sentence))

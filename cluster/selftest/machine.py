@@ -6,15 +6,15 @@ psutil, importlib.metadata, sw_vers, sysctl --rows--> facts
 import os
 import platform
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
+from pomarium.cluster import disk
+from pomarium.cluster.commands import said
 from pomarium.cluster.rack.units import format_size
 from pomarium.worker.selftest_rows import Row, fact
 
@@ -28,7 +28,6 @@ SYSCTL = (
 )
 """The last two: the user's bound of wired GPU memory in MiB, 0 for the system's own, and 1 in a virtual machine."""
 FOREIGN = ("VLLM_", "MLX_", "POMARIUM_", "RAY_", "MTL_", "METAL_")
-COMMAND_S = 10.0
 
 Ask = Callable[[Sequence[str]], str]
 
@@ -45,7 +44,8 @@ def rows(environ: Mapping[str, str] = os.environ, system: str = sys.platform, as
     yield fact("versions", ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name))))
     memory = psutil.virtual_memory()
     yield fact("memory", f"{format_size(memory.available)} of {format_size(memory.total)} available")
-    for what, folder in (("disk of home", environ.get("HOME", "/")), ("disk of temporary files", _temporary(environ))):
+    home = Path(environ.get("HOME", "/"))
+    for what, folder in (("disk of home", home), ("disk of temporary files", disk.temporary(environ))):
         yield fact(what, _free(folder))
     named = sorted(name for name in environ if name.startswith(FOREIGN))
     yield fact("variables that are set", ", ".join(named) or "none")
@@ -57,14 +57,6 @@ def fields(text: str) -> str:
     return ", ".join(f"{name.strip()} {value.strip()}" for name, _, value in pairs) or "not known"
 
 
-def said(command: Sequence[str]) -> str:
-    """A command's stdout, "" if it cannot be run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -72,11 +64,6 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _temporary(environ: Mapping[str, str]) -> str:
-    """Where Python would make temporary files; `tempfile.gettempdir` fails on a full disk."""
-    return tempfile.tempdir or environ.get("TMPDIR") or "/tmp"
-
-
-def _free(folder: str) -> str:
-    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+def _free(folder: Path) -> str:
+    there = disk.nearest(folder)
     return f"{format_size(shutil.disk_usage(there).free)} free at {there}"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pomarium.cluster import faults, ray_address
+from pomarium.cluster import disk, faults, ray_address
 from pomarium.cluster.rack import kin, node, starting
 from pomarium.cluster.rack.direct import straight
 from pomarium.cluster.rack.kin import Kin
@@ -93,7 +93,7 @@ def session_folder(environ: Mapping[str, str]) -> Path:
     Raises:
         SettingsError: if RAY_TMPDIR is too long.
     """
-    parent = environ.get("RAY_TMPDIR") or "/tmp"
+    parent = disk.ray_parent(environ)
     os.makedirs(parent, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="pm-", dir=parent))
     if len(str(folder / RAY_FOLDER)) + RAY_SOCKET_SUFFIX > SOCKET_PATH_LIMIT:

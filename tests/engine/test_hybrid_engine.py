@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_process import counter, engine, generate, tokens_of
-from equality import check_tokens, reference
+from engine_process import check_answers, counter, engine
+from equality import reference
 from hybrid_models import build_hybrid, write_hybrid
 from staged_engine import staged
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
 from pomarium.worker.parity import Reference
@@ -36,14 +36,6 @@ def wanted() -> list[Reference]:
     return [reference(model, random.integers(3, 120, length).tolist(), NEW_TOKENS) for length in LENGTHS]
 
 
-def check(llm: LLM, wanted: list[Reference]) -> list[int]:
-    """Assert mlx-lm's tokens of all prompts at once; return how many tokens of each came from a cached prefix."""
-    answers = generate(llm, [want.prompt for want in wanted], GREEDY)
-    for answer, want in zip(answers, wanted, strict=True):
-        check_tokens(tokens_of(answer), want)
-    return [answer.num_cached_tokens or 0 for answer in answers]
-
-
 @pytest.mark.parametrize("block_size", [8, 16, 32])
 def test_states_and_attention_get_blocks_of_one_size(
     checkpoint: Path, wanted: list[Reference], block_size: int
@@ -56,12 +48,12 @@ def test_states_and_attention_get_blocks_of_one_size(
         assert len({spec.page_size_bytes for spec in specs}) == 1
         assert specs[0].block_size > block_size
         assert specs[0].block_size % block_size == 0
-        check(llm, wanted)
+        check_answers(llm, wanted, GREEDY)
 
 
 def test_chunked_prompts(checkpoint: Path, wanted: list[Reference]) -> None:
     with engine(checkpoint, max_num_batched_tokens=16, **NO_PREFIXES) as llm:
-        check(llm, wanted)
+        check_answers(llm, wanted, GREEDY)
 
 
 def test_preempted_requests_compute_their_states_again(checkpoint: Path, wanted: list[Reference]) -> None:
@@ -70,7 +62,7 @@ def test_preempted_requests_compute_their_states_again(checkpoint: Path, wanted:
     crossing = [want for want in wanted if 64 < len(want.prompt) < 88]
     assert len(crossing) == 1
     with engine(checkpoint, **scarce, **NO_PREFIXES) as llm:
-        check(llm, crossing * 4)
+        check_answers(llm, crossing * 4, GREEDY)
         assert counter(llm, "vllm:num_preemptions") > 0
 
 
@@ -79,13 +71,13 @@ def test_cached_prefixes(checkpoint: Path, wanted: list[Reference], budget: int)
     """vLLM's mode "align": the second time, the states at block boundaries are found again; chunks end at them."""
     with engine(checkpoint, enable_prefix_caching=True, block_size=8, max_num_batched_tokens=budget) as llm:
         assert llm.llm_engine.vllm_config.cache_config.mamba_cache_mode == "align"
-        assert check(llm, wanted) == [0] * len(wanted)
-        assert max(check(llm, wanted)) >= 88
+        assert check_answers(llm, wanted, GREEDY) == [0] * len(wanted)
+        assert max(check_answers(llm, wanted, GREEDY)) >= 88
 
 
 def test_contiguous_cache(checkpoint: Path, wanted: list[Reference]) -> None:
     with engine(checkpoint, {"VLLM_METAL_USE_PAGED_ATTENTION": "0"}) as llm:
-        check(llm, wanted)
+        check_answers(llm, wanted, GREEDY)
 
 
 @pytest.mark.parametrize("bounds", [[0, 3, 6], list(range(7))], ids=["two stages", "one layer each"])
@@ -93,5 +85,5 @@ def test_contiguous_cache(checkpoint: Path, wanted: list[Reference]) -> None:
 def test_stages(checkpoint: Path, wanted: list[Reference], bounds: list[int], prefixes: bool) -> None:
     """Stages with layers of both kinds, and with one layer that only attends or only keeps a state."""
     with staged(checkpoint, bounds, enable_prefix_caching=prefixes, block_size=8) as (llm, _):
-        check(llm, wanted)
-        assert (max(check(llm, wanted)) >= 88) == prefixes
+        check_answers(llm, wanted, GREEDY)
+        assert (max(check_answers(llm, wanted, GREEDY)) >= 88) == prefixes

@@ -9,13 +9,13 @@ from pathlib import Path
 import mlx.nn as nn
 import numpy as np
 import pytest
-from engine_process import counter, engine, generate, log_softmax, logprob_table, tokens_of
-from equality import BOUND, check_tokens, logit_error, reference
+from engine_process import check_answers, counter, engine, generate, log_softmax, logprob_table
+from equality import BOUND, logit_error, reference
 from mlx_lm.utils import load_model
 from staged_engine import staged
 from tiny_models import VOCAB_SIZE
-from vllm import LLM, SamplingParams
-from wrapper_models import WRAPPED, build_text, write_wrapper
+from vllm import SamplingParams
+from wrapper_models import WRAPPED, build_text, release
 
 from pomarium.worker.errors import PomariumError, UnsupportedError
 from pomarium.worker.parity import Reference
@@ -39,24 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("wrappers")
 
 
-def release(name: str, blocks: tuple[int, int] | None, folder: Path) -> Path:
-    directory = folder / f"{name}-{blocks}"
-    return directory if directory.exists() else write_wrapper(name, directory, blocks)
-
-
 def wanted(name: str, blocks: tuple[int, int] | None, folder: Path) -> list[Reference]:
     """mlx-lm's continuations of random prompts."""
     model: nn.Module = build_text(name) if blocks is None else load_model(release(name, blocks, folder) / "dense")[0]
     random = np.random.default_rng(3)
     return [reference(model, random.integers(3, 120, length).tolist(), NEW_TOKENS) for length in LENGTHS]
-
-
-def check(llm: LLM, wanted: list[Reference]) -> list[int]:
-    """Assert mlx-lm's tokens of all prompts at once; return how many tokens of each came from a cached prefix."""
-    answers = generate(llm, [want.prompt for want in wanted], GREEDY)
-    for answer, want in zip(answers, wanted, strict=True):
-        check_tokens(tokens_of(answer), want)
-    return [answer.num_cached_tokens or 0 for answer in answers]
 
 
 ALWAYS = (("gemma4_small", None), ("gemma4_dense", None), ("qwen3_5", FP8), ("qwen3_5_moe", FP8))
@@ -73,8 +60,8 @@ def test_a_release_is_served_as_a_text_model(name: str, blocks: tuple[int, int] 
     arguments = {"max_num_batched_tokens": 32, "block_size": 8, "max_logprobs": -1}
     with engine(release(name, blocks, folder), **arguments) as llm:
         llm.llm_engine.vllm_config.__post_init__()  # as an engine in a process of its own does once it is set up
-        assert check(llm, references) == [0] * len(LENGTHS)
-        assert max(check(llm, references)) >= 88
+        assert check_answers(llm, references, GREEDY) == [0] * len(LENGTHS)
+        assert max(check_answers(llm, references, GREEDY)) >= 88
         want = references[0]
         output = generate(llm, [(*want.prompt, *want.tokens[:-1])], DISTRIBUTION)[0]
         positions = [*(output.prompt_logprobs or [])[1:], *(output.outputs[0].logprobs or [])]
@@ -90,21 +77,21 @@ def test_heads_of_two_sizes_get_pages_of_one(folder: Path, hybrid: bool, block_s
         groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
         sizes = [(len(group.layer_names), group.kv_cache_spec.block_size) for group in groups]
         assert sizes == ([*[(1, 2 * block_size)] * 3, (1, block_size)] if hybrid else [(4, block_size)])
-        check(llm, wanted("gemma4_small", None, folder))
+        check_answers(llm, wanted("gemma4_small", None, folder), GREEDY)
 
 
 def test_preempted_requests_compute_their_keys_again(folder: Path) -> None:
     references = [want for want in wanted("gemma4_small", None, folder) if len(want.prompt) == 33]
     scarce = {"num_gpu_blocks_override": 38, "block_size": 8, "max_model_len": 128, "max_num_batched_tokens": 32}
     with engine(release("gemma4_small", None, folder), enable_prefix_caching=False, **scarce) as llm:
-        check(llm, references * 4)
+        check_answers(llm, references * 4, GREEDY)
         assert counter(llm, "vllm:num_preemptions") > 0
 
 
 @pytest.mark.parametrize("name", ["gemma4_small", pytest.param("qwen3_5", marks=pytest.mark.full)])
 def test_contiguous_cache(name: str, folder: Path) -> None:
     with engine(release(name, None, folder), {"VLLM_METAL_USE_PAGED_ATTENTION": "0"}) as llm:
-        check(llm, wanted(name, None, folder))
+        check_answers(llm, wanted(name, None, folder), GREEDY)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +106,8 @@ def test_stages(name: str, blocks: tuple[int, int] | None, bounds: list[int], fo
     """Stages with layers of both sizes of heads, and of one."""
     references = wanted(name, blocks, folder)
     with staged(release(name, blocks, folder), bounds, block_size=8) as (llm, _):
-        check(llm, references)
-        assert max(check(llm, references)) >= 88
+        check_answers(llm, references, GREEDY)
+        assert max(check_answers(llm, references, GREEDY)) >= 88
 
 
 def test_shared_keys_in_stages_are_refused_by_name(folder: Path) -> None:
@@ -137,7 +124,7 @@ def test_an_image_gets_one_error_and_harms_nobody(folder: Path) -> None:
             llm.chat([{"role": "user", "content": [{"type": "text", "text": "What is this?"}, image]}], GREEDY)
         with pytest.raises(ValueError, match="text-only models"):
             llm.generate({"prompt": "What is this?", "multi_modal_data": {"image": PIXEL}}, GREEDY)
-        check(llm, references)
+        check_answers(llm, references, GREEDY)
 
 
 @pytest.mark.parametrize("name", ["gemma4_small", "qwen3_5"])

@@ -16,8 +16,8 @@ SMALL = Sizes(4, 2, 64, 2, 32, 16, 8, 2, 2, 16, 1 << 10)
 
 
 def test_every_workload_runs_and_has_a_rate() -> None:
-    workloads = timing.workloads(EmulatedLauncher(), Gpu(Family.APPLE, 1), SMALL)
-    measured = [timing.time_one(each, rounds=1) for each in workloads]
+    makers = timing.makers(EmulatedLauncher(), Gpu(Family.APPLE, 1), SMALL)
+    measured = [timing.time_one(make(), rounds=1) for _, make in makers]
     assert [each.name.partition(",")[0] for each in measured] == [
         "copy",
         "reshape_and_cache",
@@ -32,7 +32,8 @@ def test_every_workload_runs_and_has_a_rate() -> None:
 
 def test_bytes_are_those_that_have_to_move() -> None:
     """One decode step reads all K and V once; states are read and written."""
-    by_name = {each.name: each.nbytes for each in timing.workloads(EmulatedLauncher(), Gpu(Family.APPLE, 1), SMALL)}
+    workloads = [make() for _, make in timing.makers(EmulatedLauncher(), Gpu(Family.APPLE, 1), SMALL)]
+    by_name = {each.name: each.nbytes for each in workloads}
     assert by_name["paged_attention_decode, 2 x 32 keys"] == 2 * 32 * 2 * 64 * 2 * 2
     assert by_name["gdn_recurrent_decode, 2 states"] == 2 * 2 * 16 * 16 * 4 * 2
 

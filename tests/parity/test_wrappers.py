@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from mlx_lm.utils import load_model
 from step_driver import Driver
 from tiny_models import VOCAB_SIZE, WINDOW
-from wrapper_models import GEMMA4, WRAPPED, build_text, write_wrapper
+from wrapper_models import GEMMA4, WRAPPED, build_text, release, write_wrapper
 
 from pomarium.cluster.executor.codec import describe, rebuild
 from pomarium.worker.attention.base import AttentionBackend
@@ -53,11 +53,6 @@ CASES = [(name, None) for name in WRAPPED] + [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("wrappers")
-
-
-def release(name: str, blocks: tuple[int, int] | None, folder: Path) -> Path:
-    directory = folder / f"{name}-{blocks}"
-    return directory if directory.exists() else write_wrapper(name, directory, blocks)
 
 
 def theirs(name: str, blocks: tuple[int, int] | None, folder: Path) -> nn.Module:

@@ -81,7 +81,7 @@ def test_no_route_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(address: tuple[str, int], timeout: float) -> socket.socket:
         raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
 
-    monkeypatch.setattr(mac_facts.socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
     assert mac_facts.no_route("192.168.7.1")
 
 
