@@ -41,6 +41,7 @@ class ServeActor:
         alive: it runs. coming: it is being started, for the first time or again.
         end: what it ended of, a clause, if it did and nobody had asked it to.
         began, ended: Unix time, seconds; 0 for what is not over.
+        restarts: how often Ray has started it again.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class ServeActor:
     end: str | None = None
     began: float = 0.0
     ended: float = 0.0
+    restarts: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ def _serve_actor(entry: ActorTableData) -> ServeActor | None:
     alive = entry.state == ActorTableData.ALIVE
     end = _end(entry) if dead or entry.state == ActorTableData.RESTARTING else None
     began, ended = entry.start_time / 1000, entry.end_time / 1000
-    return ServeActor(kind, deployment, replica, alive, not dead and not alive, end, began, ended)
+    coming = not dead and not alive
+    return ServeActor(kind, deployment, replica, alive, coming, end, began, ended, restarts=entry.num_restarts)
 
 
 def _end(entry: ActorTableData) -> str | None:

@@ -35,14 +35,20 @@ HEAD_GRACE_S = 40.0
 
 HEAD_GONE = "Ray's head process (GCS) has ended"
 AGAIN = "Serve starts another"
+CONTROLLER_LOST = "Serve's controller was lost; engines go on to serve while Ray starts another"
 
 
 @dataclass(frozen=True)
 class Status:
-    """Whether all of the endpoint runs, and what is to be said of it, if anything."""
+    """Whether all of the endpoint runs, and what is to be said of it, if anything.
+
+    Attributes:
+        restarts: of Serve's controller, as far as known. It may be lost and back between two looks.
+    """
 
     running: bool
     message: str = ""
+    restarts: int | None = None
 
 
 class Watch:
@@ -57,6 +63,7 @@ class Watch:
     ) -> None:
         self._say, self._look, self._head_answers, self._clock = say, look, head_answers, clock
         self._told = Status(True)
+        self._restarts: int | None = None
         self._since = self._ready_at = clock()
         self._silent_since: float | None = None
         self._head_gone_at: float | None = None
@@ -76,9 +83,22 @@ class Watch:
             self._since = max(self._ready_at, now - RECENT_S)
         if (status := self._looked()) is None:
             return
+        if self._back_already(status):
+            self._show(Status(False, CONTROLLER_LOST))
         if status.running and not self._told.running:
             self._ready_at = now
-        if status != self._told:
+        self._show(status)
+
+    def _back_already(self, status: Status) -> bool:
+        """Whether Serve's controller was lost and is back, and no look has seen it."""
+        before = self._restarts
+        if status.restarts is not None:
+            self._restarts = status.restarts
+        known = before is not None and status.restarts is not None
+        return known and status.running and self._told.running and before != status.restarts
+
+    def _show(self, status: Status) -> None:
+        if (status.running, status.message) != (self._told.running, self._told.message):
             good = "there is room on the disks again" if self._told.running else "ready again"
             self._tell(status.message or good)
             self._told = status
@@ -143,13 +163,15 @@ def look(since: float) -> Status:
 
     actors = serve_actors.read()
     if not any(actor.alive for actor in actors if actor.kind == CONTROLLER):
-        return Status(False, "Serve's controller was lost; engines go on to serve while Ray starts another")
+        return Status(False, CONTROLLER_LOST)
     known = serve.status().applications.get(app.APP_NAME)
     if known is None:
         return Status(False, "Serve does not know the endpoint any more: somebody has removed it")
     full = shortage()
     if known.status == "RUNNING":
-        return Status(True, f"{full} What is lost does not start again before" if full else "")
+        # It may have come back while `serve.status` waited for it.
+        restarts = max((actor.restarts for actor in serve_actors.read() if actor.kind == CONTROLLER), default=0)
+        return Status(True, f"{full} What is lost does not start again before" if full else "", restarts)
     messages = {name: deployment.message for name, deployment in known.deployments.items()}
     said = told(messages, actors, reports.read_losses(), since)
     return Status(False, f"{said}. {full}" if full else said)

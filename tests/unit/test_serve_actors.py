@@ -36,6 +36,9 @@ def test_names_tell_what_an_actor_is() -> None:
     assert engine == ServeActor(ENGINE, "engine:org--m", "x1", alive=True, began=2.0, ended=3.0)
     assert read(entry("SERVE_REPLICA::other#thing#x1")) is None
     assert read(entry("")) is None
+    restarted = entry("SERVE_CONTROLLER_ACTOR")
+    restarted.num_restarts = 2
+    assert (read(restarted) or ServeActor(PROXY)).restarts == 2
 
 
 def test_what_an_actor_ended_of() -> None:

@@ -61,6 +61,14 @@ def test_a_loss_counts_that_serve_tells_of_late() -> None:
     assert endpoint.asked[100] == endpoint.asked[102] == 1101 - watch.RECENT_S
 
 
+def test_a_controller_that_is_back_before_a_look_is_told_of() -> None:
+    lost = [watch.CONTROLLER_LOST, "ready again"]
+    endpoint = Endpoint(*[Status(True, restarts=count) for count in (1, 1, 2, 2)])
+    assert endpoint.steps(4) == lost, "those before this endpoint are not its own"
+    seen = Endpoint(Status(True, restarts=0), Status(False, watch.CONTROLLER_LOST), Status(True, restarts=1))
+    assert seen.steps(4) == lost, "told once"
+
+
 def test_a_look_that_fails_ends_nothing() -> None:
     assert Endpoint(Status(True), RuntimeError("busy"), Status(True)).steps(4) == []
 
