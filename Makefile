@@ -62,8 +62,8 @@ proto: install-dev ## generate the gRPC stubs from proto/*.proto
 	@$(BIN)/python -m grpc_tools.protoc -Ibuild/typing --python_out=build/typing --pyi_out=build/typing \
 		--grpc_python_out=build/typing build/typing/pomarium/proto/*.proto
 
-engine-options: install-dev ## list the installed vLLM's options in cluster/serving/engine_options.json
-	@$(BIN)/python -m pomarium.cluster.serving.engine_args
+engine-options: install-dev ## list the installed vLLM's options in cluster/replica/engine_options.json
+	@$(BIN)/python -m pomarium.cluster.replica.engine_args
 
 bench: install-dev ## measure our engine, mlx-lm and vLLM's CPU backend (docs/benchmarks.md)
 	@$(BIN)/python benchmarks/engine.py $(ARGS)

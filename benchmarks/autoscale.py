@@ -69,9 +69,9 @@ class Bench:
 
     def __init__(self, rack: SimulatedRack, environ: dict[str, str], folder: Path) -> None:
         os.environ.update(rack.environment())
-        from pomarium.cluster.rack import power, reports, roster
+        from pomarium.cluster.rack import power_states, reports, roster
 
-        self._power, self._rack, self._environ, self._folder = power, rack, environ, folder
+        self._power, self._rack, self._environ, self._folder = power_states, rack, environ, folder
         reports.use(roster.connect(rack.current.membership))
 
     @contextmanager

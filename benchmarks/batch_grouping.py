@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from pomarium.cluster.batch import grouping, job
-from pomarium.cluster.batch.endpoint import HttpEngine
+from pomarium.cluster.batch.http_engine import HttpEngine
 from pomarium.cluster.batch.job import Files, Job
 from pomarium.cluster.batch.progress import Tally
 

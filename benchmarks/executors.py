@@ -75,7 +75,7 @@ def compare(stages: int, options: argparse.Namespace) -> list[list[str]]:
     import ray_executor_v2
     from ray.util.placement_group import remove_placement_group
 
-    from pomarium.cluster.executor.rack import RackExecutor
+    from pomarium.cluster.executor.rack_executor import RackExecutor
 
     rows, llms = [], {}
     try:

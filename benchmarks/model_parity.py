@@ -35,8 +35,8 @@ from pomarium.worker.kv_cache.states import single_group_states
 from pomarium.worker.model_runner import ModelRunner
 from pomarium.worker.models.gated_delta_kernels import with_states
 from pomarium.worker.models.paged import PagedModel, prepare
-from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.sampler import Sampler
+from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import CachedRequest, NewRequest, Step
 
 BLOCK_SIZE, NEW_TOKENS, VOCABULARY = 16, 12, 2048

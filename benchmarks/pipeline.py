@@ -116,9 +116,9 @@ def rack(workers: int) -> Iterator[contextlib.ExitStack]:
     """An embedded Ray with room for so many; engines that are put on the stack end before it does."""
     import ray
 
-    from pomarium.cluster.executor import session
+    from pomarium.cluster.executor import ray_connection
 
-    session.start_embedded(workers)
+    ray_connection.start_embedded(workers)
     try:
         with contextlib.ExitStack() as engines:
             yield engines

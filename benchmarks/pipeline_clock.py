@@ -19,7 +19,7 @@ from report import table
 from virtual_stages import Arrival, Costs, Pipeline, Played, engine, plain
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from pomarium.cluster.scheduling.scheduler import CohortScheduler
+from pomarium.cluster.engine.scheduling.scheduler import CohortScheduler
 
 PARTS = ("decode", "prompts", "cohorts")
 STEPS = (Costs(20, 0), Costs(12, 1))

@@ -36,7 +36,7 @@ def _status(pid: int, field: str) -> int:
 
 def __getattr__(name: str) -> Any:
     if name == "ProbedMetalWorker":
-        from pomarium.cluster.scheduling.timed_worker import TimedWorker as Base
+        from pomarium.cluster.engine.scheduling.timed_worker import TimedWorker as Base
     elif name == "ProbedCPUWorker":
         from vllm.v1.worker.cpu_worker import CPUWorker as Base
     else:

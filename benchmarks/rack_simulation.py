@@ -54,7 +54,7 @@ class Choice:
     """What we choose: the fields of ReplicaPolicy, rack.yaml's sleep.idle, and how Serve reports.
 
     Attributes:
-        window_s, report_s: look_back_period_s as cluster/serving/replica_scaling.py sets it, and Serve's own.
+        window_s, report_s: look_back_period_s as cluster/endpoint/replica_scaling.py sets it, and Serve's own.
     """
 
     target: float = SLOTS

@@ -114,7 +114,7 @@ def _cold(mean: float, asked: int) -> int:
 
 
 class Ours:
-    """cluster/autoscaling/policy.py as cluster/serving/replica_scaling.py calls it."""
+    """cluster/autoscaling/policy.py as cluster/endpoint/replica_scaling.py calls it."""
 
     def __init__(self, policy: ReplicaPolicy, reported: Reported) -> None:
         self._policy = policy

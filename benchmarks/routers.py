@@ -13,8 +13,8 @@ from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 
-from pomarium.cluster.serving.prefix_router import PrefixRouter
-from pomarium.cluster.serving.routing import prompt_text
+from pomarium.cluster.endpoint.prefix_router import PrefixRouter
+from pomarium.cluster.http.prompts import prompt_text
 
 ROUTERS: dict[str, Any] = {
     "power of two": PowerOfTwoChoicesRequestRouter,

@@ -139,11 +139,11 @@ def table(found: dict[str, Figures]) -> str:
 @contextlib.contextmanager
 def endpoint(options: argparse.Namespace) -> Iterator[str]:
     """URL of two replicas behind SideBySide."""
-    from pomarium.cluster.serving import local_ray, session
-    from pomarium.cluster.serving.plan import ModelPlan, ServePlan
+    from pomarium.cluster.endpoint import lifecycle, local_ray
+    from pomarium.cluster.replica.serve_plan import ModelPlan, ServePlan
 
     os.environ.update(local_ray.environment(""))  # Ray reads it when it is imported, which the next line does
-    from pomarium.cluster.serving import app
+    from pomarium.cluster.endpoint import app
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -152,7 +152,7 @@ def endpoint(options: argparse.Namespace) -> Iterator[str]:
 
     arguments = {"enable_prompt_tokens_details": True}
     plan = ServePlan((ModelPlan("model", options.model, arguments, REPLICAS),), port=options.port)
-    with mock.patch.object(app, "ROUTER", "routers.SideBySide"), session.serving(plan, phase):
+    with mock.patch.object(app, "ROUTER", "routers.SideBySide"), lifecycle.serving(plan, phase):
         yield plan.url
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pomarium.cluster.disk import is_full
-from pomarium.cluster.serving.context_length import reworded
+from pomarium.cluster.machine.disk import is_full
+from pomarium.cluster.placement.context_length import reworded
 from pomarium.worker.errors import PomariumError
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from pomarium.kernels.check import Case
+from pomarium.kernels.cases.case import Case
 from pomarium.kernels.launch import KernelSource, Launch, Launcher
 
 

@@ -12,7 +12,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pomarium.cluster.serving.escaped_json import EscapedJson
+from pomarium.cluster.http.escaped_json import EscapedJson
 
 
 class Stub:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from pomarium.cluster.rack.direct import NAMES, PROXIES
+from pomarium.cluster.node.direct import NAMES, PROXIES
 
 
 class Proxy:

@@ -13,7 +13,7 @@ import httpx
 import psutil
 from openai import OpenAI
 
-from pomarium.cluster.rack import ports
+from pomarium.cluster.node import ports
 
 MODEL = "smollm2"
 CONTEXT = 1024

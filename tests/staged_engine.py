@@ -19,11 +19,11 @@ from engine_process import engine
 from vllm import LLM
 
 from pomarium.cluster.executor.actor import Endpoint
-from pomarium.cluster.executor.environment import HANDED_OVER
 from pomarium.cluster.executor.handover import offer
 from pomarium.cluster.executor.host import WorkerHost
 from pomarium.cluster.executor.member import Contact, Member
 from pomarium.cluster.executor.service import ControlService, serve
+from pomarium.cluster.node.worker_environment import HANDED_OVER
 from pomarium.worker.handoff.errors import LinkClosedError
 
 TOKEN = "the token of a test"

@@ -19,8 +19,8 @@ from pomarium.worker.kv_cache.layout import single_group_layout
 from pomarium.worker.kv_cache.pool import PagedPool
 from pomarium.worker.model_runner import ModelRunner
 from pomarium.worker.models.paged import PagedModel
-from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.sampler import Sampler
+from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import CachedRequest, NewRequest, Step
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 
-from pomarium.worker.handoff.address import host_of, is_local, is_loopback
+from pomarium.worker.address import host_of, is_local, is_loopback
 
 SETTINGS = "System Settings > Privacy & Security > Local Network"
 _WORDS = os.strerror(errno.EHOSTUNREACH).lower()

@@ -45,7 +45,7 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 from pomarium.worker import blas, memory
 from pomarium.worker.activations import activation_bytes, layer_width
 from pomarium.worker.attention.base import AttentionBackend
-from pomarium.worker.attention.cache import cache_backend
+from pomarium.worker.cache_backend import cache_backend
 from pomarium.worker.device import Device, use
 from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.forward import ContiguousForward, Forward, PagedForward, contiguous_layer
@@ -60,9 +60,9 @@ from pomarium.worker.models.resolve import resolve
 from pomarium.worker.models.verify import PROVEN, verify, verify_stage
 from pomarium.worker.pipeline.place import Surroundings
 from pomarium.worker.pipeline.stage import Stage
-from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.rows import SamplingRow
 from pomarium.worker.sampling.sampler import Sampler
+from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.settings import DeviceKind
 from pomarium.worker.settings import load as load_settings
 from pomarium.worker.step import BlockTables, CachedRequest, Grammar, NewRequest, Step, StepResult

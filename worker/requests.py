@@ -8,7 +8,7 @@ scheduler has seen them.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from pomarium.worker.sampling.params import SamplingParams
+from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import CachedRequest, Logprobs, NewRequest, Step
 
 
@@ -39,7 +39,7 @@ class RequestState:
 class RequestTable:
     """Live requests by id, all of whose tokens are below `vocab_size`.
 
-    vLLM's front end refuses a request with others (cluster/request_bounds.py), and what is sampled is always below.
+    vLLM's front end refuses a request with others (cluster/engine/request_bounds.py), and what is sampled is below.
     Where tokens come in they are looked at once more, because MLX would read another's row from foreign memory.
     """
 

@@ -28,8 +28,8 @@ from pomarium.worker.model_runner import ModelRunner
 from pomarium.worker.models.embedded import path as embedded_path
 from pomarium.worker.models.load import load
 from pomarium.worker.models.paged import PagedModel, prepare
-from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.sampler import Sampler
+from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.selftest_rows import Row, Verdict, fact
 from pomarium.worker.settings import DeviceKind
 from pomarium.worker.settings import load as load_settings

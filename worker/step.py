@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pomarium.worker.sampling.params import SamplingParams
+from pomarium.worker.sampling_params import SamplingParams
 
 BlockTables = tuple[tuple[int, ...], ...]
 """Block ids of one request, one tuple per KV-cache group."""

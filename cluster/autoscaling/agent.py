@@ -16,11 +16,11 @@ from typing import NoReturn, Protocol
 
 import psutil
 
-from pomarium.cluster.rack import kin, node, starting
+from pomarium.cluster.node import kin, ray_node, starting
+from pomarium.cluster.node.membership import Membership
+from pomarium.cluster.node.ray_node import NodeSpec
+from pomarium.cluster.node.starting import Say
 from pomarium.cluster.rack.mac_power import MacPower, Power
-from pomarium.cluster.rack.membership import Membership
-from pomarium.cluster.rack.node import NodeSpec
-from pomarium.cluster.rack.starting import Say
 from pomarium.worker.errors import PomariumError
 
 LOOK_S = 1.0
@@ -184,7 +184,7 @@ class Agent:
 
     @property
     def _kin(self) -> kin.Kin:
-        return node.kin_of(self._spec, self._membership.session)
+        return ray_node.kin_of(self._spec, self._membership.session)
 
     def _runs(self) -> bool:
         try:

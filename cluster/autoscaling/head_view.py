@@ -8,11 +8,11 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.exceptions import RayError, RpcError
 
-from pomarium.cluster import ray_address
-from pomarium.cluster.rack import power, reports, roster
+from pomarium.cluster.node import ray_address
+from pomarium.cluster.node.membership import Membership
+from pomarium.cluster.node.starting import Say
+from pomarium.cluster.rack import power_states, reports, roster
 from pomarium.cluster.rack.mac_power import MacPower
-from pomarium.cluster.rack.membership import Membership
-from pomarium.cluster.rack.starting import Say
 from pomarium.worker import local_network
 from pomarium.worker.errors import PomariumError
 
@@ -52,14 +52,14 @@ class HeadView:
         """Raises PomariumError."""
         try:
             self._connected()
-            return power.read(name)
+            return power_states.read(name)
         except FAULTS as error:
             raise self._lost(error) from error
 
     def instance(self, name: str) -> str | None:
         """Raises PomariumError."""
         try:
-            return power.instance_of(name, roster.read(self._connected()))
+            return power_states.instance_of(name, roster.read(self._connected()))
         except FAULTS as error:
             raise self._lost(error) from error
 

@@ -34,7 +34,7 @@ from pomarium.cluster.autoscaling.keeper import Keeper, KnownMac, RefusedError
 from pomarium.cluster.autoscaling.policy import WakePolicy
 from pomarium.cluster.autoscaling.ray_config import HEAD_TYPE, Fleet
 from pomarium.cluster.autoscaling.transport import Transport, transport_of
-from pomarium.cluster.rack import power, reports, roster
+from pomarium.cluster.rack import power_states, reports, roster
 from pomarium.cluster.rack.inventory import Inventory, MacEntry
 from pomarium.cluster.rack.mac_power import MacPower, Power, mac_of
 from pomarium.worker.errors import PomariumError
@@ -56,7 +56,7 @@ class Head:
     def publish(self, macs: Sequence[MacPower]) -> None:
         """Tell what the Macs do."""
         try:
-            power.publish(macs)
+            power_states.publish(macs)
         except (RayError, RpcError, RuntimeError) as error:
             raise PomariumError(f"what the Macs do could not be told: {error}") from error
 

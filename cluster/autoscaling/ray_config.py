@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pomarium.cluster.executor.environment import RESOURCE
-from pomarium.cluster.rack.facts import rack_of
+from pomarium.cluster.node.worker_environment import RESOURCE
 from pomarium.cluster.rack.inventory import Inventory
 from pomarium.cluster.rack.labels import MacFacts, labels_of
+from pomarium.cluster.rack.placement_inputs import rack_of
 
 HEAD_TYPE = "head"
 PROVIDER = "pomarium.cluster.autoscaling.provider.RackNodeProvider"
@@ -37,7 +37,7 @@ class Fleet:
         inventory: rack.yaml; its head, if it is one of the Macs, is left alone.
         head: name of the head among the Macs; None if it is no Mac.
         head_instance: of the head's node. address: HOST:PORT of Ray's head.
-        version: that the Macs run (cluster/version.py).
+        version: that the Macs run (cluster/machine/version.py).
         record: file that outlives the head.
     """
 

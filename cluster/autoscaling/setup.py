@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from pomarium.cluster.autoscaling.ray_config import HEAD_TYPE, Fleet, ray_config
+from pomarium.cluster.machine.version import own_version
+from pomarium.cluster.node.ray_node import NodeSpec
 from pomarium.cluster.rack.inventory import Inventory
 from pomarium.cluster.rack.labels import AUTOSCALER_LABEL
 from pomarium.cluster.rack.mac_power import new_instance
-from pomarium.cluster.rack.node import NodeSpec
 from pomarium.cluster.rack.simulate import Prepare
-from pomarium.cluster.version import own_version
 
 FILE_NAME = "autoscaling.json"
 RECORD = "macs.json"

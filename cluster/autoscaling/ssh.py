@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import IO
 
 from pomarium.worker import local_network
+from pomarium.worker.address import authority
 from pomarium.worker.errors import PomariumError
-from pomarium.worker.handoff.address import authority
 
 PORT = 22
 CONNECT_S = 10.0

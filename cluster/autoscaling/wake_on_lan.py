@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import psutil
 
 from pomarium.worker import local_network
+from pomarium.worker.address import authority
 from pomarium.worker.errors import PomariumError
-from pomarium.worker.handoff.address import authority
 
 DISCARD_PORT = 9
 """RFC 863. An adapter looks for the pattern anywhere in a frame: the port matters only to firewalls."""

@@ -19,13 +19,13 @@ from pomarium.cluster import faults
 from pomarium.cluster.batch.dispatch import EngineLostError
 from pomarium.cluster.batch.lines import Answer, Request, answer_of
 from pomarium.cluster.executor import bundles
-from pomarium.cluster.executor.environment import Secrets, parted
-from pomarium.cluster.serving import patience
-from pomarium.cluster.serving.asgi_bridge import Head
-from pomarium.cluster.serving.check import Found
-from pomarium.cluster.serving.hosting import Hosted, Name, as_text
-from pomarium.cluster.serving.loss import EngineFaultError
-from pomarium.cluster.serving.plan import REPLICA_CPUS, ModelPlan
+from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.node.worker_environment import Secrets, parted
+from pomarium.cluster.replica import patience
+from pomarium.cluster.replica.hosting import Hosted, Name, as_text
+from pomarium.cluster.replica.loss import EngineFaultError
+from pomarium.cluster.replica.model_check import Found
+from pomarium.cluster.replica.serve_plan import REPLICA_CPUS, ModelPlan
 from pomarium.worker.errors import PomariumError
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from pomarium.cluster.batch.lines import Request
-from pomarium.cluster.serving.routing import prompt_text
+from pomarium.cluster.http.prompts import prompt_text
 
 WINDOW = 4096
 WINDOW_BYTES = 64 << 20

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from pomarium.cluster.serving.bodies import BodyError, check_depth
+from pomarium.cluster.http.bodies import BodyError, check_depth
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 MOST_BYTES = 64 << 20

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NoReturn
 
-from pomarium.cluster import platform_choice
 from pomarium.cluster.cli.interrupts import Interrupts, phases
 from pomarium.cluster.cli.progress import Terminal, log_file, quiet
+from pomarium.cluster.provision import platform_choice
 from pomarium.cluster.rack import current
 from pomarium.worker import settings
 from pomarium.worker.errors import SettingsError
@@ -135,7 +135,7 @@ def _answer(args: argparse.Namespace, job: "Job", files: "Files", terminal: Term
 
 
 def _ask_endpoint(args: argparse.Namespace, files: "Files", tally: "Tally", terminal: Terminal) -> None:
-    from pomarium.cluster.batch.endpoint import ROOM, HttpEngine
+    from pomarium.cluster.batch.http_engine import ROOM, HttpEngine
     from pomarium.cluster.cli.serve import KEY_VARIABLE
 
     async def ask() -> None:
@@ -152,9 +152,9 @@ def _ask_engines(
     args: argparse.Namespace, files: "Files", tally: "Tally", terminal: Terminal, interrupts: Interrupts
 ) -> None:
     from pomarium.cluster.cli.serve import models_of
-    from pomarium.cluster.serving import beforehand, session
-    from pomarium.cluster.serving.check import Check
-    from pomarium.cluster.serving.plan import ServePlan
+    from pomarium.cluster.endpoint import beforehand, lifecycle
+    from pomarium.cluster.replica.model_check import Check
+    from pomarium.cluster.replica.serve_plan import ServePlan
 
     if not os.environ.get("RAY_ADDRESS"):  # a job of the rack's head has it
         current.enter()
@@ -167,13 +167,14 @@ def _ask_engines(
 
     phase = phases(terminal, interrupts, own_ray=not joined)
     try:
-        with interrupts.held(), session.ray_running(ServePlan((model,)), phase, os.environ):
+        with interrupts.held(), lifecycle.ray_running(ServePlan((model,)), phase, os.environ):
             with phase("model"):
                 (found,) = check.found()
             # Not before: Ray reads how to authenticate when it is imported.
             from pomarium.cluster.batch.actor import RayEngine
             from pomarium.cluster.batch.progress import Series
-            from pomarium.cluster.serving import app, patience
+            from pomarium.cluster.endpoint import app
+            from pomarium.cluster.replica import patience
 
             name = f"batch-{secrets.token_hex(4)}"
             variables = app.passed_environment(os.environ) if joined else {}
@@ -231,35 +232,35 @@ def _serve_arguments(args: argparse.Namespace) -> argparse.Namespace:
 
 def run_submit(args: argparse.Namespace) -> int:
     """`batch submit`: 0 once the job is accepted. Raises PomariumError."""
-    from pomarium.cluster.batch import jobs
+    from pomarium.cluster.batch import ray_jobs
 
     job_of(args)
-    name = jobs.submit(args.argv[args.argv.index("submit") + 1 :])
+    name = ray_jobs.submit(args.argv[args.argv.index("submit") + 1 :])
     print(f"{name}\nfollow it with `pomarium batch logs --follow {name}`")
     return 0
 
 
 def run_status(args: argparse.Namespace) -> int:
     """`batch status`: 0. Raises PomariumError."""
-    from pomarium.cluster.batch import jobs
+    from pomarium.cluster.batch import ray_jobs
 
-    for line in jobs.status(args.job):
+    for line in ray_jobs.status(args.job):
         print(line)
     return 0
 
 
 def run_logs(args: argparse.Namespace) -> int:
     """`batch logs`: 0. Raises PomariumError."""
-    from pomarium.cluster.batch import jobs
+    from pomarium.cluster.batch import ray_jobs
 
-    for piece in jobs.logs(args.job, follow=args.follow):
+    for piece in ray_jobs.logs(args.job, follow=args.follow):
         print(piece, end="", flush=True)
     return 0
 
 
 def run_cancel(args: argparse.Namespace) -> int:
     """`batch cancel`: 0. Raises PomariumError."""
-    from pomarium.cluster.batch import jobs
+    from pomarium.cluster.batch import ray_jobs
 
-    print(f"{args.job} {jobs.cancel(args.job)}")
+    print(f"{args.job} {ray_jobs.cancel(args.job)}")
     return 0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pomarium.cluster.commands import said
+from pomarium.cluster.machine.commands import said
 from pomarium.worker import local_network
 
 CONNECT_S = 2.0

@@ -12,12 +12,13 @@ from typing import TypeVar
 
 import psutil
 
-from pomarium.cluster import disk, listening, platform_choice
 from pomarium.cluster.cli import mac_facts, neighbours
 from pomarium.cluster.cli.mac_facts import MacFacts
 from pomarium.cluster.cli.neighbours import Neighbours
-from pomarium.cluster.ray_address import answers
-from pomarium.cluster.state import fault_of, state_folder
+from pomarium.cluster.machine import disk, listening
+from pomarium.cluster.machine.state import fault_of, state_folder
+from pomarium.cluster.node.ray_address import answers
+from pomarium.cluster.provision import platform_choice
 from pomarium.worker.errors import PomariumError
 
 T = TypeVar("T")

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from pomarium.cluster import descriptors
+from pomarium.cluster.machine import descriptors
 from pomarium.cluster.provision import packages
-from pomarium.cluster.serving import engine_options
+from pomarium.cluster.replica import engine_options
 from pomarium.worker.errors import PomariumError
 
 COMMANDS = ("serve", "batch", "plan", "rack", "env", "doctor", "selftest", "setup")

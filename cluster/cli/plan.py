@@ -1,8 +1,8 @@
 """`pomarium plan`: how a model would be laid over the rack, and what to expect of it. Starts nothing, loads no weight.
 
-rack.yaml --inventory, facts--> Rack --+
-MODEL --model_profile--> Profile ------+--> placement.place --> table, or the refusal
-options --> Workload ------------------+
+rack.yaml --inventory, placement_inputs--> Rack --+
+MODEL --placement.profile--> Profile ------------+--> placement.place --> table, or the refusal
+options --> Workload ----------------------------+
 """
 
 import argparse
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pomarium.cluster.placement import Objective, longest_context, place
-from pomarium.cluster.placement_model import Plan, Rack, Refusal, Workload
-from pomarium.cluster.rack import facts, inventory
-from pomarium.cluster.rack.units import format_seconds, format_size
+from pomarium.cluster.machine.units import format_seconds, format_size
+from pomarium.cluster.placement.model import Plan, Rack, Refusal, Workload
+from pomarium.cluster.placement.place import Objective, longest_context, place
+from pomarium.cluster.rack import inventory, placement_inputs
 from pomarium.worker.errors import InsufficientMemoryError, SettingsError
 
 STEP_TOKENS = 2048
@@ -65,10 +65,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan: 0. Raises PomariumError for a bad file or option, and if the model does not fit."""
-    from pomarium.cluster.model_profile import read_profile
+    from pomarium.cluster.placement.profile import read_profile
 
     rack_file = inventory.load(args.rack)
-    rack = facts.rack_of(rack_file)
+    rack = placement_inputs.rack_of(rack_file)
     entry = next((m for m in rack_file.models if m.name == args.model), None)
     stages = _stages(args.stages) if args.stages is not None else (entry.stages if entry else None)
     profile = read_profile(entry.source if entry else args.model)

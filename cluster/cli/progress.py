@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from pomarium.cluster.state import made, state_folder, unwritable
+from pomarium.cluster.machine.state import made, state_folder, unwritable
 
 NAME_WIDTH = 8
 

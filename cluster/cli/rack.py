@@ -13,19 +13,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from pomarium.cluster import disk
 from pomarium.cluster.autoscaling.setup import for_simulated, with_autoscaler
 from pomarium.cluster.cli import rack_options
 from pomarium.cluster.cli.interrupts import Interrupts
-from pomarium.cluster.rack import current, inventory, key_file, node, simulate, teardown, this_machine
+from pomarium.cluster.machine import disk
+from pomarium.cluster.machine.state import state_folder
+from pomarium.cluster.machine.units import format_size
+from pomarium.cluster.machine.version import own_version
+from pomarium.cluster.node import ray_node
+from pomarium.cluster.node.ray_node import GCS_PORT, NodeSpec
+from pomarium.cluster.node.starting import NodeStartError
+from pomarium.cluster.rack import current, inventory, key_file, simulate, teardown, this_machine
 from pomarium.cluster.rack.current import CurrentRack
 from pomarium.cluster.rack.identity import RackKey
-from pomarium.cluster.rack.node import GCS_PORT, NodeSpec
-from pomarium.cluster.rack.starting import NodeStartError
 from pomarium.cluster.rack.this_machine import Machine
-from pomarium.cluster.rack.units import format_size
-from pomarium.cluster.state import state_folder
-from pomarium.cluster.version import own_version
 from pomarium.worker.errors import SettingsError
 
 STAY_S = 2.0
@@ -119,8 +120,8 @@ def _autoscaler(machine: Machine) -> this_machine.Prepare | None:
 def _stay(rack: CurrentRack) -> int:
     """Until the head's node ends, which is a failure, or this command is told to end."""
     try:
-        while node.runs(rack.nodes[0], rack.membership.session):
-            if not node.heads(rack.nodes[0], rack.membership.session):
+        while ray_node.runs(rack.nodes[0], rack.membership.session):
+            if not ray_node.heads(rack.nodes[0], rack.membership.session):
                 teardown.down(os.environ)
                 raise NodeStartError("Ray's head process (GCS) has ended, and so the rack was taken down.")
             time.sleep(STAY_S)
@@ -201,12 +202,12 @@ def run_status(args: argparse.Namespace) -> int:
     rack = current.enter()
     if rack is None:
         raise SettingsError(current.NO_RACK)
-    if not node.heads(rack.nodes[0], rack.membership.session):
+    if not ray_node.heads(rack.nodes[0], rack.membership.session):
         raise NodeStartError(
             "Ray's head process (GCS) has ended: the rack serves for a minute at most. Take it down with "
             "`pomarium rack down`, and start it again with `pomarium rack up`."
         )
-    from pomarium.cluster.rack import power, reports, roster, serve_actors, status
+    from pomarium.cluster.rack import power_states, reports, roster, serve_actors, status
 
     client = roster.connect(rack.membership)
     reports.use(client)
@@ -218,7 +219,7 @@ def run_status(args: argparse.Namespace) -> int:
         serving,
         own_version(),
         waiting,
-        power.read_all(),
+        power_states.read_all(),
         serve_actors.read(),
         reports.read_losses(),
         disk.shortage(disk.rooms(str(rack.folder))),

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from pomarium.cluster.machine.units import parse_duration, parse_flops, parse_rate, parse_size
+from pomarium.cluster.node.ray_node import GCS_PORT
 from pomarium.cluster.rack import inventory, netns
 from pomarium.cluster.rack.machine_facts import Known
-from pomarium.cluster.rack.node import GCS_PORT
 from pomarium.cluster.rack.simulate import Simulation
 from pomarium.cluster.rack.this_machine import Machine
-from pomarium.cluster.rack.units import parse_duration, parse_flops, parse_rate, parse_size
 from pomarium.worker.errors import SettingsError
 
 T = TypeVar("T")

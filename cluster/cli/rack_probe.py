@@ -7,7 +7,7 @@ from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pomarium.cluster import ray_address
+from pomarium.cluster.node import ray_address
 from pomarium.cluster.rack import inventory
 from pomarium.worker.errors import SettingsError
 
@@ -46,8 +46,9 @@ def run(args: argparse.Namespace) -> int:
         raise SettingsError(f"--seconds {args.seconds:g} is not accepted: give more than 0 and at most 60.")
     rack_file = inventory.load(args.rack) if args.rack else None
     _connect(os.environ)
+    from pomarium.cluster.executor import link_probe
     from pomarium.cluster.executor.survey import survey
-    from pomarium.cluster.rack import link_report, probe
+    from pomarium.cluster.rack import link_report
 
     nodes = survey()
     names = names_of(nodes, rack_file)
@@ -55,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
         raise SettingsError(f"The rack has {len(nodes)} running Mac(s) and a link needs two: let another one join.")
     print(link_report.header(names), flush=True)
     measured = []
-    with probe.probers(nodes, names, os.environ) as probers:
+    with link_probe.probers(nodes, names, os.environ) as probers:
         by_name = {prober.name: prober for prober in probers}
         for here, there in link_report.directions(names):
-            measured.append(probe.measure(by_name[here], by_name[there], args.seconds))
+            measured.append(link_probe.measure(by_name[here], by_name[there], args.seconds))
             print(link_report.row(measured[-1], names), flush=True)
     if entry := link_report.entry(measured, names):
         print(f"\n{entry}")

@@ -16,22 +16,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from pomarium.cluster import disk, listening, platform_choice
 from pomarium.cluster.cli.interrupts import Interrupts, phases
 from pomarium.cluster.cli.progress import log_file, quiet
-from pomarium.cluster.rack import current, inventory, units
-from pomarium.cluster.rack.facts import network_of
+from pomarium.cluster.endpoint import beforehand
+from pomarium.cluster.endpoint.api_keys import read as read_keys
+from pomarium.cluster.machine import disk, listening, units
+from pomarium.cluster.provision import platform_choice
+from pomarium.cluster.rack import current, inventory
 from pomarium.cluster.rack.inventory import KEEP_S
-from pomarium.cluster.serving import beforehand
-from pomarium.cluster.serving.api_keys import read as read_keys
-from pomarium.cluster.serving.plan import ModelPlan, Scaling, ServePlan, served_names
+from pomarium.cluster.rack.placement_inputs import network_of
+from pomarium.cluster.replica.serve_plan import ModelPlan, Scaling, ServePlan, served_names
 from pomarium.worker import settings
+from pomarium.worker.address import authority
 from pomarium.worker.errors import SettingsError
-from pomarium.worker.handoff.address import authority
 from pomarium.worker.models import look_up
 
 if TYPE_CHECKING:
-    from pomarium.cluster.serving.watch import Watch
+    from pomarium.cluster.endpoint.watch import Watch
 
 KEY_VARIABLE = "POMARIUM_API_KEY"
 EMBEDDED_NAME = "smollm2"
@@ -126,13 +127,13 @@ def run(args: argparse.Namespace) -> int:
         plan = plan_of(args, os.environ)
         beforehand.check(plan.models, os.environ)
         terminal.say(f"log      {terminal.log}")
-        from pomarium.cluster.serving import session
+        from pomarium.cluster.endpoint import lifecycle
 
         phase = phases(terminal, interrupts, own_ray=not os.environ.get("RAY_ADDRESS"))
-        with interrupts.held(), session.serving(plan, phase):
+        with interrupts.held(), lifecycle.serving(plan, phase):
             interrupts.check()
             terminal.say(f"ready    {time.monotonic() - started:5.1f} s\n\n{welcome(plan)}\n")
-            from pomarium.cluster.serving import watch  # imports Ray, whose environment is there only now
+            from pomarium.cluster.endpoint import watch
 
             with suppress(KeyboardInterrupt), interrupts.raising():
                 _wait(watch.Watch(terminal.say, watch.look, watch.head_answers))
@@ -172,7 +173,7 @@ def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[Mode
     stages = _stages(args, on_rack)
     for model in models:
         look_up.local(model)
-    from pomarium.cluster.serving.engine_args import parse
+    from pomarium.cluster.replica.engine_args import parse
 
     engine_args = parse(engine_tokens)
     if args.max_model_len is not None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import ray
 
 from pomarium.cluster.executor.codec import describe
-from pomarium.cluster.executor.environment import Secrets
+from pomarium.cluster.executor.lean_import import import_vllm, without_collections
 from pomarium.cluster.executor.service import ControlService, serve
-from pomarium.cluster.lean_import import import_vllm, without_collections
+from pomarium.cluster.node.worker_environment import Secrets
 from pomarium.proto import control_pb2 as pb
-from pomarium.worker.handoff.address import host_of
+from pomarium.worker.address import host_of
 from pomarium.worker.handoff.credentials import plaintext_allowed, tls_of
 
 

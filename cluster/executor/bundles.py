@@ -16,9 +16,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from pomarium.cluster.executor.environment import RESOURCE
 from pomarium.cluster.executor.staging import Slot
 from pomarium.cluster.executor.survey import RackNode
+from pomarium.cluster.node.worker_environment import RESOURCE
 from pomarium.cluster.rack.labels import NAME_LABEL
 from pomarium.worker.errors import PomariumError
 

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from typing import Any
 
 from pomarium.cluster.executor.actor import Endpoint
-from pomarium.cluster.executor.environment import HANDED_OVER
 from pomarium.cluster.executor.member import Contact, Member
+from pomarium.cluster.node.worker_environment import HANDED_OVER
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from vllm.v1.serial_utils import run_method
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from pomarium.cluster.executor.codec import decode, describe, encode
-from pomarium.cluster.scheduling.timed import BudgetedStep
-from pomarium.cluster.step_metrics import StepMetrics
+from pomarium.cluster.executor.step_metrics import StepMetrics
+from pomarium.cluster.executor.timed import BudgetedStep
 from pomarium.proto import control_pb2 as pb
 from pomarium.worker.metal_worker import MetalWorker
 from pomarium.worker.pipeline.place import Surroundings

@@ -22,17 +22,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pomarium.cluster.executor.actor import Endpoint, WorkerActor
 from pomarium.cluster.executor.bundles import Reservation
 from pomarium.cluster.executor.codec import WorkerLostError
-from pomarium.cluster.executor.environment import (
+from pomarium.cluster.executor.link import WorkerLink
+from pomarium.cluster.executor.member import Contact, Member
+from pomarium.cluster.executor.service import ready
+from pomarium.cluster.executor.survey import alive
+from pomarium.cluster.node.worker_environment import (
     RESOURCE,
     local_ranks,
     override_warning,
     parted,
     worker_environment,
 )
-from pomarium.cluster.executor.link import WorkerLink
-from pomarium.cluster.executor.member import Contact, Member
-from pomarium.cluster.executor.service import ready
-from pomarium.cluster.executor.survey import alive
 from pomarium.proto import control_pb2 as pb
 from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.handoff.credentials import plaintext_allowed, tls_of

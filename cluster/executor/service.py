@@ -22,7 +22,7 @@ import grpc
 from pomarium.cluster.executor.channel import SERVER_OPTIONS
 from pomarium.proto import control_pb2 as pb
 from pomarium.proto import control_pb2_grpc as pb_grpc
-from pomarium.worker.handoff.address import authority
+from pomarium.worker.address import authority
 from pomarium.worker.handoff.credentials import Tls, bind, check_private
 
 AUTHORIZATION = "authorization"

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from pomarium.cluster.executor.survey import RackNode
-from pomarium.cluster.model_profile import Profile, Profiles
-from pomarium.cluster.placement import Objective, place
-from pomarium.cluster.placement_model import Mac, Network, Plan, Rack, Refusal, Workload
+from pomarium.cluster.placement.model import Mac, Network, Plan, Rack, Refusal, Workload
+from pomarium.cluster.placement.place import Objective, place
+from pomarium.cluster.placement.profile import Profile, Profiles
 
 UNSAID_CONTEXT = 2048
 

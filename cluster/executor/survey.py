@@ -15,9 +15,9 @@ import ray
 from ray._private.state import available_resources_per_node
 
 from pomarium.cluster.autoscaling.policy import Sleeper, wake_order
-from pomarium.cluster.executor.environment import RESOURCE
-from pomarium.cluster.placement_model import Mac
-from pomarium.cluster.rack.chips import is_apple
+from pomarium.cluster.machine.chips import is_apple
+from pomarium.cluster.node.worker_environment import RESOURCE
+from pomarium.cluster.placement.model import Mac
 from pomarium.cluster.rack.labels import facts_of
 from pomarium.cluster.rack.mac_power import MacPower, Power
 from pomarium.worker.errors import SettingsError
@@ -35,7 +35,7 @@ class RackNode:
         mac: name and facts; its memory is for all workers together.
         workers: how many it takes in all. free: how many more.
         apple: its workers run on a Mac's GPU.
-        version: of Pomarium and Python (cluster/version.py); None for a node that does not tell.
+        version: of Pomarium and Python (cluster/machine/version.py); None for a node that does not tell.
         asleep: it has no node now (`id` is empty) and gets one when it is woken, which reserving it brings about.
     """
 

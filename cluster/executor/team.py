@@ -25,11 +25,11 @@ from pomarium.cluster.executor.launch import WorkerProcess
 from pomarium.cluster.executor.member import Contact, Member
 from pomarium.cluster.executor.staging import Ask, Slot, Staging, bundle_slots, of_version, slots, stage
 from pomarium.cluster.executor.survey import Dormant, RackNode, alive, dormant, survey
-from pomarium.cluster.model_profile import read_profiles
-from pomarium.cluster.placement_model import Refusal
-from pomarium.cluster.rack import power
+from pomarium.cluster.machine.version import own_version
+from pomarium.cluster.placement.model import Refusal
+from pomarium.cluster.placement.profile import read_profiles
+from pomarium.cluster.rack import power_states
 from pomarium.cluster.rack.mac_power import Power
-from pomarium.cluster.version import own_version
 
 ASSEMBLY_TIMEOUT_S = 60.0
 GROUP_TIMEOUT_S = 6.0
@@ -101,7 +101,8 @@ def assemble(
         raise PlacementError(bundles.no_room(ask.stages or 1, ASSEMBLY_TIMEOUT_S))
     while True:
         awake = survey()
-        away = Dormant() if group is not None else dormant(power.read_all(), {n.mac.name for n in awake}, time.time())
+        states = power_states.read_all()
+        away = Dormant() if group is not None else dormant(states, {n.mac.name for n in awake}, time.time())
         nodes, left_out = of_version(awake, own_version())
         asleep, _ = of_version(away.nodes, own_version())
         if away.reasons:
@@ -141,7 +142,7 @@ def _reserve(
         never asks for a group that it cannot place as a whole, for one of its other Macs was taken meanwhile.
         """
         nonlocal last_waking
-        told = {mac.name: mac for mac in power.read_all()}
+        told = {mac.name: mac for mac in power_states.read_all()}
         missing = [name for name in asleep if name not in told or told[name].state is not Power.AWAKE]
         if waking := [name for name in missing if name in told and told[name].state is Power.WAKING]:
             last_waking = time.monotonic()

@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pomarium.cluster.rack import node
-from pomarium.cluster.rack.direct import straight
-from pomarium.cluster.rack.membership import Membership
-from pomarium.cluster.rack.node import NodeSpec, Ports
-from pomarium.cluster.state import made, state_folder, unwritable
+from pomarium.cluster.machine.state import made, state_folder, unwritable
+from pomarium.cluster.node import ray_node
+from pomarium.cluster.node.direct import straight
+from pomarium.cluster.node.membership import Membership
+from pomarium.cluster.node.ray_node import NodeSpec, Ports
+from pomarium.worker.address import host_of, http_url
 from pomarium.worker.errors import SettingsError
-from pomarium.worker.handoff.address import host_of, http_url
 
 RECORD = "rack.json"
 NO_RACK = "No rack is up on this machine: start one with `pomarium rack up`, or join one with `pomarium rack join`."
@@ -74,7 +74,7 @@ class CurrentRack:
 def current(environ: Mapping[str, str] = os.environ) -> CurrentRack | None:
     """The rack that is up on this machine; None if there is none, or its first node is gone. Raises SettingsError."""
     rack = recorded(environ)
-    if rack is None or not node.runs(rack.nodes[0], rack.membership.session):
+    if rack is None or not ray_node.runs(rack.nodes[0], rack.membership.session):
         return None
     return rack
 
@@ -154,7 +154,7 @@ def for_ray_commands(rack: CurrentRack, environ: Mapping[str, str] = os.environ)
     there is one of the new: then it asks the head itself, which knows its nodes with and without an autoscaler.
     """
     host = host_of(rack.address)
-    jobs = http_url(host, node.JOBS_PORT)
+    jobs = http_url(host, ray_node.JOBS_PORT)
     return (
         environment(rack)
         | straight(environ, host)

@@ -16,9 +16,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from pomarium.cluster.placement_model import ETHERNET
-from pomarium.cluster.rack import units, yaml_lines
-from pomarium.cluster.rack.chips import identify
+from pomarium.cluster.machine import units
+from pomarium.cluster.machine.chips import identify
+from pomarium.cluster.placement.model import ETHERNET
+from pomarium.cluster.rack import yaml_lines
 from pomarium.worker.errors import SettingsError
 
 KEEP_S = 600.0
@@ -91,7 +92,7 @@ class MacEntry(_Strict):
     """One Mac.
 
     Attributes:
-        memory: bytes, of the machine. model_memory: bytes that a model may take; None derives them (facts.py).
+        memory: bytes, of the machine. model_memory: bytes that a model may take; None: placement_inputs.py.
         chip, gpu_cores: as chips.py knows them. bandwidth, flops: bytes/s and FLOP/s, measured; before the table's.
         hardware_address: of the interface that listens for wake-up packets.
         ssh_user: the Mac is told over ssh to join and to sleep; None: its own agent does both (`rack join --stay`).

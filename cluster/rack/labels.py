@@ -37,7 +37,7 @@ class MacFacts:
         chip: "M2 Ultra", or what the processor is called. memory: bytes of the machine, or of its limit.
         model_memory: bytes that a stage may take in all.
         bandwidth: bytes/s from memory. flops: FLOP/s. Both as a model reaches them.
-        version: what it runs, as cluster/version.py writes it. Engines leave Macs of another one alone.
+        version: what it runs, as cluster/machine/version.py writes it. Engines leave Macs of another one alone.
     """
 
     name: str

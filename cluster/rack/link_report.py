@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pomarium.cluster.rack.units import format_seconds
+from pomarium.cluster.machine.units import format_seconds
 from pomarium.worker.handoff.probe import LinkFacts
 
 _RATES = ((1e12, "Tb/s"), (1e9, "Gb/s"), (1e6, "Mb/s"), (1e3, "kb/s"))

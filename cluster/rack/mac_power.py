@@ -1,4 +1,4 @@
-"""What a Mac of rack.yaml that sleeps and wakes does, as facts. Pure; kept by Ray's head through power.py.
+"""What a Mac of rack.yaml that sleeps and wakes does, as facts. Pure; kept by Ray's head through power_states.py.
 
 An *instance* is one time that a Mac is awake: Ray's autoscaler knows a node by it and wants a new one at each wake.
 """

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import psutil
 
-from pomarium.cluster.rack import chips, speed
-from pomarium.cluster.rack.facts import REACHED_BANDWIDTH, REACHED_FLOPS, cpu_model_memory
+from pomarium.cluster.machine import chips, speed
+from pomarium.cluster.machine.speed import Speed
+from pomarium.cluster.machine.units import format_size
+from pomarium.cluster.machine.version import own_version
 from pomarium.cluster.rack.inventory import Inventory, MacEntry
 from pomarium.cluster.rack.labels import LONGEST, MacFacts, check_name
-from pomarium.cluster.rack.speed import Speed
-from pomarium.cluster.rack.units import format_size
-from pomarium.cluster.version import own_version
+from pomarium.cluster.rack.placement_inputs import REACHED_BANDWIDTH, REACHED_FLOPS, cpu_model_memory
 from pomarium.worker.errors import SettingsError
 
 COMMAND_S = 20.0

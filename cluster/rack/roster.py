@@ -12,9 +12,9 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.exceptions import AuthenticationError, RayError, RpcError
 
-from pomarium.cluster import ray_address
+from pomarium.cluster.node import ray_address
+from pomarium.cluster.node.membership import Membership
 from pomarium.cluster.rack.labels import AUTOSCALER_LABEL, MacFacts, facts_of
-from pomarium.cluster.rack.membership import Membership
 from pomarium.worker import local_network
 from pomarium.worker.errors import SettingsError
 

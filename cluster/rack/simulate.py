@@ -22,19 +22,20 @@ from typing import TypeVar
 
 import psutil
 
+from pomarium.cluster.machine.version import own_version
+from pomarium.cluster.node import kin, ports, ray_node, starting
+from pomarium.cluster.node.kin import Kin
+from pomarium.cluster.node.membership import Membership
+from pomarium.cluster.node.ray_folder import new_session_folder
+from pomarium.cluster.node.ray_node import NodeSpec, Ports
+from pomarium.cluster.node.starting import Say
 from pomarium.cluster.rack import current as record
-from pomarium.cluster.rack import kin, netns, node, ports, starting, teardown
+from pomarium.cluster.rack import netns, teardown
 from pomarium.cluster.rack.current import CurrentRack
-from pomarium.cluster.rack.facts import cpu_model_memory
 from pomarium.cluster.rack.identity import RackKey, ray_token, write_tls
 from pomarium.cluster.rack.inventory import WAKE_DEADLINE_S, HeadEntry, Inventory, MacEntry, SleepEntry
-from pomarium.cluster.rack.kin import Kin
 from pomarium.cluster.rack.labels import MacFacts, facts_of, labels_of
-from pomarium.cluster.rack.membership import Membership
-from pomarium.cluster.rack.node import NodeSpec, Ports
-from pomarium.cluster.rack.starting import Say
-from pomarium.cluster.serving.local_ray import session_folder
-from pomarium.cluster.version import own_version
+from pomarium.cluster.rack.placement_inputs import cpu_model_memory
 from pomarium.worker.errors import SettingsError
 
 T = TypeVar("T")
@@ -170,7 +171,7 @@ def specs(
 
 def _begin_asleep(rack: CurrentRack, spec: NodeSpec, environ: Mapping[str, str]) -> None:
     """Start the process that the Mac is while it sleeps."""
-    found = node.mac_kin_of(spec, rack.membership.session)
+    found = ray_node.mac_kin_of(spec, rack.membership.session)
     found.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     inside = ["ip", "netns", "exec", spec.namespace] if spec.namespace else []
     arguments = [str(rack.folder / record.RECORD), spec.name, str(rack.wake_port)]
@@ -219,7 +220,7 @@ class SimulatedRack:
         """In the order of their numbers, whether they run or not."""
         session = self.current.membership.session
         return tuple(
-            SimulatedMac(spec.name, spec.address, node.kin_of(spec, session))
+            SimulatedMac(spec.name, spec.address, ray_node.kin_of(spec, session))
             for spec in self.current.nodes
             if spec.worker
         )
@@ -265,10 +266,10 @@ class SimulatedRack:
         teardown.remove(self.current)
 
     def _mac_kin(self, name: str) -> Kin:
-        return node.mac_kin_of(self._spec(name), self.current.membership.session)
+        return ray_node.mac_kin_of(self._spec(name), self.current.membership.session)
 
     def _kin(self, name: str) -> Kin:
-        return node.kin_of(self._spec(name), self.current.membership.session)
+        return ray_node.kin_of(self._spec(name), self.current.membership.session)
 
     def _spec(self, name: str) -> NodeSpec:
         for spec in self.current.nodes:
@@ -293,7 +294,7 @@ def start(
         prepare: gives the head its autoscaler; needed if Macs are to sleep.
     """
     check(simulation)
-    folder = session_folder(environ)
+    folder = new_session_folder(environ)
     network = None
     rack = None
     try:

@@ -1,6 +1,6 @@
 """The state of a rack as text and as JSON. Pure.
 
-Members (roster.py), reports of replicas (reports.py), sleeping Macs (power.py), Ray Serve's processes (serve_actors.py)
+Members (roster.py), replicas (reports.py), sleeping Macs (power_states.py), Ray Serve's processes (serve_actors.py)
                                                                                 --> RackStatus --text--> tables
                                                                                               --json--> one document
 """
@@ -8,13 +8,13 @@ Members (roster.py), reports of replicas (reports.py), sleeping Macs (power.py),
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from pomarium.cluster.machine.units import format_size
 from pomarium.cluster.rack import serve_actors
 from pomarium.cluster.rack.labels import facts_of
 from pomarium.cluster.rack.mac_power import LOST, MacPower, Power, without_node
 from pomarium.cluster.rack.reports import LossReport, ReplicaReport, StageReport, WaitingReport
 from pomarium.cluster.rack.roster import Member
 from pomarium.cluster.rack.serve_actors import Part, ServeActor
-from pomarium.cluster.rack.units import format_size
 
 ALIVE = "alive"
 

@@ -3,7 +3,8 @@
 import shutil
 from collections.abc import Mapping
 
-from pomarium.cluster.rack import current, kin, netns, node
+from pomarium.cluster.node import kin, ray_node
+from pomarium.cluster.rack import current, netns
 from pomarium.cluster.rack.current import CurrentRack
 from pomarium.worker.errors import SettingsError
 
@@ -17,8 +18,8 @@ def remove(rack: CurrentRack) -> None:
     """End every process, then remove what they used. Raises StillThereError if one does not end."""
     grace_s = END_S if rack.nodes[0].head else LEAVE_S
     if rack.simulated:  # first, for they would start their nodes again
-        kin.end_all([node.mac_kin_of(spec, rack.membership.session) for spec in rack.nodes], 0.0)
-    kin.end_all([node.kin_of(spec, rack.membership.session) for spec in rack.nodes], grace_s)
+        kin.end_all([ray_node.mac_kin_of(spec, rack.membership.session) for spec in rack.nodes], 0.0)
+    kin.end_all([ray_node.kin_of(spec, rack.membership.session) for spec in rack.nodes], grace_s)
     shutil.rmtree(rack.folder, ignore_errors=True)
     if rack.tls is not None:
         shutil.rmtree(rack.tls, ignore_errors=True)
@@ -31,7 +32,7 @@ def require_none(environ: Mapping[str, str]) -> None:
     rack = current.recorded(environ)
     if rack is None:
         return
-    if any(kin.members(node.kin_of(spec, rack.membership.session)) for spec in rack.nodes):
+    if any(kin.members(ray_node.kin_of(spec, rack.membership.session)) for spec in rack.nodes):
         raise SettingsError(
             f"This machine is in the rack at {rack.address} already: end that with `pomarium rack down` first."
         )

@@ -15,18 +15,19 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pomarium.cluster import listening, ray_address
-from pomarium.cluster.rack import current, machine_facts, ports, starting, teardown
+from pomarium.cluster.machine import listening
+from pomarium.cluster.machine.state import state_folder
+from pomarium.cluster.node import ports, ray_address, starting
+from pomarium.cluster.node.membership import Membership
+from pomarium.cluster.node.ray_folder import new_session_folder
+from pomarium.cluster.node.ray_node import GCS_PORT, JOBS_PORT, NodeSpec, Ports
+from pomarium.cluster.node.starting import Say
+from pomarium.cluster.rack import current, machine_facts, teardown
 from pomarium.cluster.rack.current import CurrentRack
 from pomarium.cluster.rack.identity import RackKey, ray_token, write_tls
 from pomarium.cluster.rack.inventory import Inventory
 from pomarium.cluster.rack.labels import check_name, labels_of
 from pomarium.cluster.rack.machine_facts import Known
-from pomarium.cluster.rack.membership import Membership
-from pomarium.cluster.rack.node import GCS_PORT, JOBS_PORT, NodeSpec, Ports
-from pomarium.cluster.rack.starting import Say
-from pomarium.cluster.serving.local_ray import session_folder
-from pomarium.cluster.state import state_folder
 from pomarium.worker import local_network
 from pomarium.worker.errors import SettingsError
 
@@ -211,7 +212,7 @@ def _start(
     if machine.tls is True or (machine.tls is None and not loopback):
         tls = state_folder(environ) / f"tls-{session}"
     membership = Membership(session, rack, ray_token(key), tls, plaintext=machine.tls is False and not loopback)
-    folder = session_folder(environ)
+    folder = new_session_folder(environ)
     spec = replace(spec, folder=folder / "0")
     found = CurrentRack(membership, (spec,), folder)
     try:

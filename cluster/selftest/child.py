@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from types import FrameType
 
-from pomarium.cluster import disk
+from pomarium.cluster.machine import disk
 from pomarium.cluster.selftest.process import ENDED
 from pomarium.cluster.selftest.sections import SECTIONS
 from pomarium.worker import command_buffers

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import httpx
 
-from pomarium.cluster.rack import ports
+from pomarium.cluster.node import ports
 from pomarium.worker.models.embedded import NAME
 from pomarium.worker.selftest_rows import Begin, Event, Row, Verdict
 

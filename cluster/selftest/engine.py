@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from pomarium.cluster.rack.units import format_size
+from pomarium.cluster.machine.units import format_size
 from pomarium.cluster.selftest.tokens import greedy
 from pomarium.worker import selftest
 from pomarium.worker.models.embedded import path
@@ -25,7 +25,7 @@ class InProcessEngine:
     def generate(self, model: PagedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         """See worker.selftest.Generate; `model` is the reference's and not used."""
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        from pomarium.cluster.lean_import import import_vllm
+        from pomarium.cluster.executor.lean_import import import_vllm
 
         import_vllm()
         from vllm import LLM

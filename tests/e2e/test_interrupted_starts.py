@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from serve_process import READY_S, STOP_S, Server
 
-from pomarium.cluster.rack import ports
-from pomarium.cluster.serving.local_ray import RAY_FOLDER
+from pomarium.cluster.node import ports
+from pomarium.cluster.node.ray_folder import RAY_FOLDER
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

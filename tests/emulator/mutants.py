@@ -30,7 +30,8 @@ from emulator.launcher import EmulatedLauncher
 from emulator.mutate import Mutant, mutants
 from emulator.run import KernelError, Order
 
-from pomarium.kernels.check import Case, all_cases
+from pomarium.kernels.cases.case import Case
+from pomarium.kernels.check import all_cases
 from pomarium.kernels.launch import KernelSource, Launch, Launcher
 
 EXPLANATIONS = Path(__file__).with_name("survivors.txt")

@@ -1,7 +1,7 @@
 """The cohort scheduler in vLLM's engine over virtual stages (benchmarks/virtual_stages.py): exact times, true tokens.
 
-Every play is checked for the invariant of cluster/scheduling/scheduler.py, and its tokens against those of one stage
-under vLLM's own scheduler, which is given neither preemption nor a prefix cache nor limits.
+Every play is checked for the invariant of cluster/engine/scheduling/scheduler.py, and its tokens against those of one
+stage under vLLM's own scheduler, which is given neither preemption nor a prefix cache nor limits.
 """
 
 import json
@@ -21,9 +21,9 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from pomarium.cluster.scheduling.install import StagedConfig
-from pomarium.cluster.scheduling.scheduler import CohortScheduler, SyncCohortScheduler
-from pomarium.cluster.scheduling.share import Measured, cohorts, even, round_ms
+from pomarium.cluster.engine.scheduling.install import StagedConfig
+from pomarium.cluster.engine.scheduling.scheduler import CohortScheduler, SyncCohortScheduler
+from pomarium.cluster.engine.scheduling.share import Measured, cohorts, even, round_ms
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 

@@ -27,7 +27,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 
 from pomarium.worker import metal_worker
-from pomarium.worker.sampling.params import SamplingParams as WorkerParams
+from pomarium.worker.sampling_params import SamplingParams as WorkerParams
 
 pytestmark = pytest.mark.e2e
 

@@ -19,7 +19,7 @@ from staged_engine import staged
 from tiny_models import write_checkpoint
 from vllm import LLM, SamplingParams
 
-from pomarium.cluster.scheduling.bounded import BoundAsyncScheduler, BoundCohortScheduler, BoundScheduler
+from pomarium.cluster.engine.scheduling.bounded import BoundAsyncScheduler, BoundCohortScheduler, BoundScheduler
 from pomarium.worker.batch import Batch
 from pomarium.worker.forward import PagedForward
 from pomarium.worker.model_runner import StepStats

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from emulator.launcher import EmulatedLauncher
 
-from pomarium.kernels.check import Case, Report, all_cases, run
+from pomarium.kernels.cases.case import Case
+from pomarium.kernels.check import Report, all_cases, run
 from pomarium.kernels.launch import FOLDER, KernelSource, Launch
 
 ORDERS = (0, 1, 2)

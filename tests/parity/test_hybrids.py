@@ -25,7 +25,7 @@ from pomarium.worker.kv_cache.states import single_group_states
 from pomarium.worker.models.paged import StageModel, prepare_stage
 from pomarium.worker.models.stage_weights import blank, foreign_parameters
 from pomarium.worker.models.stages import StageCut
-from pomarium.worker.sampling.params import SamplingParams
+from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import NewRequest, Step
 
 NEW_TOKENS = 6

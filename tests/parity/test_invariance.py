@@ -11,7 +11,7 @@ from step_driver import GREEDY, Driver
 from tiny_models import TINY, build
 
 from pomarium.worker.models.paged import PagedModel, prepare
-from pomarium.worker.sampling.params import SamplingParams
+from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import NewRequest, Step
 
 FAMILIES = ("llama", "gemma3_text", "gpt_oss", "deepseek_v2", "deepseek_v3")

@@ -24,11 +24,11 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler as VllmSampler
 
 from pomarium.worker.sampling.full_row import keep
-from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.rows import SamplingRow
 from pomarium.worker.sampling.sampler import Sampler
 from pomarium.worker.sampling.shortlist import filter_shortlist, most_likely, shortlist_size
 from pomarium.worker.sampling.weights import exp_shifted
+from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import Grammar
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

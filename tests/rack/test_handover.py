@@ -16,10 +16,10 @@ from tiny_models import write_checkpoint
 PRELUDE = """
 import os, sys, time
 import psutil
-from pomarium.cluster.executor import handover, launch, session
+from pomarium.cluster.executor import handover, launch, ray_connection
 from pomarium.cluster.executor.staging import Ask
 from pomarium.cluster.executor.team import assemble
-session.ensure_connected()
+ray_connection.ensure_connected()
 
 def started():
     team = assemble(Ask(os.environ["MODEL"]))

@@ -115,8 +115,8 @@ def test_where_nobody_can_be_woken_the_request_is_told(rack: Rack) -> None:
 
 
 def processes(rack: Rack) -> list[tuple[int, str]]:
-    from pomarium.cluster.rack import kin, node
+    from pomarium.cluster.node import kin, ray_node
 
     head = rack.simulated.current.nodes[0]
-    members = kin.members(node.kin_of(head, rack.simulated.current.membership.session))
+    members = kin.members(ray_node.kin_of(head, rack.simulated.current.membership.session))
     return [(process.pid, " ".join(process.cmdline())) for process in members]

@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 
 from pomarium.cluster.cli.rack_probe import names_of
 from pomarium.cluster.executor.survey import RackNode
-from pomarium.cluster.placement_model import Mac
-from pomarium.cluster.rack import inventory, ports
+from pomarium.cluster.machine.units import parse_duration, parse_rate
+from pomarium.cluster.node import ports
+from pomarium.cluster.placement.model import Mac
+from pomarium.cluster.rack import inventory
 from pomarium.cluster.rack.identity import RackKey, ray_token, write_tls
 from pomarium.cluster.rack.labels import MacFacts, labels_of
 from pomarium.cluster.rack.link_report import Measured, directions, duration, entry, header, rate, row
-from pomarium.cluster.rack.units import parse_duration, parse_rate
 from pomarium.worker.handoff.probe import LinkFacts
 
 MACS = """

@@ -13,9 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from pomarium.cluster.descriptors import SAFE
-from pomarium.cluster.rack import current, kin, node
-from pomarium.cluster.rack.facts import PROCESS_BYTES
+from pomarium.cluster.machine.descriptors import SAFE
+from pomarium.cluster.node import kin, ray_node
+from pomarium.cluster.rack import current
+from pomarium.cluster.rack.placement_inputs import PROCESS_BYTES
 from pomarium.cluster.rack.simulate import HEAD, SimulatedRack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -192,7 +193,7 @@ def test_a_frozen_mac_is_lost_and_gives_up_when_it_thaws(environ: dict[str, str]
 
 def test_down_leaves_nothing(environ: dict[str, str]) -> None:
     recorded = running(environ).current
-    kins = [node.kin_of(spec, recorded.membership.session) for spec in recorded.nodes]
+    kins = [ray_node.kin_of(spec, recorded.membership.session) for spec in recorded.nodes]
     assert recorded.nodes[0].name == HEAD
     assert len(kin.members(kins[0])) >= 4
     down = rack(environ, "down")

@@ -17,7 +17,8 @@ import pytest
 
 from pomarium.cluster.autoscaling.setup import for_simulated
 from pomarium.cluster.autoscaling.wake_on_lan import Target, send
-from pomarium.cluster.rack import kin, node, simulate, starting
+from pomarium.cluster.node import kin, ray_node, starting
+from pomarium.cluster.rack import simulate
 from pomarium.cluster.rack.current import RECORD
 from pomarium.cluster.rack.identity import RackKey
 from pomarium.cluster.rack.mac_power import MacPower, Power, decode
@@ -239,7 +240,7 @@ def test_a_head_that_restarts_finds_its_macs_and_what_it_knew_of_them(sleeping: 
     rack = sleeping.rack.current
     head = rack.nodes[0]
     sleeping.close()
-    kin.kill(node.kin_of(head, rack.membership.session))
+    kin.kill(ray_node.kin_of(head, rack.membership.session))
     starting.bring_up([head], rack.membership, sleeping.environ, lambda _: None)
     sleeping.watch()
     again = sleeping.until(lambda: (m := sleeping.states().get("mac-1")) and m.state is Power.AWAKE and m, 90)

@@ -36,7 +36,7 @@ from pomarium.cluster.autoscaling.ssh import (
     run_and_part,
 )
 from pomarium.cluster.autoscaling.wake_on_lan import Target, magic_packet
-from pomarium.cluster.rack import ports
+from pomarium.cluster.node import ports
 
 ADDRESS = "127.0.0.1"
 LIMIT_S = 20.0

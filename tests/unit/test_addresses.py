@@ -19,16 +19,17 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pomarium.cluster.batch import jobs
-from pomarium.cluster.batch.endpoint import EndpointError, HttpEngine
+from pomarium.cluster.batch import ray_jobs
+from pomarium.cluster.batch.http_engine import EndpointError, HttpEngine
 from pomarium.cluster.batch.lines import Request
-from pomarium.cluster.rack import current, node
-from pomarium.cluster.rack.direct import PROXIES, direct
-from pomarium.cluster.rack.membership import Membership
+from pomarium.cluster.endpoint import local_ray, metrics_page
+from pomarium.cluster.node import ray_node
+from pomarium.cluster.node.direct import PROXIES, direct
+from pomarium.cluster.node.membership import Membership
+from pomarium.cluster.rack import current
 from pomarium.cluster.rack.this_machine import resolve
-from pomarium.cluster.serving import local_ray, metrics
+from pomarium.worker.address import authority, host_of, http_url, is_local
 from pomarium.worker.errors import SettingsError
-from pomarium.worker.handoff.address import authority, host_of, http_url, is_local
 
 ASKED = Request(1, "r1", "/v1/completions", b"{}")
 
@@ -87,8 +88,8 @@ def test_jobs_of_the_rack_are_asked_for_past_a_proxy(proxy: Proxy, monkeypatch: 
     rack = SimpleNamespace(address="127.0.0.1:6379", membership=SimpleNamespace(variables=dict))
     monkeypatch.setattr(current, "enter", lambda: rack)
     with job_server() as port:
-        monkeypatch.setattr(node, "JOBS_PORT", port)
-        assert jobs.status(None) == ["no batch was submitted to this rack"]
+        monkeypatch.setattr(ray_node, "JOBS_PORT", port)
+        assert ray_jobs.status(None) == ["no batch was submitted to this rack"]
     assert proxy.asked == []
 
 
@@ -101,14 +102,14 @@ def test_ray_s_own_commands_are_told_of_a_proxy_only_where_there_is_one() -> Non
 
 def test_ray_s_processes_ask_no_proxy_for_their_own_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Else no series of theirs reaches its node's agent, whose gRPC exporter has no option against it."""
-    spec, membership = node.NodeSpec("mac", "10.0.0.6", tmp_path), Membership("ab", "10.0.0.5:6379", "f" * 64)
+    spec, membership = ray_node.NodeSpec("mac", "10.0.0.6", tmp_path), Membership("ab", "10.0.0.5:6379", "f" * 64)
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
-    for environ in (local_ray.environment("s"), node.environment(spec, membership, {})):
+    for environ in (local_ray.environment("s"), ray_node.environment(spec, membership, {})):
         assert "no_proxy" not in environ, "on macOS it would hide the system's own settings"
     monkeypatch.setenv("http_proxy", "http://proxy:3128")
     monkeypatch.setenv("no_proxy", "a")
-    for environ in (local_ray.environment("s"), node.environment(spec, membership, os.environ)):
+    for environ in (local_ray.environment("s"), ray_node.environment(spec, membership, os.environ)):
         assert (environ["no_proxy"], environ["NO_PROXY"]) == ("a,127.0.0.1", "a,127.0.0.1")
 
 
@@ -149,7 +150,7 @@ def test_what_is_no_url_is_refused_at_once(url: str) -> None:
 
 def test_exporters_of_nodes_with_either_kind_of_address() -> None:
     nodes = [{"Alive": True, "MetricsExportPort": 9, "NodeManagerAddress": host} for host in ("10.0.0.1", "fd00::1")]
-    assert metrics.addresses(nodes) == ["http://10.0.0.1:9/metrics", "http://[fd00::1]:9/metrics"]
+    assert metrics_page.addresses(nodes) == ["http://10.0.0.1:9/metrics", "http://[fd00::1]:9/metrics"]
 
 
 @pytest.mark.parametrize("head", ["::1", "fd00::1:6379", "[::1]:6379"])

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pomarium.cluster.admission import BLOCK_SIZES, RULES, Backend, EngineFacts, admit, choose_backend
+from pomarium.cluster.engine.admission import BLOCK_SIZES, RULES, Backend, EngineFacts, admit, choose_backend
 from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.settings import DeviceKind, MultimodalMode
 
 PLAIN = EngineFacts(architectures=("LlamaForCausalLM",))
-RACK_EXECUTOR = "pomarium.cluster.executor.rack.RackExecutor"
+RACK_EXECUTOR = "pomarium.cluster.executor.rack_executor.RackExecutor"
 
 REFUSED = {
     "tensor parallel": ({"tensor_parallel_size": 2}, "--tensor-parallel-size 1"),

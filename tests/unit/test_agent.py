@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from pomarium.cluster.autoscaling import agent
 from pomarium.cluster.autoscaling.agent import Agent, Sight, Step, decide
 from pomarium.cluster.autoscaling.sleep import SleepRefusedError
-from pomarium.cluster.rack import starting
+from pomarium.cluster.node import starting
+from pomarium.cluster.node.membership import Membership
+from pomarium.cluster.node.ray_node import NodeSpec
+from pomarium.cluster.node.starting import NodeStartError
 from pomarium.cluster.rack.mac_power import MacPower, Power, instance_for
-from pomarium.cluster.rack.membership import Membership
-from pomarium.cluster.rack.node import NodeSpec
-from pomarium.cluster.rack.starting import NodeStartError
 
 
 def told(state: Power, instance: str = "m.1") -> MacPower:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from pomarium.worker.batch import build_batch
 from pomarium.worker.requests import RequestTable
-from pomarium.worker.sampling.params import SamplingParams
+from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import CachedRequest, NewRequest, Step
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -10,9 +10,10 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 from starlette.testclient import TestClient
 
-from pomarium.cluster.serving import batch_api, ingress
-from pomarium.cluster.serving.batch_store import BatchStore
-from pomarium.cluster.serving.escaped_json import EscapedJson
+from pomarium.cluster.batch.api import routes
+from pomarium.cluster.batch.api.store import BatchStore
+from pomarium.cluster.endpoint import ingress
+from pomarium.cluster.http.escaped_json import EscapedJson
 
 HALF = "\ud83d"
 """Of an emoji's surrogate pair: JSON can name it, UTF-8 has no form of it."""
@@ -24,19 +25,19 @@ def client(tmp_path: Path) -> Iterator[TestClient]:
 
     @app.post("/v1/files")
     async def upload(request: Request) -> Response:
-        return await batch_api.upload(store, request)
+        return await routes.upload(store, request)
 
     @app.get("/v1/files")
     async def files(request: Request) -> Response:
-        return await batch_api.files(store, request)
+        return await routes.files(store, request)
 
     @app.post("/v1/batches")
     async def create(request: Request) -> Response:
-        return await batch_api.create(store, request)
+        return await routes.create(store, request)
 
     @app.get("/v1/batches")
     async def batches(request: Request) -> Response:
-        return await batch_api.batches(store, request)
+        return await routes.batches(store, request)
 
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client

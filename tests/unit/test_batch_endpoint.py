@@ -9,8 +9,8 @@ import pytest
 from endpoint_stub import Stub, serving
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from pomarium.cluster.batch import endpoint
-from pomarium.cluster.batch.endpoint import EndpointError, HttpEngine
+from pomarium.cluster.batch import http_engine
+from pomarium.cluster.batch.http_engine import EndpointError, HttpEngine
 from pomarium.cluster.batch.lines import Answer, Request
 
 ASKED = Request(1, "r1", "/v1/completions", b'{"prompt": "a"}')
@@ -30,7 +30,7 @@ def ask(url: str, key: str | None = None, **patience: float) -> Answer:
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "PAUSES_S", (0.01, 0.02))
+    monkeypatch.setattr(http_engine, "PAUSES_S", (0.01, 0.02))
 
 
 @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])

@@ -13,11 +13,12 @@ from endpoint_stub import Stub, serving
 from recording_proxy import proxied
 from starlette.responses import JSONResponse
 
-from pomarium.cluster.batch import endpoint
+from pomarium.cluster.batch import http_engine
+from pomarium.cluster.batch.api import runner
+from pomarium.cluster.batch.api import store as store_module
+from pomarium.cluster.batch.api.runner import BatchRunner
+from pomarium.cluster.batch.api.store import Batch, BatchStore, FileTooLargeError, State, UnknownIdError, new_id
 from pomarium.cluster.batch.progress import Tally
-from pomarium.cluster.serving import batch_runner, batch_store
-from pomarium.cluster.serving.batch_runner import BatchRunner
-from pomarium.cluster.serving.batch_store import Batch, BatchStore, FileTooLargeError, State, UnknownIdError, new_id
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_batches_run_in_the_order_of_their_coming(store: BatchStore) -> None:
 def test_a_runner_that_was_killed_is_resumed_and_nothing_is_asked_twice(
     store: BatchStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint, "PAUSES_S", (30.0, 30.0))
+    monkeypatch.setattr(http_engine, "PAUSES_S", (30.0, 30.0))
     name = create(store, upload(store, 3))
     away = Stub(JSONResponse({"id": "x"}), JSONResponse({}, 503), JSONResponse({}, 503))
     with serving(away) as url:
@@ -123,7 +124,7 @@ def test_a_runner_that_was_killed_is_resumed_and_nothing_is_asked_twice(
 
 
 def test_a_cancelled_batch_keeps_what_is_answered(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "PAUSES_S", (30.0, 30.0))
+    monkeypatch.setattr(http_engine, "PAUSES_S", (30.0, 30.0))
     name = create(store, upload(store, 2))
     with serving(Stub(JSONResponse({"id": "x"}), JSONResponse({}, 503))) as url:
         run(store, url, lambda: store.batch(name).counts.completed == 1)
@@ -266,7 +267,7 @@ def test_a_fault_of_ours_ends_its_batch_and_the_next_one_runs(
 
 def test_a_disk_that_is_full_for_a_while_delays_a_batch(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
     name = create(store, upload(store, 1))
-    monkeypatch.setattr(batch_runner, "DISK_S", 0.01)
+    monkeypatch.setattr(runner, "DISK_S", 0.01)
     write, full = BatchStore._write, [True, True]
 
     def written(store: BatchStore, record: str, fields: dict[str, object]) -> None:
@@ -288,7 +289,7 @@ def test_what_is_no_id_names_nothing(store: BatchStore, name: str) -> None:
 
 
 def test_an_upload_that_is_too_large_leaves_nothing(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_store, "MOST_FILE_BYTES", 10)
+    monkeypatch.setattr(store_module, "MOST_FILE_BYTES", 10)
     with pytest.raises(FileTooLargeError):
         store.add_file("big", "batch", io.BytesIO(bytes(11)))
     assert list(store.folder.iterdir()) == []

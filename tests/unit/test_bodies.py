@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pomarium.cluster.serving.bodies import DEPTH, BodyError, check_depth, parsed
+from pomarium.cluster.http.bodies import DEPTH, BodyError, check_depth, parsed
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 VALUES = st.recursive(

@@ -17,7 +17,7 @@ from step_driver import Driver, Live
 from tiny_models import TINY, build
 
 from pomarium.worker.models.paged import prepare
-from pomarium.worker.sampling.params import SamplingParams
+from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import CachedRequest, NewRequest, Step
 
 MOST_LIVE, LONGEST_PROMPT, MOST_NEW, MOST_CHUNK = 6, 40, 12, 24

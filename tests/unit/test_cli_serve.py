@@ -13,11 +13,11 @@ from tiny_models import write_checkpoint
 
 from pomarium.cluster.cli import main as cli
 from pomarium.cluster.cli import serve
-from pomarium.cluster.executor.environment import worker_environment
-from pomarium.cluster.serving.app import passed_environment
-from pomarium.cluster.serving.check import Check
-from pomarium.cluster.serving.engine_args import parse
-from pomarium.cluster.serving.plan import ModelPlan, ServePlan
+from pomarium.cluster.endpoint.app import passed_environment
+from pomarium.cluster.node.worker_environment import worker_environment
+from pomarium.cluster.replica.engine_args import parse
+from pomarium.cluster.replica.model_check import Check
+from pomarium.cluster.replica.serve_plan import ModelPlan, ServePlan
 from pomarium.worker.errors import PomariumError, SettingsError
 from pomarium.worker.models import embedded
 from pomarium.worker.settings import Wire, load

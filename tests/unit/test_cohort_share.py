@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pomarium.cluster.scheduling.share import (
+from pomarium.cluster.engine.scheduling.share import (
     MIN_CHUNK_TOKENS,
     Limits,
     Measured,

@@ -32,7 +32,7 @@ sys.meta_path.insert(0, AsMlxComes())
 
 AS_A_LIBRARY = "from vllm import LLM"
 AS_AN_ACTOR = """
-from pomarium.cluster.lean_import import import_vllm
+from pomarium.cluster.executor.lean_import import import_vllm
 import_vllm()
 import pomarium.cluster.executor.host
 """

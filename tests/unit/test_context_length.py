@@ -8,8 +8,9 @@ import pytest
 from tiny_models import TINY
 
 from pomarium.cluster import faults
-from pomarium.cluster.serving import beforehand, context_length
-from pomarium.cluster.serving.plan import ModelPlan
+from pomarium.cluster.endpoint import beforehand
+from pomarium.cluster.placement import context_length
+from pomarium.cluster.replica.serve_plan import ModelPlan
 from pomarium.worker.errors import SettingsError
 from pomarium.worker.models.resolve import resolve
 

@@ -79,7 +79,7 @@ def test_a_mac_has_no_network_namespaces() -> None:
 def test_a_mac_forks_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm.config  # noqa: F401 - vLLM imports its platforms by itself, and cannot from within one
 
-    from pomarium.cluster import platform
+    from pomarium.cluster.engine import platform
 
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")

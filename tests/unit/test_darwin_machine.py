@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pomarium.cluster.autoscaling import wake_on_lan
-from pomarium.cluster.rack import chips, machine_facts
-from pomarium.cluster.rack.facts import REACHED_BANDWIDTH, working_set
+from pomarium.cluster.machine import chips
+from pomarium.cluster.rack import machine_facts
 from pomarium.cluster.rack.machine_facts import Known
+from pomarium.cluster.rack.placement_inputs import REACHED_BANDWIDTH, working_set
 from pomarium.worker import device
 from pomarium.worker.errors import SettingsError
 from pomarium.worker.settings import AUTO_FRACTION

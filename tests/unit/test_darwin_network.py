@@ -50,7 +50,7 @@ def test_the_network_is_a_mac_s() -> None:
 
 ABSENT = """
 import sys
-from pomarium.cluster.rack import ports
+from pomarium.cluster.node import ports
 from pomarium.worker.errors import SettingsError
 sys.platform = "darwin"
 ports.check_local("127.0.0.1")

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pomarium.cluster import descriptors
-from pomarium.cluster.descriptors import SAFE, WANTED, candidates, raise_limit
+from pomarium.cluster.machine import descriptors
+from pomarium.cluster.machine.descriptors import SAFE, WANTED, candidates, raise_limit
 
 INFINITY = resource.RLIM_INFINITY
 LAUNCHD = Path(__file__).parents[2] / "deploy/launchd"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pomarium.cluster import disk, faults
-from pomarium.cluster.disk import LEAST_FREE, DiskFullError, Room
+from pomarium.cluster import faults
+from pomarium.cluster.machine import disk
+from pomarium.cluster.machine.disk import LEAST_FREE, DiskFullError, Room
 
 MIB = 1 << 20
 

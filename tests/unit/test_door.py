@@ -17,8 +17,9 @@ from ray.serve._private.http_util import configure_http_middlewares
 from ray.serve.config import HTTPOptions
 from uvicorn.protocols.http import auto
 
-from pomarium.cluster.serving import door, local_ray, openai_errors, timed_protocol
-from pomarium.cluster.serving.door import Bounds, Door, readable
+from pomarium.cluster.endpoint import local_ray
+from pomarium.cluster.http import door, openai_errors, timed_protocol
+from pomarium.cluster.http.door import Bounds, Door, readable
 from pomarium.worker import settings
 from pomarium.worker.errors import SettingsError
 

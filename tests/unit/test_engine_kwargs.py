@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pomarium.cluster.serving.check import Found
-from pomarium.cluster.serving.hosting import ask_of
-from pomarium.cluster.serving.llm_server import engine_kwargs
-from pomarium.cluster.serving.plan import STEP_REQUESTS, STEP_TOKENS, ModelPlan
+from pomarium.cluster.replica.hosting import ask_of
+from pomarium.cluster.replica.llm_server import engine_kwargs
+from pomarium.cluster.replica.model_check import Found
+from pomarium.cluster.replica.serve_plan import STEP_REQUESTS, STEP_TOKENS, ModelPlan
 
 
 @pytest.mark.parametrize(

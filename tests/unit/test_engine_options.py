@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pomarium.cluster.cli import main as cli
-from pomarium.cluster.serving import engine_args, engine_options
+from pomarium.cluster.replica import engine_args, engine_options
 from pomarium.worker.errors import SettingsError
 
 OWN = ("--port", "--host", "--stages", "--max-model-len")

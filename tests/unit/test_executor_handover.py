@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pomarium.cluster.executor.actor import Endpoint
-from pomarium.cluster.executor.environment import HANDED_OVER, worker_environment
 from pomarium.cluster.executor.handover import offer, offered
 from pomarium.cluster.executor.member import Contact, Member
+from pomarium.cluster.node.worker_environment import HANDED_OVER, worker_environment
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 CONTACTS = st.builds(Contact, st.builds(Endpoint, TEXT, st.integers(1, 2**22), TEXT), TEXT)

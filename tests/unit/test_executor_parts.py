@@ -9,19 +9,19 @@ from hypothesis import strategies as st
 
 from pomarium.cluster.executor.bundles import PlacementError, worker_bundles
 from pomarium.cluster.executor.codec import decode, encode, encode_call
-from pomarium.cluster.executor.environment import (
+from pomarium.cluster.executor.launch import check_versions
+from pomarium.cluster.executor.link import Reply, gather
+from pomarium.cluster.executor.service import ready
+from pomarium.cluster.node.worker_environment import (
     VISIBLE_DEVICES,
     local_ranks,
     override_warning,
     parted,
     worker_environment,
 )
-from pomarium.cluster.executor.launch import check_versions
-from pomarium.cluster.executor.link import Reply, gather
-from pomarium.cluster.executor.service import ready
 from pomarium.worker import command_buffers
+from pomarium.worker.address import authority
 from pomarium.worker.errors import UnsupportedError
-from pomarium.worker.handoff.address import authority
 
 
 @given(st.lists(st.sampled_from("abc")))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pomarium.cluster.autoscaling import fleet, ledger
 from pomarium.cluster.autoscaling.fleet import LOST_S, RETIRE_S, FleetMac
 from pomarium.cluster.autoscaling.policy import Tries, WakePolicy
-from pomarium.cluster.rack import power
+from pomarium.cluster.rack import power_states
 from pomarium.cluster.rack.mac_power import MacPower, Power, decode, encode, fresh, instance_for, mac_of, new_instance
 from pomarium.cluster.rack.roster import Member
 from pomarium.worker.errors import SettingsError
@@ -152,18 +152,18 @@ def test_what_a_newer_head_tells_is_understood() -> None:
 
 def test_who_joins_is_called_as_the_autoscaler_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: dict[bytes, bytes] = {}
-    monkeypatch.setattr(power.internal_kv, "_internal_kv_get", lambda key, namespace: kept.get(key))
-    monkeypatch.setattr(power.internal_kv, "_internal_kv_list", lambda prefix, namespace: list(kept))
+    monkeypatch.setattr(power_states.internal_kv, "_internal_kv_get", lambda key, namespace: kept.get(key))
+    monkeypatch.setattr(power_states.internal_kv, "_internal_kv_list", lambda prefix, namespace: list(kept))
     plain = Member("head", "10.0.0.9", True, True, None)
     sleeping = replace(plain, autoscaler=True)
-    assert power.instance_of("m", []) is None
-    assert power.instance_of("m", [replace(sleeping, alive=False)]) is None
-    assert power.instance_of("m", [plain]) == ""
-    assert power.instance_of("m", [sleeping]) is None, "its autoscaler has said nothing yet"
+    assert power_states.instance_of("m", []) is None
+    assert power_states.instance_of("m", [replace(sleeping, alive=False)]) is None
+    assert power_states.instance_of("m", [plain]) == ""
+    assert power_states.instance_of("m", [sleeping]) is None, "its autoscaler has said nothing yet"
     kept[b"mac:m"] = encode(told(Power.WAKING, written=0.0))
-    assert power.instance_of("m", [sleeping]) == "m.1"
+    assert power_states.instance_of("m", [sleeping]) == "m.1"
     with pytest.raises(SettingsError, match="does not name other"):
-        power.instance_of("other", [sleeping])
+        power_states.instance_of("other", [sleeping])
 
 
 def test_the_ledger_remembers_failures_over_a_restart(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pomarium.cluster.intake import grammars
-from pomarium.cluster.intake.constraints import Constraint
-from pomarium.cluster.intake.guard import Guard, Rules, rules_of
-from pomarium.cluster.serving.asgi import Message
+from pomarium.cluster.engine.intake import grammars
+from pomarium.cluster.engine.intake.constraints import Constraint
+from pomarium.cluster.engine.intake.guard import Guard, Rules, rules_of
+from pomarium.cluster.http.asgi import Message
 
 RULES = Rules(chars=5_000, compiles=True)
 DEADLINE_S = 30.0

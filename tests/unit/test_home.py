@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from pomarium.cluster.cli.main import EXIT_FAULT, main
+from pomarium.cluster.machine.state import fault_of, made, state_folder
 from pomarium.cluster.rack import current, key_file
 from pomarium.cluster.rack.identity import RackKey
-from pomarium.cluster.serving.plan import served_names
-from pomarium.cluster.state import fault_of, made, state_folder
+from pomarium.cluster.replica.serve_plan import served_names
 from pomarium.worker.errors import CheckpointError, SettingsError
 from pomarium.worker.models.gguf import cache
 from pomarium.worker.models.resolve import resolve

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pomarium.cluster.intake import calls, constraints, grammars, texts
-from pomarium.cluster.intake.constraints import Constraint, Kind
+from pomarium.cluster.engine.intake import calls, constraints, grammars, texts
+from pomarium.cluster.engine.intake.constraints import Constraint, Kind
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

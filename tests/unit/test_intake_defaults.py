@@ -7,11 +7,11 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from pomarium.cluster.intake import defaults, guard
-from pomarium.cluster.intake.request_check import check
-from pomarium.cluster.platform import PomariumPlatform
-from pomarium.cluster.serving.llm_server import engine_kwargs
-from pomarium.cluster.serving.plan import ModelPlan
+from pomarium.cluster.engine.intake import defaults, guard
+from pomarium.cluster.engine.intake.request_check import check
+from pomarium.cluster.engine.platform import PomariumPlatform
+from pomarium.cluster.replica.llm_server import engine_kwargs
+from pomarium.cluster.replica.serve_plan import ModelPlan
 
 
 def config(backend: str = "auto", model_type: str = "llama", tokenizer_mode: str = "auto") -> Any:

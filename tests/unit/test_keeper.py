@@ -16,10 +16,10 @@ from pomarium.cluster.autoscaling.policy import WakePolicy
 from pomarium.cluster.autoscaling.provider import RackNodeProvider
 from pomarium.cluster.autoscaling.ray_config import Fleet, ray_config
 from pomarium.cluster.autoscaling.transport import Agent, Ssh, transport_of
+from pomarium.cluster.node.ray_node import NodeSpec
 from pomarium.cluster.rack import inventory
 from pomarium.cluster.rack.labels import NAME_LABEL, facts_of
 from pomarium.cluster.rack.mac_power import MacPower, Power, mac_of
-from pomarium.cluster.rack.node import NodeSpec
 from pomarium.worker.errors import PomariumError, SettingsError
 
 RACK = """

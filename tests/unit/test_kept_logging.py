@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pomarium.cluster.serving import kept_logging
+from pomarium.cluster.replica import kept_logging
 
 
 @pytest.fixture

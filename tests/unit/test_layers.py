@@ -37,13 +37,16 @@ def test_layers_hold(tree: Path) -> None:
 
 
 BREACHES = {
-    "worker/breach_up.py": "from pomarium.cluster import plugin",
+    "worker/breach_up.py": "from pomarium.cluster.engine import plugin",
     "worker/breach_ray.py": "import ray.serve",
     "worker/models/breach_vllm.py": "from vllm.config import VllmConfig",
     "kernels/breach_up.py": "from pomarium.worker import errors",
     "kernels/breach_vllm.py": "import vllm",
     "kernels/breach_ray.py": "from ray import remote",
     "proto/breach_up.py": "from pomarium.worker import errors",
+    "cluster/rack/breach_up.py": "from pomarium.cluster.executor import team",
+    "cluster/machine/breach_up.py": "from pomarium.cluster import faults",
+    "cluster/selftest/breach_beside.py": "from pomarium.cluster.endpoint import app",
 }
 
 

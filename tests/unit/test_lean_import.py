@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from pomarium.cluster.lean_import import without_collections
+from pomarium.cluster.executor.lean_import import without_collections
 
 SCRIPT = """
 import sys
-from pomarium.cluster.lean_import import import_vllm, without_collections
+from pomarium.cluster.executor.lean_import import import_vllm, without_collections
 with without_collections():
     import_vllm()
     import pomarium.cluster.executor.host

@@ -8,8 +8,8 @@ from contextlib import closing
 
 import pytest
 
-from pomarium.cluster import listening
 from pomarium.cluster.cli.serve import check_port
+from pomarium.cluster.machine import listening
 from pomarium.worker.errors import SettingsError
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from namespaces import ip, namespace_or_skip
 
-from pomarium.cluster import ray_address
 from pomarium.cluster.autoscaling.head_view import HeadView
+from pomarium.cluster.node import ray_address
+from pomarium.cluster.node.membership import Membership
 from pomarium.cluster.rack import this_machine
 from pomarium.cluster.rack.identity import RackKey
-from pomarium.cluster.rack.membership import Membership
 from pomarium.worker import local_network
 
 CURE = local_network.SETTINGS
@@ -63,7 +63,7 @@ def test_elsewhere_it_is_not_named() -> None:
 PEER = "10.99.0.1"
 PROGRAM = f"""
 import json
-from pomarium.cluster import ray_address
+from pomarium.cluster.node import ray_address
 from pomarium.cluster.cli.main import main
 from pomarium.cluster.autoscaling import wake_on_lan
 from pomarium.cluster.executor.link import WorkerLink

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from namespaces import ip, namespace_or_skip
 
-from pomarium.cluster.rack import ports
+from pomarium.cluster.node import ports
 from pomarium.cluster.rack.simulate import HEAD_ADDRESS
 
 

@@ -6,9 +6,9 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from pomarium.cluster.faults import Loss
-from pomarium.cluster.serving import loss
-from pomarium.cluster.serving.asgi_bridge import Head
-from pomarium.cluster.serving.loss import EngineLostError, cause, error_event, honest
+from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.replica import loss
+from pomarium.cluster.replica.loss import EngineLostError, cause, error_event, honest
 
 JSON, SSE = "application/json", "text/event-stream; charset=utf-8"
 TOKEN = b'data: {"id": "1", "choices": [{"text": "data: {\\"error\\": "}]}\n\n'

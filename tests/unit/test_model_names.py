@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pomarium.cluster.model_names import check, deployment_name, label
-from pomarium.cluster.serving.plan import ModelPlan, ServePlan
+from pomarium.cluster.node.ray_names import check, deployment_name, label
+from pomarium.cluster.replica.serve_plan import ModelPlan, ServePlan
 from pomarium.worker.errors import SettingsError
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=400)

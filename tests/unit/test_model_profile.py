@@ -18,14 +18,14 @@ from tiny_gguf import write_gguf
 from tiny_models import TINY, build, write_checkpoint
 from wrapper_models import GEMMA4, WRAPPED, build_text, write_wrapper
 
-from pomarium.cluster.model_profile import (
+from pomarium.cluster.placement.model import Workload, memory_needed
+from pomarium.cluster.placement.profile import (
     Profile,
     headers_of_directory,
     headers_of_gguf,
     profile_of,
     read_profile,
 )
-from pomarium.cluster.placement_model import Workload, memory_needed
 from pomarium.worker.errors import CheckpointError, PomariumError, UnsupportedError
 from pomarium.worker.models import embedded
 from pomarium.worker.models.checkpoint import inspect

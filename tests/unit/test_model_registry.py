@@ -14,7 +14,7 @@ from vllm.model_executor.models import registry
 from vllm.model_executor.models.registry import _VLLM_MODELS, ModelRegistry, _ModelInfo
 from wrapper_models import WRAPPED, write_wrapper
 
-from pomarium.cluster.model_registry import ARCHITECTURES, MlxDecoder
+from pomarium.cluster.engine.model_registry import ARCHITECTURES, MlxDecoder
 from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.models.verify import PROVEN
 from pomarium.worker.models.wrappers import WRAPPERS

@@ -27,7 +27,7 @@ def probe():
     from transformers.utils.import_utils import is_kernels_available
 
     errors = importlib.import_module("pomarium.worker.errors")
-    plugin = importlib.import_module("pomarium.cluster.plugin")
+    plugin = importlib.import_module("pomarium.cluster.engine.plugin")
     return {
         "proto": proto.__file__,
         "message": proto.Message.__module__,
@@ -75,7 +75,7 @@ def check(found: dict[str, object], source: Path) -> None:
     assert found["message"] == "proto.message"
     assert found["kernels"] is False
     assert str(found["errors"]) == str(source / "worker/errors.py")
-    assert str(found["plugin"]) == str(source / "cluster/plugin.py")
+    assert str(found["plugin"]) == str(source / "cluster/engine/plugin.py")
 
 
 def test_module_run_from_the_repository_root(probe_dir: Path) -> None:

@@ -8,10 +8,10 @@ from pomarium.cluster.executor.bundles import PlacementError
 from pomarium.cluster.executor.staging import Ask, of_version, slots
 from pomarium.cluster.executor.survey import RackNode
 from pomarium.cluster.executor.team import _Planner
-from pomarium.cluster.model_profile import read_profiles
-from pomarium.cluster.placement_model import Mac
+from pomarium.cluster.machine.version import own_version
+from pomarium.cluster.placement.model import Mac
+from pomarium.cluster.placement.profile import read_profiles
 from pomarium.cluster.rack.labels import UNKNOWN_VERSION, MacFacts, facts_of, labels_of
-from pomarium.cluster.version import own_version
 
 OWN = own_version()
 GIB = 1 << 30

@@ -5,8 +5,8 @@ from ray.serve._private.common import DeploymentID
 from ray.serve._private.deployment_state import DeploymentState
 from ray.serve._private.utils import call_function_from_import_path
 
-from pomarium.cluster.rack.node import SERVE_VARIABLES
-from pomarium.cluster.serving import pacing
+from pomarium.cluster.endpoint import pacing
+from pomarium.cluster.node.ray_node import SERVE_VARIABLES
 
 
 class State(DeploymentState):

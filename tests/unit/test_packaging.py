@@ -79,7 +79,7 @@ def test_the_wheel_names_command_plugin_and_licence(wheel: zipfile.ZipFile) -> N
     entry_points = configparser.ConfigParser()
     entry_points.read_string(wheel.read(f"{info}/entry_points.txt").decode())
     assert dict(entry_points["console_scripts"]) == {"pomarium": "pomarium.cluster.cli.main:main"}
-    assert dict(entry_points["vllm.platform_plugins"]) == {"pomarium": "pomarium.cluster.plugin:register"}
+    assert dict(entry_points["vllm.platform_plugins"]) == {"pomarium": "pomarium.cluster.engine.plugin:register"}
     assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from pomarium.cluster.executor.bundles import PlacementError
 from pomarium.cluster.rack.reports import LossReport, WaitingReport
-from pomarium.cluster.serving import patience
+from pomarium.cluster.replica import patience
 
 
 class Rack:

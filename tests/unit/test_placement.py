@@ -10,9 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pomarium.cluster import placement_lattice
-from pomarium.cluster.placement import Objective, place
-from pomarium.cluster.placement_model import (
+from pomarium.cluster.placement import lattice
+from pomarium.cluster.placement.model import (
     LayerProfile,
     Link,
     Mac,
@@ -24,6 +23,7 @@ from pomarium.cluster.placement_model import (
     evaluate,
     memory_needed,
 )
+from pomarium.cluster.placement.place import Objective, place
 from pomarium.worker.errors import SettingsError
 
 LATENCY, THROUGHPUT = Objective.LATENCY, Objective.THROUGHPUT
@@ -223,7 +223,7 @@ def test_one_order_of_macs_is_searched_exactly(
     assume(stages is None or stages <= min(len(rack.macs), len(profile.layers)))
     rack = Rack(rack.macs, rack.default_link)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement_lattice, "MOST_ROWS", 0)
+        patch.setattr(lattice, "MOST_ROWS", 0)
         found = place(rack, profile, workload, stages=stages, objective=objective)
     rank = {m.name: i for i, m in enumerate(sorted(rack.macs, key=lambda m: (-m.memory, -m.bandwidth, m.name)))}
     fitting = [

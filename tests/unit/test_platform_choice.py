@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pomarium.cluster.platform_choice import Plugin, diverted, installed
+from pomarium.cluster.provision.platform_choice import Plugin, diverted, installed
 
 OURS = Plugin("pomarium", "pomarium")
 METAL = Plugin("metal", "vllm-metal")

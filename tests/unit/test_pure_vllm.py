@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from vllm.platforms import current_platform
 
-from pomarium.cluster import plugin
+from pomarium.cluster.endpoint import beforehand
+from pomarium.cluster.engine import plugin
 from pomarium.cluster.provision import kernels, pure_vllm
-from pomarium.cluster.serving import beforehand
 from pomarium.worker.errors import UnsupportedError
 
 SCRIPT = Path(pure_vllm.__file__)
@@ -169,7 +169,7 @@ def test_vllm_s_own_backend_is_refused_where_it_is_not(monkeypatch: pytest.Monke
     """By `pomarium serve` before anything starts, and by vLLM's own commands, for which our platform stays."""
     monkeypatch.setenv("VLLM_METAL_USE_MLX", "0")
     monkeypatch.setattr(kernels, "version", lambda _: "0.29.0+cpu.pure")
-    assert plugin.register() == "pomarium.cluster.platform.PomariumPlatform"
+    assert plugin.register() == "pomarium.cluster.engine.platform.PomariumPlatform"
     words = r"VLLM_METAL_USE_MLX=0.*vLLM's Python alone.*make vllm-cpu-backend"
     with pytest.raises(UnsupportedError, match=words):
         current_platform.check_and_update_config(None)

@@ -8,10 +8,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pomarium.cluster.rack import inventory, units, yaml_lines
-from pomarium.cluster.rack.chips import CHIPS, identify
-from pomarium.cluster.rack.facts import rack_of, working_set
+from pomarium.cluster.machine import units
+from pomarium.cluster.machine.chips import CHIPS, identify
+from pomarium.cluster.rack import inventory, yaml_lines
 from pomarium.cluster.rack.inventory import load, parse
+from pomarium.cluster.rack.placement_inputs import rack_of, working_set
 from pomarium.worker.errors import SettingsError
 
 EXAMPLE = Path(__file__).parents[2] / "deploy/rack.example.yaml"

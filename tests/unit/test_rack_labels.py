@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray._private.label_utils import parse_node_labels_string, validate_label_key, validate_label_value
 
-from pomarium.cluster.rack.chips import CHIPS, is_apple
+from pomarium.cluster.machine.chips import CHIPS, is_apple
 from pomarium.cluster.rack.labels import NAME_LABEL, PREFIX, MacFacts, check_name, facts_of, labels_of
 from pomarium.worker.errors import SettingsError
 

@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 from pomarium.cluster.cli import rack_options
 from pomarium.cluster.cli.main import main, parse
 from pomarium.cluster.cli.rack import invitation
-from pomarium.cluster.rack import current, inventory, key_file, machine_facts, netns, ports, speed, this_machine
-from pomarium.cluster.rack.facts import working_set
+from pomarium.cluster.machine import speed
+from pomarium.cluster.machine.speed import Speed
+from pomarium.cluster.node import ports
+from pomarium.cluster.node.membership import Membership
+from pomarium.cluster.node.ray_node import NodeSpec
+from pomarium.cluster.rack import current, inventory, key_file, machine_facts, netns, this_machine
 from pomarium.cluster.rack.identity import RackKey
 from pomarium.cluster.rack.machine_facts import Hardware, Known
-from pomarium.cluster.rack.membership import Membership
-from pomarium.cluster.rack.node import NodeSpec
+from pomarium.cluster.rack.placement_inputs import working_set
 from pomarium.cluster.rack.simulate import Simulation
-from pomarium.cluster.rack.speed import Speed
 from pomarium.worker import device
 from pomarium.worker.device import Device, GpuBackend
 from pomarium.worker.errors import SettingsError

@@ -17,16 +17,17 @@ import ray
 from rack_serving import until
 from ray._private.utils import check_version_info
 
-from pomarium.cluster import listening
-from pomarium.cluster.rack import current, kin, netns, node, ports, starting, teardown
+from pomarium.cluster.machine import listening
+from pomarium.cluster.node import kin, ports, ray_node, starting
+from pomarium.cluster.node.kin import Kin
+from pomarium.cluster.node.membership import SAME_PYTHON, Membership
+from pomarium.cluster.node.ray_folder import RAY_SOCKET_SUFFIX, SOCKET_PATH_LIMIT
+from pomarium.cluster.node.ray_node import MARKER, NodeSpec
+from pomarium.cluster.rack import current, netns, teardown
 from pomarium.cluster.rack.current import CurrentRack, Network
-from pomarium.cluster.rack.facts import PROCESS_BYTES
-from pomarium.cluster.rack.kin import Kin
 from pomarium.cluster.rack.labels import facts_of
-from pomarium.cluster.rack.membership import SAME_PYTHON, Membership
-from pomarium.cluster.rack.node import MARKER, NodeSpec
+from pomarium.cluster.rack.placement_inputs import PROCESS_BYTES
 from pomarium.cluster.rack.simulate import HEAD, Simulation, specs
-from pomarium.cluster.serving.local_ray import RAY_SOCKET_SUFFIX, SOCKET_PATH_LIMIT
 from pomarium.worker.errors import SettingsError
 
 GIB = 1 << 30
@@ -36,7 +37,7 @@ HEAD_NODE = replace(MAC, name="box", head=True, worker=False, labels={}, memory=
 
 
 def test_a_mac_offers_one_worker_and_no_gpu() -> None:
-    command = node.command(MAC, MEMBERSHIP, "python")
+    command = ray_node.command(MAC, MEMBERSHIP, "python")
     assert command[:4] == ["python", "-m", "ray.scripts.scripts", "start"]
     assert {"--address=10.0.0.1:6379", "--node-ip-address=10.0.0.2", "--num-gpus=0", "--labels=a/b=c,d=e"} <= {*command}
     assert '--resources={"mlx": 1}' in command
@@ -45,7 +46,7 @@ def test_a_mac_offers_one_worker_and_no_gpu() -> None:
 
 
 def test_a_head_without_a_worker_offers_none_and_sets_ray_for_all() -> None:
-    command = node.command(HEAD_NODE, MEMBERSHIP)
+    command = ray_node.command(HEAD_NODE, MEMBERSHIP)
     assert {"--head", "--port=6379", "--resources={}", "--include-dashboard=true"} <= {*command}
     assert f"--dashboard-host={HEAD_NODE.address}" in command, "the job server listens on the rack's address only"
     (config,) = [option.partition("=")[2] for option in command if option.startswith("--system-config=")]
@@ -59,21 +60,21 @@ def test_a_head_without_a_worker_offers_none_and_sets_ray_for_all() -> None:
 
 
 def test_cores_and_namespace_stand_before_the_command() -> None:
-    command = node.command(replace(MAC, cores=(0, 2), namespace="pm1"), MEMBERSHIP, "python")
+    command = ray_node.command(replace(MAC, cores=(0, 2), namespace="pm1"), MEMBERSHIP, "python")
     assert command[:8] == ["ip", "netns", "exec", "pm1", "taskset", "-c", "0,2", "python"]
 
 
 def test_a_node_has_its_rack_s_environment_and_nothing_that_contradicts_it() -> None:
     base = {"PATH": "/bin", "RAY_ADDRESS": "elsewhere:1", "RAY_AUTH_MODE": "disabled", "POMARIUM_RACK_KEY": "secret",
             "POMARIUM_TLS": "/other", "POMARIUM_ALLOW_PLAINTEXT": "1", "POMARIUM_MACHINE_MEMORY": "1"}  # fmt: skip
-    found = node.environment(MAC, MEMBERSHIP, base)
+    found = ray_node.environment(MAC, MEMBERSHIP, base)
     assert found["PATH"] == f"{Path(sys.executable).parent}:/bin", "a job's `python` is the rack's"
     assert (found["RAY_AUTH_MODE"], found["RAY_AUTH_TOKEN"]) == ("token", "f" * 64)
     assert found["POMARIUM_TLS"] == "/state/tls"
     assert found["POMARIUM_MACHINE_MEMORY"] == str(5 * GIB)
     assert found[MARKER] == "ab12/studio-1"
     assert not {"RAY_ADDRESS", "POMARIUM_RACK_KEY", "POMARIUM_ALLOW_PLAINTEXT"} & found.keys()
-    plain = node.environment(HEAD_NODE, replace(MEMBERSHIP, tls=None, plaintext=True), base)
+    plain = ray_node.environment(HEAD_NODE, replace(MEMBERSHIP, tls=None, plaintext=True), base)
     assert plain["POMARIUM_ALLOW_PLAINTEXT"] == "1"
     assert not {"POMARIUM_TLS", "POMARIUM_MACHINE_MEMORY"} & plain.keys()
 
@@ -85,7 +86,7 @@ def test_macs_may_differ_in_the_patch_of_their_python_and_in_no_more(monkeypatch
     monkeypatch.delenv("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", raising=False)
     with pytest.raises(RuntimeError, match="Version mismatch"):
         check_version_info(head, "here")
-    for name, value in node.environment(MAC, MEMBERSHIP, {}).items():
+    for name, value in ray_node.environment(MAC, MEMBERSHIP, {}).items():
         monkeypatch.setenv(name, value)
     check_version_info(head, "here")
     with pytest.raises(RuntimeError, match="Version mismatch"):
@@ -98,7 +99,7 @@ def test_a_node_s_marker_stays_on_the_node() -> None:
 
 
 def test_the_token_is_in_no_command_line_and_no_repr() -> None:
-    assert "f" * 64 not in " ".join(node.command(HEAD_NODE, MEMBERSHIP))
+    assert "f" * 64 not in " ".join(ray_node.command(HEAD_NODE, MEMBERSHIP))
     assert "f" * 64 not in repr(MEMBERSHIP)
 
 
@@ -240,7 +241,7 @@ def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(SettingsError, match=str(port)):
-            ports.require(node.Ports(metrics=port))
+            ports.require(ray_node.Ports(metrics=port))
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
@@ -264,8 +265,8 @@ def test_a_node_that_does_not_start_leaves_nothing_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "import sys; print('ValueError: no such option'); sys.exit(2)"
-    monkeypatch.setattr(node, "command", lambda *_: [sys.executable, "-c", code])
+    monkeypatch.setattr(ray_node, "command", lambda *_: [sys.executable, "-c", code])
     spec = replace(MAC, folder=tmp_path / "0")
     with pytest.raises(starting.NodeStartError, match=r"studio-1 at 10\.0\.0\.2 .*ValueError: no such option"):
         starting.bring_up([spec], MEMBERSHIP, {}, lambda _: None)
-    assert kin.members(node.kin_of(spec, MEMBERSHIP.session)) == []
+    assert kin.members(ray_node.kin_of(spec, MEMBERSHIP.session)) == []

@@ -10,11 +10,11 @@ from pathlib import Path
 import grpc
 import pytest
 
-from pomarium.cluster import ray_address
-from pomarium.cluster.ray_address import Answer
-from pomarium.cluster.serving import local_ray
-from pomarium.cluster.serving.local_ray import RayStartError
-from pomarium.cluster.serving.plan import ModelPlan, ServePlan
+from pomarium.cluster.endpoint import local_ray
+from pomarium.cluster.endpoint.local_ray import RayStartError
+from pomarium.cluster.node import ray_address
+from pomarium.cluster.node.ray_address import Answer
+from pomarium.cluster.replica.serve_plan import ModelPlan, ServePlan
 from pomarium.worker.errors import SettingsError
 
 

@@ -6,7 +6,7 @@ import sys
 SCRIPT = """
 import sys
 from ray.llm._internal.serve.utils.registry import ComponentRegistry
-from pomarium.cluster.serving import ray_llm
+from pomarium.cluster.replica import ray_llm
 
 asked = {}
 def contains(self, name):  # another process enters each name just after it was asked for

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import TINY, VOCAB_SIZE, build, write_checkpoint
 
-from pomarium.cluster.request_bounds import beyond, refusal, surplus
+from pomarium.cluster.engine.request_bounds import beyond, refusal, surplus
 from pomarium.worker.errors import CheckpointError
 from pomarium.worker.models.chat_template import template_of
 from pomarium.worker.models.embedding_rows import embedding_rows
 from pomarium.worker.models.load import load
 from pomarium.worker.requests import RequestTable
-from pomarium.worker.sampling.params import SamplingParams
+from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import CachedRequest, NewRequest, Step
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pomarium.worker.pipeline.returned import ReturnedTokens
 from pomarium.worker.requests import RequestState
-from pomarium.worker.sampling.params import SamplingParams
+from pomarium.worker.sampling_params import SamplingParams
 
 
 def request(name: str, tokens: Sequence[int]) -> RequestState:

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve._private.request_router.common import PendingRequest
 
-from pomarium.cluster.serving import prefix_router, routing
-from pomarium.cluster.serving.prefix_router import PrefixRouter
-from pomarium.cluster.serving.routing import (
+from pomarium.cluster.endpoint import prefix_router, routing
+from pomarium.cluster.endpoint.prefix_router import PrefixRouter
+from pomarium.cluster.endpoint.routing import (
     LEAST_SHARE,
     MOST_EXCESS,
     PIECE,
@@ -27,9 +27,9 @@ from pomarium.cluster.serving.routing import (
     Prompts,
     keys_of,
     prefix_keys,
-    prompt_text,
     rank,
 )
+from pomarium.cluster.http.prompts import SEPARATOR, prompt_text
 
 PIECES = 20
 candidates = st.lists(
@@ -183,8 +183,8 @@ def test_other_prompts_have_another_text(one: dict[str, Any], other: dict[str, A
 
 
 def test_token_ids_that_begin_alike_have_text_that_begins_alike() -> None:
-    assert prompt_text({"prompt": [1, 2, 3]}).startswith(prompt_text({"prompt": [1, 2]}).rstrip(routing.SEPARATOR))
-    assert not prompt_text({"prompt": [1, 23]}).startswith(prompt_text({"prompt": [1, 2]}).rstrip(routing.SEPARATOR))
+    assert prompt_text({"prompt": [1, 2, 3]}).startswith(prompt_text({"prompt": [1, 2]}).rstrip(SEPARATOR))
+    assert not prompt_text({"prompt": [1, 23]}).startswith(prompt_text({"prompt": [1, 2]}).rstrip(SEPARATOR))
 
 
 @given(

@@ -7,10 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.rows import SamplingRow
 from pomarium.worker.sampling.sampler import Sampler
 from pomarium.worker.sampling.uniforms import random_bits, request_seed, uniform, uniform_pairs
+from pomarium.worker.sampling_params import SamplingParams
 
 FILTERS = {
     "plain": SamplingParams(),

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from pomarium.worker.sampling.draw import pick, pick_in_blocks
 from pomarium.worker.sampling.full_row import keep
 from pomarium.worker.sampling.grammar import bars_of
-from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.rows import SamplingRow
 from pomarium.worker.sampling.sampler import Sampler
 from pomarium.worker.sampling.shortlist import most_likely
 from pomarium.worker.sampling.weights import exp_shifted, log_softmax
+from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import Grammar
 
 

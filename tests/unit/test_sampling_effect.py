@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.rows import SamplingRow
 from pomarium.worker.sampling.sampler import Sampler
+from pomarium.worker.sampling_params import SamplingParams
 
 VOCAB_SIZE = 120
 ALL = SamplingParams(

@@ -12,19 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pomarium.cluster import faults
+from pomarium.cluster.endpoint import app, holding, reasons, replica_scaling
+from pomarium.cluster.endpoint.cards import Served
+from pomarium.cluster.endpoint.holding import HopelessError, State, verdict
+from pomarium.cluster.endpoint.ingress import Ingress
+from pomarium.cluster.endpoint.reasons import Reasons
+from pomarium.cluster.endpoint.replica_scaling import ReplicaScaling
 from pomarium.cluster.executor.survey import dormant
-from pomarium.cluster.model_profile import Profiles
+from pomarium.cluster.placement.profile import Profiles
 from pomarium.cluster.rack.labels import MacFacts, labels_of
 from pomarium.cluster.rack.mac_power import MacPower, Power
-from pomarium.cluster.serving import app, holding, reasons, replica_scaling
-from pomarium.cluster.serving.cards import Served
-from pomarium.cluster.serving.check import Found
-from pomarium.cluster.serving.heartbeat import SILENCE_S
-from pomarium.cluster.serving.holding import HopelessError, State, verdict
-from pomarium.cluster.serving.ingress import Ingress
-from pomarium.cluster.serving.plan import ModelPlan, Scaling, ServePlan
-from pomarium.cluster.serving.reasons import Reasons
-from pomarium.cluster.serving.replica_scaling import ReplicaScaling
+from pomarium.cluster.replica.heartbeat import SILENCE_S
+from pomarium.cluster.replica.model_check import Found
+from pomarium.cluster.replica.serve_plan import ModelPlan, Scaling, ServePlan
 
 MISSING = str(faults.StartError("no Mac can be woken"))
 

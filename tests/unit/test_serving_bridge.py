@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from pomarium.cluster.serving import asgi_bridge
-from pomarium.cluster.serving.asgi_bridge import Head
+from pomarium.cluster.http import asgi_bridge
+from pomarium.cluster.http.asgi_bridge import Head
 
 
 async def collect(app: Starlette, path: str, body: bytes = b"") -> list[Head | bytes]:

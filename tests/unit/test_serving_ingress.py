@@ -13,18 +13,20 @@ from starlette.responses import Response, StreamingResponse
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 
 from pomarium.cluster import faults
-from pomarium.cluster.serving import asgi_bridge, heartbeat, holding, openai_errors, reasons
-from pomarium.cluster.serving import ingress as ingress_module
-from pomarium.cluster.serving.asgi_bridge import Head
-from pomarium.cluster.serving.cards import Served
-from pomarium.cluster.serving.engine import Accepted
-from pomarium.cluster.serving.heartbeat import Alive, beating
-from pomarium.cluster.serving.holding import State
-from pomarium.cluster.serving.ingress import Ingress
-from pomarium.cluster.serving.loss import EngineLostError
-from pomarium.cluster.serving.reasons import Reasons
-from pomarium.cluster.serving.relay import RefusalError, Relay
-from pomarium.cluster.serving.routing import NoReplicaError
+from pomarium.cluster.endpoint import holding, reasons
+from pomarium.cluster.endpoint import ingress as ingress_module
+from pomarium.cluster.endpoint.cards import Served
+from pomarium.cluster.endpoint.holding import State
+from pomarium.cluster.endpoint.ingress import Ingress
+from pomarium.cluster.endpoint.reasons import Reasons
+from pomarium.cluster.endpoint.relay import RefusalError, Relay
+from pomarium.cluster.endpoint.routing import NoReplicaError
+from pomarium.cluster.http import asgi_bridge, openai_errors
+from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.replica import heartbeat
+from pomarium.cluster.replica.heartbeat import Alive, beating
+from pomarium.cluster.replica.loss import EngineLostError
+from pomarium.cluster.replica.replica import Accepted
 
 SSE = "text/event-stream"
 

@@ -7,10 +7,10 @@ from endpoint_stub import Stub, serving
 from prometheus_client.parser import text_string_to_metric_families
 from recording_proxy import proxied
 
+from pomarium.cluster.endpoint.metrics_page import addresses, fetched, macs_by_state, macs_page, merge
 from pomarium.cluster.rack.labels import MacFacts
 from pomarium.cluster.rack.mac_power import MacPower, Power
 from pomarium.cluster.rack.roster import Member
-from pomarium.cluster.serving.metrics import addresses, fetched, macs_by_state, macs_page, merge
 
 PAGE_1 = """# HELP steps_total Steps.
 # TYPE steps_total counter

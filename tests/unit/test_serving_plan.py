@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pomarium.cluster.serving.app import passed_environment
-from pomarium.cluster.serving.plan import REPLICA_CPUS, ModelPlan, ServePlan, served_names
+from pomarium.cluster.endpoint.app import passed_environment
+from pomarium.cluster.replica.serve_plan import REPLICA_CPUS, ModelPlan, ServePlan, served_names
 from pomarium.worker import command_buffers
 from pomarium.worker.errors import SettingsError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pomarium.cluster.rack import kin
-from pomarium.cluster.serving import local_ray
+from pomarium.cluster.endpoint import local_ray
+from pomarium.cluster.node import kin, ray_folder
 from pomarium.worker.errors import SettingsError
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
@@ -43,17 +43,17 @@ def test_marked_processes_are_ended_and_no_others(tmp_path: Path) -> None:
 def test_a_long_temporary_folder_is_refused_before_ray_stumbles_over_it(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 60)
     with pytest.raises(SettingsError, match=r"RAY_TMPDIR.*too long"):
-        local_ray.session_folder({"RAY_TMPDIR": str(long)})
+        ray_folder.new_session_folder({"RAY_TMPDIR": str(long)})
     assert list(long.iterdir()) == []
 
 
 def test_a_session_folder_is_new_each_time(tmp_path: Path) -> None:
     short = Path("/tmp")
-    first, second = (local_ray.session_folder({"RAY_TMPDIR": str(short)}) for _ in range(2))
+    first, second = (ray_folder.new_session_folder({"RAY_TMPDIR": str(short)}) for _ in range(2))
     try:
         assert first != second
         assert stat.S_IMODE(first.stat().st_mode) == 0o700, "Ray opens what it makes in it to every user"
-        assert len(str(first / local_ray.RAY_FOLDER)) + local_ray.RAY_SOCKET_SUFFIX <= local_ray.SOCKET_PATH_LIMIT
+        assert len(str(first / ray_folder.RAY_FOLDER)) + ray_folder.RAY_SOCKET_SUFFIX <= ray_folder.SOCKET_PATH_LIMIT
     finally:
         first.rmdir()
         second.rmdir()

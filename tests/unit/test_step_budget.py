@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pomarium.cluster.scheduling.budget import (
+from pomarium.cluster.engine.scheduling.budget import (
     FIRST_TOKENS,
     GROWTH,
     MIN_TOKENS,
@@ -18,7 +18,7 @@ from pomarium.cluster.scheduling.budget import (
     level,
     plan,
 )
-from pomarium.cluster.scheduling.step_time import Line, StepTimes, Work, fit, rows_at
+from pomarium.cluster.executor.step_time import Line, StepTimes, Work, fit, rows_at
 
 TARGET_S = 1.0
 GRAIN_S = 0.1

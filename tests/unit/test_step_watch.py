@@ -2,7 +2,7 @@
 
 import pytest
 
-from pomarium.cluster.serving.step_watch import SLOW, StepWatch
+from pomarium.cluster.replica.step_watch import SLOW, StepWatch
 
 
 def test_an_idle_engine_is_well_however_long() -> None:

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from pomarium.cluster import faults
+from pomarium.cluster.endpoint import watch
+from pomarium.cluster.endpoint.local_ray import HeadLostError
+from pomarium.cluster.endpoint.watch import Status, Watch
 from pomarium.cluster.rack.reports import LossReport
 from pomarium.cluster.rack.serve_actors import CONTROLLER, ENGINE, INGRESS, PROXY, ServeActor
-from pomarium.cluster.serving import watch
-from pomarium.cluster.serving.local_ray import HeadLostError
-from pomarium.cluster.serving.watch import Status, Watch
 
 ENGINE_ONE = ServeActor(ENGINE, "engine:tiny", "r1", alive=True, began=1.0)
 KILLED = replace(ENGINE_ONE, alive=False, end="its process crashed or was killed", ended=50.0)

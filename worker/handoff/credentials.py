@@ -16,8 +16,8 @@ from pathlib import Path
 
 import grpc
 
+from pomarium.worker.address import host_of, is_loopback
 from pomarium.worker.errors import SettingsError
-from pomarium.worker.handoff.address import host_of, is_loopback
 from pomarium.worker.handoff.errors import CredentialsError, PlaintextRefusedError
 from pomarium.worker.handoff.settings import GrpcOptions, HandoffSettings
 

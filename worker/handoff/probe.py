@@ -14,7 +14,7 @@ import grpc
 
 from pomarium.proto import handoff_pb2 as pb
 from pomarium.worker import local_network
-from pomarium.worker.handoff.address import host_of
+from pomarium.worker.address import host_of
 from pomarium.worker.handoff.credentials import Tls, bearer, check_plaintext, open_channel
 from pomarium.worker.handoff.errors import HandoffError, PeerLostError, PeerRefusedError, as_refusal, from_refusal
 from pomarium.worker.handoff.settings import HandoffSettings

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from pomarium.worker.handoff.address import authority
+from pomarium.worker.address import authority
 from pomarium.worker.handoff.credentials import plaintext_allowed, tls_of
 from pomarium.worker.handoff.errors import HandoffError
 from pomarium.worker.handoff.inbox import Inbox

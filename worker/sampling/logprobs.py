@@ -10,9 +10,9 @@ from typing import Literal, get_args
 import mlx.core as mx
 import numpy as np
 
-from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.shortlist import most_likely
 from pomarium.worker.sampling.weights import log_softmax, row_groups
+from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import Logprobs
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]

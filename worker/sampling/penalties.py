@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.rows import SamplingRow
+from pomarium.worker.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

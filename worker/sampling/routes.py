@@ -14,10 +14,10 @@ import numpy as np
 
 from pomarium.worker.sampling.draw import pick_in_blocks
 from pomarium.worker.sampling.full_row import KeptSet, keep
-from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.shortlist import draw_shortlisted, filter_shortlist, most_likely, shortlist_size
 from pomarium.worker.sampling.uniforms import uniform, uniform_pairs
 from pomarium.worker.sampling.weights import exp_shifted, row_groups
+from pomarium.worker.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

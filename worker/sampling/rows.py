@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pomarium.worker.sampling.params import SamplingParams
+from pomarium.worker.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

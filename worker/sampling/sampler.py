@@ -22,11 +22,11 @@ from pomarium.worker.sampling.edits import add_bias, allow_only, bar_bad_words, 
 from pomarium.worker.sampling.full_row import keep
 from pomarium.worker.sampling.grammar import apply_grammar
 from pomarium.worker.sampling.logprobs import LogprobsMode, sampled_logprobs, top_logprobs, wants_logprobs
-from pomarium.worker.sampling.params import SamplingParams
 from pomarium.worker.sampling.penalties import apply_penalties
 from pomarium.worker.sampling.routes import draw_and_mask, draw_tokens
 from pomarium.worker.sampling.rows import LogitsProcessor, SamplingRow
 from pomarium.worker.sampling.uniforms import random_bits, request_seed
+from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import Grammar, Logprobs
 
 

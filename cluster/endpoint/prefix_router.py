@@ -1,0 +1,147 @@
+"""Serve's side of `routing.py`: the request router of an engine's deployment, in the process of the ingress.
+
+    Serve --choose_replicas(request)--> routing.rank --> replicas in groups --> Serve takes the first that accepts
+          --on_send_request, on_new_queue_len_info, on_request_completed--> load and silence of each replica
+          --on_request_routed--> PrefixTable.learn        --update_replicas, on_replica_actor_died--> forget
+
+Ray Serve LLM's PrefixCacheAffinityRouter keeps its tree in an actor of its own, which it asks three times per request
+with a blocking `ray.get` on the loop that routes everything: with the actor on a machine that has lost its power all
+requests would hang. It also fails for an empty prompt, evicts nothing by default, and reads `request.prompt`, where
+ours has the body's bytes. There is one ingress, so a table in its memory knows as much.
+
+Serve pickles this module's classes by value: whatever is compared by identity elsewhere must not be defined here.
+"""
+
+import asyncio
+import contextlib
+from collections import Counter
+from random import Random
+from typing import Any
+
+from ray.serve._private.common import ReplicaID
+from ray.serve._private.replica_result import ReplicaResult
+from ray.serve._private.request_router.common import PendingRequest
+from ray.serve._private.request_router.replica_wrapper import RunningReplica
+from ray.serve._private.request_router.request_router import RequestRouter
+
+from pomarium.cluster.endpoint.routing import Candidate, NoReplicaError, PrefixTable, Prompts, rank
+
+FIRST_NEWS_S = 2.0
+"""How long the first request waits for the controller to say which replicas there are."""
+
+SILENT_S = 1.5
+"""A replica that takes longer than this to take a request gets no more while others answer."""
+
+SILENT_NO_MORE_S = 10.0
+"""After this Serve asks it again, before it sends it anything."""
+
+
+class PrefixRouter(RequestRouter):
+    """Prefix affinity, balanced by load; refuses at once while there is no replica, where Serve's own would wait, and
+    waits like that one for a model that may sleep."""
+
+    queue_len_response_deadline_s = 0.5
+    _holds = False
+
+    def initialize_state(self, holds: bool = False) -> None:
+        """Serve's way to hand in `request_router_kwargs`.
+
+        Args:
+            holds: requests wait while there is no replica, which is how Serve learns to start one.
+        """
+        self._holds = holds
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._table: PrefixTable[ReplicaID] = PrefixTable()
+        self._running: Counter[ReplicaID] = Counter()
+        self._unanswered: dict[ReplicaID, float] = {}
+        self._told = asyncio.Event()
+        self._random = Random()
+        self._prompts = Prompts()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Serve's question; see `routing.rank`."""
+        keys = self._keys(pending_request)
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
+        candidates = [
+            Candidate(
+                replica.replica_id,
+                self._running[replica.replica_id],
+                self._table.matched(replica.replica_id, keys),
+                self._table.held(replica.replica_id),
+                self._is_silent(replica.replica_id),
+            )
+            for replica in candidate_replicas
+        ]
+        groups = rank(candidates, len(keys), self._random)
+        return [[self._replicas[name] for name in group if name in self._replicas] for group in groups]
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        """Serve's way in. Raises NoReplicaError while there is none, unless it holds."""
+        if self._holds:
+            return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        if not self._told.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._told.wait(), FIRST_NEWS_S)
+        if not self._replicas:
+            raise NoReplicaError(self._deployment_id.name)
+        return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """These are the replicas now."""
+        super().update_replicas(replicas)
+        self._table.keep(self._replica_id_set)
+        self._running = Counter({name: n for name, n in self._running.items() if name in self._replica_id_set})
+        self._unanswered = {name: at for name, at in self._unanswered.items() if name in self._replica_id_set}
+        self._told.set()
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """A call found it dead, before the controller did."""
+        super().on_replica_actor_died(replica_id)
+        self._table.forget(replica_id)
+        self._running.pop(replica_id, None)
+        self._unanswered.pop(replica_id, None)
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """A request leaves for it."""
+        super().on_send_request(replica_id)
+        self._running[replica_id] += 1
+        self._unanswered.setdefault(replica_id, self._get_curr_time_s())
+
+    def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
+        """It has taken or rejected a request."""
+        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
+        self._unanswered.pop(replica_id, None)
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
+        """It has taken this request."""
+        self._table.learn(replica_id, self._keys(pending_request))
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """A request that it was sent has ended, one way or another."""
+        self._running[replica_id] = max(0, self._running[replica_id] - 1)
+
+    def _is_silent(self, replica_id: ReplicaID) -> bool:
+        """True from SILENT_S to SILENT_NO_MORE_S after it was sent a request that it did not take."""
+        if (since := self._unanswered.get(replica_id)) is None:
+            return False
+        waited: float = self._get_curr_time_s() - since
+        if waited > SILENT_NO_MORE_S:
+            del self._unanswered[replica_id]
+        if waited > SILENT_S:
+            self.on_replica_actor_unavailable(replica_id)  # Serve then asks it before it sends it anything
+        return SILENT_S < waited <= SILENT_NO_MORE_S
+
+    def _keys(self, request: PendingRequest | None) -> tuple[int, ...]:
+        """Of a call of `EngineReplica.request`: (method, path, body, headers). None of its other methods has a
+        prompt."""
+        if request is None or request.metadata.call_method != "request":
+            return ()
+        _, path, body, _ = request.args
+        return self._prompts.keys_of(path, body)

@@ -1,0 +1,113 @@
+"""An engine's answer on its way to the client: the items of `EngineReplica.request` as a response, losses included.
+
+Nothing here waits for ever: a request that no replica is there for is refused at once, and one whose replica falls
+silent (frozen, or its machine without power or cable) is given up after heartbeat.SILENCE_S.
+"""
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from pomarium.cluster import faults
+from pomarium.cluster.endpoint import holding
+from pomarium.cluster.endpoint.holding import HopelessError, State
+from pomarium.cluster.endpoint.routing import NoReplicaError
+from pomarium.cluster.http import openai_errors
+from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.http.openai_errors import RefusalError
+from pomarium.cluster.replica import heartbeat
+from pomarium.cluster.replica.heartbeat import SilentError
+from pomarium.cluster.replica.loss import EngineLostError
+from pomarium.cluster.replica.replica import Accepted
+
+LOST = "it was lost under way"
+SILENT = f"it has not answered for {heartbeat.SILENCE_S:g} s"
+
+
+class Relay:
+    """An engine's answer on its way to the client. A loss becomes a 503, or an error event if the answer had begun.
+
+    `why` tells why no replica runs. `state`: of a model that may sleep, for which the request is held; else None.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        items: Any,
+        why: Callable[[], Awaitable[str]],
+        state: Callable[[], Awaitable[State]] | None = None,
+    ) -> None:
+        self._model = model
+        self._items = items
+        self._iterator = aiter(items)
+        self._why = why
+        self._state = state
+        self._refused = False
+
+    async def head(self) -> Head:
+        """Wait for a replica to take the request and to begin its answer.
+
+        Raises:
+            RefusalError: 503 if there is no replica, or if it is lost or falls silent before it begins.
+        """
+        try:
+            accepted = await self._accepted()
+            head = await heartbeat.next_item(self._iterator)
+        except (NoReplicaError, DeploymentUnavailableError):
+            self._refused = True
+            raise self._unavailable(await self._why()) from None
+        except (RayActorError, StopAsyncIteration, EngineLostError) as lost:
+            raise self._unavailable(_lost(lost)) from None
+        except SilentError:
+            raise self._unavailable(SILENT) from None
+        except HopelessError as hopeless:
+            self._items.cancel()
+            self._refused = True
+            raise self._unavailable(str(hopeless)) from None
+        if not isinstance(accepted, Accepted) or not isinstance(head, Head):
+            raise TypeError(f"an engine began its answer with {accepted!r}, {head!r}")
+        return head
+
+    async def _accepted(self) -> Any:
+        """A replica has taken the request."""
+        if self._state is None:
+            return await heartbeat.next_item(self._iterator)
+        return await holding.held(anext(self._iterator), self._state)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body. Raises RefusalError (503) if the engine is lost or falls silent."""
+        try:
+            while True:
+                yield await heartbeat.next_item(self._iterator)
+        except StopAsyncIteration:
+            return
+        except (RayActorError, EngineLostError) as lost:
+            raise self._unavailable(_lost(lost)) from None
+        except SilentError:
+            raise self._unavailable(SILENT) from None
+
+    def _unavailable(self, reason: str) -> RefusalError:
+        return RefusalError(*openai_errors.engine_unavailable(self._model, reason))
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The body as server-sent events: a loss becomes a last event, since the status has left already."""
+        try:
+            async for piece in self.pieces():
+                yield piece
+        except RefusalError as lost:
+            yield f"data: {json.dumps(lost.body)}\n\ndata: [DONE]\n\n".encode()
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Tell the engine that nobody waits any more. Harmless once the answer is complete."""
+        if not self._refused:  # else Serve raises once more what kept it from sending the request
+            self._items.cancel()
+
+
+def _lost(error: Exception) -> str:
+    """The engine was lost, and of what as far as that is known."""
+    return f"{LOST}: {faults.sentence(error)}" if isinstance(error, EngineLostError) else LOST

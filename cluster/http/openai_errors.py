@@ -1,0 +1,103 @@
+"""OpenAI's error body, for what the ingress itself refuses; engines answer with vLLM's, which have the same shape."""
+
+from http import HTTPStatus
+from typing import Any
+
+RETRY_AFTER_S = 5
+"""When a client that got 503 is to try again: another engine may serve at once, a new one after seconds."""
+LONGEST_SHOWN = 100
+"""Characters of what a client sent that an error repeats."""
+LONGEST_MESSAGE = 2000
+
+
+class RefusalError(Exception):
+    """An answer that ends the request here: HTTP status and OpenAI error body, as the functions below give them."""
+
+    def __init__(self, status: int, body: dict[str, Any]) -> None:
+        super().__init__(status, body)
+        self.status = status
+        self.body = body
+
+
+def headers(status: int) -> dict[str, str]:
+    """HTTP headers of an error with `status`."""
+    return {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+
+
+def shown(given: object) -> str:
+    """What a client sent, as an error repeats it: its beginning."""
+    text = str(given)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def body(status: int, message: str, *, kind: str, param: str | None = None) -> dict[str, Any]:
+    """`{"error": {message, type, param, code}}`; `code` repeats the HTTP status, as vLLM does."""
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[:LONGEST_MESSAGE]}..."
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def invalid_json(reason: str) -> tuple[int, dict[str, Any]]:
+    """400 for a body that is not a JSON object."""
+    return _error(HTTPStatus.BAD_REQUEST, f"The request body is not valid JSON: {reason}.", "BadRequestError")
+
+
+def invalid(message: str, param: str | None) -> tuple[int, dict[str, Any]]:
+    """400 for a value that is not accepted."""
+    return _error(HTTPStatus.BAD_REQUEST, message, "BadRequestError", param)
+
+
+def unknown(message: str) -> tuple[int, dict[str, Any]]:
+    """404 for an object that there is not."""
+    return _error(HTTPStatus.NOT_FOUND, message, "NotFoundError")
+
+
+def unknown_model(name: object, served: list[str]) -> tuple[int, dict[str, Any]]:
+    """404 for a model that is not served here."""
+    message = f"The model `{shown(name)}` does not exist. Served here: {', '.join(served)}."
+    return _error(HTTPStatus.NOT_FOUND, message, "NotFoundError", "model")
+
+
+def model_required(served: list[str]) -> tuple[int, dict[str, Any]]:
+    """400 for a request that names no model where several are served."""
+    message = f"The request names no model. Served here: {', '.join(served)}."
+    return _error(HTTPStatus.BAD_REQUEST, message, "BadRequestError", "model")
+
+
+def too_large(most: int) -> tuple[int, dict[str, Any]]:
+    """413 for a body of more than `most` bytes."""
+    message = f"The request's body has more than the {most} bytes that are accepted (POMARIUM_MAX_BODY, _MAX_UPLOAD)."
+    return _error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, "BadRequestError")
+
+
+def too_slow(timeout: float) -> tuple[int, dict[str, Any]]:
+    """408 for a body that did not come in time. `timeout`: seconds."""
+    message = f"The request's body did not come within {timeout:g} s and what its size takes (POMARIUM_CLIENT_TIMEOUT)."
+    return _error(HTTPStatus.REQUEST_TIMEOUT, message, "BadRequestError")
+
+
+def unauthorized() -> tuple[int, dict[str, Any]]:
+    """401 for a missing or wrong key."""
+    message = "Wrong or missing API key: send `Authorization: Bearer KEY`."
+    return _error(HTTPStatus.UNAUTHORIZED, message, "AuthenticationError")
+
+
+def engine_unavailable(model: str, reason: str) -> tuple[int, dict[str, Any]]:
+    """503 while no engine of the model answers, or when it was lost under way."""
+    message = f"The engine of `{model}` is not available: {reason.removesuffix('.')}. Try again shortly."
+    return _error(HTTPStatus.SERVICE_UNAVAILABLE, message, "ServiceUnavailableError")
+
+
+def http(status: int, message: str) -> tuple[int, dict[str, Any]]:
+    """No such path, or not with this method."""
+    kind = "NotFoundError" if status == HTTPStatus.NOT_FOUND else "BadRequestError"
+    return status, body(status, message, kind=kind)
+
+
+def internal(request_id: str) -> tuple[int, dict[str, Any]]:
+    """500 for a fault of ours; the log has the traceback under this id."""
+    return _error(HTTPStatus.INTERNAL_SERVER_ERROR, f"Internal error, request {request_id}.", "InternalServerError")
+
+
+def _error(status: HTTPStatus, message: str, kind: str, param: str | None = None) -> tuple[int, dict[str, Any]]:
+    return status.value, body(status.value, message, kind=kind, param=param)

@@ -1,0 +1,279 @@
+"""An engine in this process: its workers placed and started, itself started over them, watched, and asked over HTTP.
+
+    ModelPlan, Found --Hosted.start: patience, executor.team, llm_server--> Hosted --answer--> Head, bytes, bytes, ...
+                                                                                `--the engine dies--> the process ends
+
+What Serve's replicas (replica.py) and the actors of batch jobs (batch/actor.py) have in common. The process ends with
+its engine, so that whoever started it sees the loss and starts another, which plans anew. The command line imports this
+module, so it imports neither vLLM nor Ray Serve LLM before it runs.
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pomarium.cluster import faults
+from pomarium.cluster.executor.lean_import import import_vllm, without_collections
+from pomarium.cluster.http import asgi_bridge
+from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.machine import disk
+from pomarium.cluster.node.ray_folder import session_folder
+from pomarium.cluster.rack import reports
+from pomarium.cluster.rack.reports import LossReport
+from pomarium.cluster.replica import kept_logging, loss, ray_llm
+from pomarium.cluster.replica.loss import EngineFaultError, EngineLostError
+from pomarium.cluster.replica.model_check import Found
+from pomarium.cluster.replica.serve_plan import ModelPlan
+from pomarium.cluster.replica.step_watch import StepWatch
+from pomarium.worker import settings
+from pomarium.worker.errors import PomariumError
+from pomarium.worker.models import embedded
+
+if TYPE_CHECKING:
+    from pomarium.cluster.executor.staging import Ask
+    from pomarium.cluster.executor.team import Team
+    from pomarium.cluster.replica.llm_server import Server
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 0.25
+"""How often it is looked whether the engine lives, and how long its step has been running."""
+
+CAUSE_S = 1.0
+CAUSE_LOOK_S = 0.05
+"""For how long it is looked for what a dead engine died of, and how often."""
+CAUSE_UNKNOWN = "the log says of what"
+
+FLUSH_S = 0.5
+"""What a process with a dead engine leaves to its running requests, to answer with an error."""
+
+
+@contextmanager
+def as_text() -> Iterator[None]:
+    """No exception of vLLM leaves the process: to unpickle one means to import vLLM, and an ingress or a controller of
+    Serve that does so answers nobody for ten seconds and more."""
+    try:
+        yield
+    except EngineFaultError:
+        raise
+    except Exception as error:
+        raise EngineFaultError(faults.sentence(error)) from error
+
+
+@dataclass(frozen=True)
+class Name:
+    """Whose engine it is.
+
+    Attributes:
+        replica: unique, as `rack status` shows it. group: what it belongs to, the endpoint or a job (see patience.py).
+    """
+
+    replica: str
+    group: str
+
+
+class Hosted:
+    """A running engine. Made by `start`."""
+
+    def __init__(self, name: str, replica: str, team: "Team | None", server: "Server", fault_file: Path) -> None:
+        # The team is kept, for a process of Ray's ends with the last handle to it.
+        self._name, self._replica, self._team, self._server = name, replica, team, server
+        self._fault_file = fault_file
+        self._cause: asyncio.Task[str] | None = None
+        self._steps = StepWatch(settings.load(os.environ).step_seconds)
+        self._load = server.load(self._steps)
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._leave_when_dead()), loop.create_task(self._watch_steps())]
+        if team is not None:
+            self._tasks.append(loop.create_task(self._report(team)))
+        for task in self._tasks:
+            task.add_done_callback(_tell_of_its_end)
+
+    @classmethod
+    async def start(cls, plan: ModelPlan, found: Found, name: Name) -> "Hosted":
+        """Start an engine of `plan`.
+
+        Args:
+            found: the checkpoint on the machine that deployed it.
+
+        Raises:
+            faults.StartError: with the sentence to show, whichever process failed.
+        """
+        kept_logging.install()
+        try:
+            disk.require(session_folder())
+            fault_file = Path(tempfile.mkdtemp(prefix="engine-", dir=session_folder())) / "fault.json"
+        except (PomariumError, OSError) as error:
+            raise faults.StartError(faults.sentence(error)) from None
+        try:
+            team, server = await _start(plan, found, name, fault_file)
+        except BaseException:
+            shutil.rmtree(fault_file.parent, ignore_errors=True)
+            raise
+        return cls(plan.name, name.replica, team, server, fault_file)
+
+    def answer(
+        self, method: str, path: str, body: bytes, headers: Sequence[tuple[str, str]]
+    ) -> AsyncGenerator[Head | bytes, None]:
+        """One HTTP request to vLLM's OpenAI application: `Head`, then the body in pieces.
+
+        Raises:
+            EngineLostError: the engine is dead, before the answer was whole.
+            Exception: what the application raises.
+        """
+        request = asgi_bridge.scope(method, path, headers)
+        return loss.honest(asgi_bridge.call(self._server.app, request, body), self.check_health)
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        return self._server.context
+
+    async def check_health(self) -> None:
+        """Raises EngineLostError if the engine is dead."""
+        try:
+            await self._server.check_health()
+        except Exception as error:
+            if self._cause is None:
+                self._cause = asyncio.create_task(asyncio.to_thread(self._find_cause))
+            found, _ = await asyncio.wait({self._cause}, timeout=2 * CAUSE_S)  # Ray's head may be gone as well
+            known = bool(found) and self._cause.exception() is None
+            raise EngineLostError(self._cause.result() if known else CAUSE_UNKNOWN) from error
+
+    def _find_cause(self) -> str:
+        """What the engine died of, a clause. Takes CAUSE_S at most."""
+        from pomarium.cluster.executor import team
+
+        deadline, members = time.monotonic() + CAUSE_S, self._team
+
+        def worker_end(rank: int) -> str | None:
+            return None if members is None else team.end_of(members, rank, deadline)
+
+        while True:
+            recorded, code = faults.recorded_loss(self._fault_file), self._server.exit_code()
+            if recorded is not None or code is not None or time.monotonic() > deadline:
+                return loss.cause(recorded, code, worker_end)
+            time.sleep(CAUSE_LOOK_S)
+
+    def word(self) -> str:
+        """How a living engine does: `ok`, and what is to be said of its steps, if anything."""
+        return self._steps.word(time.monotonic())
+
+    async def _watch_steps(self) -> None:
+        from pomarium.cluster.executor.step_metrics import StepRunning
+
+        gauge = StepRunning(self._name, self._replica)
+        while True:
+            now = time.monotonic()
+            self._steps.look(now, self._server.busy())
+            gauge.set(self._steps.running_s(now))
+            await asyncio.sleep(WATCH_S)
+
+    async def _report(self, team: "Team") -> None:
+        from pomarium.cluster.replica.reporting import report
+
+        stages = await self._server.stages(team.members)
+        await report(self._name, self._replica, stages[-1].end, stages, self._load)
+
+    async def _leave_when_dead(self) -> None:
+        """End the process once the engine is dead: a lost one is replaced at once, an unhealthy one later."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            try:
+                await self.check_health()
+            except EngineLostError as lost:
+                logger.exception("The engine of %s is dead; its process ends, so that another is started.", self._name)
+                telling = asyncio.create_task(asyncio.to_thread(self._tell_of_the_loss, str(lost)))
+                await asyncio.wait({telling}, timeout=FLUSH_S)
+                await asyncio.sleep(FLUSH_S)
+                shutil.rmtree(self._fault_file.parent, ignore_errors=True)
+                os._exit(1)
+
+    def _tell_of_the_loss(self, reason: str) -> None:
+        reports.publish_loss(LossReport(self._name, self._replica, reason, time.time()))
+        reports.withdraw(self._replica)
+
+
+def _tell_of_its_end(task: "asyncio.Task[None]") -> None:
+    """Tasks run as long as the process: one that fails would do so unseen."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("A task of the engine's process failed.", exc_info=error)
+
+
+def ask_of(plan: ModelPlan, found: Found) -> "Ask":
+    """What an engine of `plan` wants of the rack."""
+    from pomarium.cluster.executor.staging import Ask
+
+    defaults = Ask(plan.source or embedded.NAME)
+    return Ask(
+        defaults.source,
+        found.profiles,
+        plan.stages,
+        plan.engine_args.get("max_model_len"),
+        plan.step_tokens,
+        plan.step_requests,
+        plan.share_macs,
+        plan.streams,
+        plan.network or defaults.network,
+    )
+
+
+def _assemble(plan: ModelPlan, found: Found, name: Name) -> "Team | None":
+    """Workers for the engine to come: they import vLLM while this process does. None where vLLM's own CPU backend
+    serves. Blocks while Macs are missing and the group was up before (patience.py)."""
+    if not settings.load(os.environ).use_mlx:
+        return None
+    from pomarium.cluster.executor.team import assemble
+    from pomarium.cluster.replica import patience
+
+    ask = ask_of(plan, found)
+    return patience.wait_for(
+        lambda say: assemble(ask, owner=name.replica, say=say), plan.name, name.replica, name.group
+    )
+
+
+async def _start(plan: ModelPlan, found: Found, name: Name, fault_file: Path) -> "tuple[Team | None, Server]":
+    """fault_file: where the engine's processes leave what they end of."""
+    from pomarium.cluster.executor import handover
+
+    team: Team | None = None
+    with ExitStack() as stack:
+        os.environ[faults.FILE_VARIABLE] = str(fault_file)
+        stack.callback(os.environ.pop, faults.FILE_VARIABLE)
+        try:
+            assembly = asyncio.get_running_loop().run_in_executor(None, _assemble, plan, found, name)
+            with without_collections():
+                if settings.load(os.environ).use_mlx:
+                    import_vllm()
+                ray_llm.import_registry()
+                from pomarium.cluster.replica.llm_server import Server
+
+            team = await assembly
+            folder = _here(plan, found)
+            if team is None:
+                return None, await Server.start(plan, folder, 1, None)
+            stack.enter_context(handover.offer(team.members, os.environ))
+            return team, await Server.start(plan, folder, len(team.members), team.reservation.group)
+        except Exception as error:
+            logger.exception("The engine of %s did not start.", plan.name)
+            if team is not None:
+                team.dissolve()
+            raise faults.StartError(faults.recorded_sentence(fault_file) or faults.sentence(error)) from None
+
+
+def _here(plan: ModelPlan, found: Found) -> Path:
+    """The checkpoint on this machine, which may be another than the one that deployed it. Raises CheckpointError."""
+    if found.folder.is_dir():
+        return found.folder
+    from pomarium.worker.models.resolve import resolve
+
+    values = settings.load(os.environ)
+    return resolve(plan.source, use_modelscope=values.use_modelscope, modelscope_cache=values.modelscope_cache)
