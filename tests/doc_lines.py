@@ -2,7 +2,7 @@
 
     page --lines--> Line ... --PLAN--> run by tests/e2e/test_doc_lines.py, or the reason why not
 
-A line that PLAN does not know, and a line of PLAN that no page has, is a fault (tests/unit/test_doc_lines.py).
+A line that PLAN does not know, and a line of PLAN that no page has, is a fault (test_doc_lines.py).
 """
 
 import re
@@ -57,6 +57,7 @@ def read() -> list[Line]:
 
 MAC = "takes a Mac"
 MACS = "takes further machines"
+HUB = "takes a network; tests/unit/worker/test_resolve.py has a Hub"
 OTHER = "run, word for word or with shorter times, by "
 
 RUN = "run"
@@ -65,19 +66,19 @@ PLAN = {
     r"brew install python@3\.13": MAC,
     r"git clone URL pomarium && cd pomarium": "takes a network",
     r"make install": OTHER + "tests/e2e/test_pure_vllm_serves.py, as a Mac does it",
-    r"\.venv/bin/pomarium serve mlx-community/Qwen3-4B-4bit": "takes a network; tests/unit/test_resolve.py has a Hub",
+    r"\.venv/bin/pomarium serve mlx-community/Qwen3-4B-4bit": HUB,
     r"uv tool install --python 3\.13 \.": "takes a network; tests/e2e/test_wheel_serves.py, with another Python",
     r"pomarium setup": OTHER + "tests/e2e/test_wheel_serves.py",
     r"pomarium serve": OTHER + "tests/e2e/test_wheel_serves.py",
     r"brew tap-new local/pomarium": MAC,
     r'cp deploy/homebrew/pomarium\.rb "\$\(brew --repository .*': MAC,
     r"HOMEBREW_POMARIUM_GIT=.* brew install .*": MAC,
-    r"make serve": OTHER + "tests/unit/test_setup.py and tests/e2e/test_serve.py, in two",
+    r"make serve": OTHER + "tests/unit/repository/test_setup.py and tests/e2e/test_serve.py, in two",
     r"make test": "is what runs this",
     r"curl http://127\.0\.0\.1:8000/v1/chat/completions .*": RUN,
     r"\.venv/bin/pomarium serve": OTHER + "tests/e2e/test_serve.py",
     r"\.venv/bin/pomarium serve \./my-mlx-model \./other\.gguf": RUN,
-    r"\.venv/bin/pomarium serve ORG/NAME --max-model-len 8192": "takes a network; tests/unit/test_resolve.py has a Hub",
+    r"\.venv/bin/pomarium serve ORG/NAME --max-model-len 8192": HUB,
     r"\.venv/bin/pomarium doctor": RUN,
     r"\.venv/bin/pomarium env": RUN,
     r"\.venv/bin/pomarium selftest": OTHER + "tests/e2e/test_selftest.py",
@@ -97,7 +98,7 @@ PLAN = {
     r"pomarium serve MODEL --stages auto": OTHER + "tests/rack/test_rack_plans.py",
     r"pomarium rack join HEAD --key KEY": MACS,
     r"pomarium rack probe": OTHER + "tests/rack/test_rack_probe.py",
-    r"deploy/install\.sh .*": MAC + "; tests/unit/test_deploy.py has stand-ins for its commands",
+    r"deploy/install\.sh .*": MAC + "; tests/unit/repository/test_deploy.py has stand-ins for its commands",
     r"scp HEAD:.*": MACS,
     r"curl http://HEAD:8000/v1/models": RUN,
     r'export PATH="\$PWD/\.venv/bin:\$PATH"': RUN,

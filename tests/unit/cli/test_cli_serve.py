@@ -1,0 +1,228 @@
+"""`pomarium serve` up to the point where something would start: each mistake is one line and a non-zero exit."""
+
+import argparse
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import write_checkpoint
+
+from pomarium.cluster.cli import main as cli
+from pomarium.cluster.cli import serve
+from pomarium.cluster.endpoint.app import passed_environment
+from pomarium.cluster.node.worker_environment import worker_environment
+from pomarium.cluster.replica.engine_args import parse
+from pomarium.cluster.replica.model_check import Check
+from pomarium.cluster.replica.serve_plan import ModelPlan, ServePlan
+from pomarium.worker.errors import PomariumError, SettingsError
+from pomarium.worker.models import embedded
+from pomarium.worker.settings import Wire, load
+
+words = st.text("abcdefghij/.", min_size=1, max_size=8)
+options = st.text("abcdefghij", min_size=3, max_size=8).map(lambda w: f"--x{w}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    return folder
+
+
+@given(models=st.lists(words, max_size=3), pairs=st.lists(st.tuples(options, words), max_size=4))
+def test_models_and_engine_arguments_are_told_apart(models: list[str], pairs: list[tuple[str, str]]) -> None:
+    tokens = [token for pair in pairs for token in pair]
+    args = cli.parse(["serve", *models, "--port", "81", *tokens])
+    assert (args.port, serve.split_extra(args.extra)) == (81, (models, tokens))
+
+
+def test_options_may_come_before_the_models() -> None:
+    args = cli.parse(["serve", "--replicas", "2", "a/b", "c/d"])
+    assert (args.replicas, serve.split_extra(args.extra)) == ("2", (["a/b", "c/d"], []))
+
+
+def test_no_argument_is_taken_for_another_by_its_beginning() -> None:
+    assert cli.parse(["serve", "--max-model", "8"]).extra == ["--max-model", "8"]
+
+
+@pytest.mark.parametrize("choice", list(Wire))
+def test_what_is_wired_travels_to_the_workers_as_a_setting(choice: Wire) -> None:
+    environ = {"POMARIUM_WIRE": "off"}
+    serve.choose_wire(cli.parse(["serve"]), environ)
+    assert environ == {"POMARIUM_WIRE": "off"}
+    serve.choose_wire(cli.parse(["serve", "--wire", choice.value]), environ)
+    assert load(environ).wire is choice
+    assert worker_environment(passed_environment(environ), 0)["POMARIUM_WIRE"] == choice.value
+
+
+def test_another_word_for_what_is_wired_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(["serve", "--wire", "all"])
+    assert "--wire" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match=r"POMARIUM_WIRE='all' is not accepted: set it to off or pool\."):
+        load({"POMARIUM_WIRE": "all"})
+
+
+def test_other_commands_take_no_unknown_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(["doctor", "--nonsense"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
+
+
+def plan(tokens: list[str], environ: dict[str, str] | None = None) -> ServePlan:
+    args = cli.parse(["serve", "--port", str(free_port()), *tokens])
+    return serve.plan_of(args, environ or {})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "environ", "sentence"),
+    [
+        (["--replicas", "0"], {}, "--replicas 0"),
+        (["--max-model-len", "0"], {}, "--max-model-len 0"),
+        (["--port", "70000"], {}, "--port 70000 is not a port"),
+        (["--host", "no.such.host.invalid"], {}, "no.such.host.invalid is no address"),
+        ([], {"VLLM_METAL_MEMORY_FRACTION": "70%"}, "VLLM_METAL_MEMORY_FRACTION"),
+        (["/no/such/model"], {}, "/no/such/model"),
+        (["--served-name", "a", "--served-name", "b"], {}, "more than once"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(tokens: list[str], environ: dict[str, str], sentence: str) -> None:
+    with pytest.raises(PomariumError) as caught:
+        plan(tokens, environ)
+    assert sentence in str(caught.value)
+
+
+def test_a_port_in_use_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=f"Cannot listen on 127.0.0.1:{port}.*--port"):
+            serve.check_port("127.0.0.1", port)
+
+
+def test_a_folder_without_config_is_refused(model_folder: Path) -> None:
+    with pytest.raises(PomariumError, match=r"holds no config\.json"):
+        plan([str(model_folder)])
+
+
+@pytest.mark.e2e
+def test_truncated_weights_are_refused(model_folder: Path) -> None:
+    (model_folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
+    (model_folder / "model.safetensors").write_bytes((10_000).to_bytes(8, "little") + b'{"a":')
+    with pytest.raises(PomariumError, match=r"model\.safetensors"):
+        Check([str(model_folder)]).found()
+
+
+@pytest.mark.e2e
+def test_the_embedded_model_is_found_and_sound() -> None:
+    (found,) = Check([None]).found()
+    assert (found.folder / "config.json").is_file()
+    assert found.profiles.dense.model.weight_bytes > found.profiles.stored.model.weight_bytes
+
+
+@pytest.mark.e2e
+def test_quantised_weights_are_refused_for_vllm_s_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_METAL_USE_MLX", "0")
+    with pytest.raises(PomariumError, match=r"VLLM_METAL_USE_MLX=0.*the embedded model.*dense checkpoint"):
+        Check([None]).found()
+
+
+@pytest.mark.e2e
+def test_a_folder_that_is_a_pattern_is_refused_for_vllm_s_cpu_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint("llama", tmp_path / "[1]")
+    assert [found.folder for found in Check([str(folder)]).found()] == [folder]
+    monkeypatch.setenv("VLLM_METAL_USE_MLX", "0")
+    with pytest.raises(PomariumError, match=r"VLLM_METAL_USE_MLX=0.*\[1\].*rename the folder"):
+        Check([str(folder)]).found()
+
+
+def test_an_abandoned_check_is_gone() -> None:
+    check = Check([None])
+    check.abandon()
+    with pytest.raises(RuntimeError, match="code -9"):
+        check.found()
+
+
+def test_a_mistake_is_one_line_and_exit_code_1(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert cli.main(["serve", "--port", "0"]) == 1
+    out, err = capfd.readouterr()
+    assert err == "pomarium: --port 0 is not a port: give one from 1 to 65535.\n"
+    assert out == ""
+
+
+def test_the_embedded_models_name_is_its_own() -> None:
+    assert embedded.NAME == serve.EMBEDDED_NAME
+    assert [(m.name, m.source) for m in plan([]).models] == [(embedded.NAME, None)]
+
+
+def test_keys_come_from_the_arguments_and_the_environment() -> None:
+    args = argparse.Namespace(api_key=["k1"], api_key_file=None)
+    assert serve.api_keys(args, {serve.KEY_VARIABLE: "k2"}) == {"k1", "k2"}
+    assert serve.api_keys(argparse.Namespace(api_key=[], api_key_file=None), {}) == frozenset()
+
+
+def test_keys_come_from_a_file_that_only_its_owner_reads(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    args = argparse.Namespace(api_key=["k1"], api_key_file=file)
+    file.write_text("k2\n\n  k3 \n")
+    file.chmod(0o644)
+    with pytest.raises(SettingsError, match="can be opened by others: run `chmod 600"):
+        serve.api_keys(args, {})
+    file.chmod(0o600)
+    assert serve.api_keys(args, {}) == {"k1", "k2", "k3"}
+    file.write_text("\n")
+    with pytest.raises(SettingsError, match="is empty"):
+        serve.api_keys(args, {})
+    file.unlink()
+    with pytest.raises(SettingsError, match="cannot be read"):
+        serve.api_keys(args, {})
+
+
+def test_welcome_shows_a_request_that_fits() -> None:
+    text = serve.welcome(ServePlan((ModelPlan("org/m"),), "0.0.0.0", 81, frozenset({"k"})))
+    assert "curl http://127.0.0.1:81/v1/chat/completions" in text
+    body = json.loads(text.rsplit("-d '", 1)[1].removesuffix("'"))
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    asked = json.loads(re.findall(r"'(\{.*\})'", readme)[0])
+    assert body == asked | {"model": "org/m"}
+    assert 0 < body["max_tokens"] <= 200
+    assert "$KEY" in text
+    assert '"k"' not in text
+
+
+def test_only_given_engine_arguments_are_passed_on() -> None:
+    fields = parse(["--max-num-seqs", "8", "--no-enable-prefix-caching", "--tool-call-parser", "hermes"])
+    assert fields == {"max_num_seqs": 8, "enable_prefix_caching": False, "tool_call_parser": "hermes"}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sentence"),
+    [
+        (["--max-num-sequences", "8"], "--max-num-sequences"),
+        (["--max-num-seqs", "many"], "many"),
+        (["--model", "x"], "first argument"),
+        (["--distributed-executor-backend", "mp"], "places the workers"),
+    ],
+)
+def test_wrong_engine_arguments_are_one_sentence(tokens: list[str], sentence: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse(tokens)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
