@@ -1,6 +1,6 @@
 """The command lines of the pages: read from their fenced sh blocks, and for each what becomes of it in the tests.
 
-    page --lines--> Line ... --PLAN--> run by tests/e2e/test_doc_lines.py, or the reason why not
+    page --lines--> Line ... --PLAN--> run by tests/rack/test_doc_lines.py, or the reason why not
 
 A line that PLAN does not know, and a line of PLAN that no page has, is a fault (test_doc_lines.py).
 """
