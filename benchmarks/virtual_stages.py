@@ -34,8 +34,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from pomarium.worker.metal_worker import grammar_of, step_of
 from pomarium.worker.requests import RequestState, RequestTable
+from pomarium.worker.vllm_translation import grammar_of, step_of
 
 VOCAB_SIZE, FIRST_TOKEN = 128, 3
 MODEL_CONFIG = {

@@ -1,11 +1,12 @@
-"""MetalWorker: vLLM's worker contract over the engine below it. The only module of worker/ that imports vLLM.
+"""MetalWorker: vLLM's worker contract over the engine below it.
 
     VllmConfig        --init_device, load_model--> Device, LoadedModel, PagedModel
     PagedModel.layers --get_kv_cache_spec--> vLLM's block manager --initialize_from_config--> CacheLayout, PagedPool
     SchedulerOutput   --step_of--> Step --ModelRunner--> StepResult --output_of--> ModelRunnerOutput
 
-Contract: vllm/v1/worker/worker_base.py (WorkerBase) and what vllm/v1/engine/core.py calls, vLLM 0.29. Everything here
-translates; what it translates to and from is tested without vLLM.
+Contract: vllm/v1/worker/worker_base.py (WorkerBase) and what vllm/v1/engine/core.py calls, vLLM 0.29. Beside it only
+`vllm_translation`, which makes our types of vLLM's and back, and `vllm_logits_processors` import vLLM in worker/; both
+know nothing of this module, and what is below them is tested without vLLM.
 """
 
 import logging
@@ -15,31 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import torch
 from mlx.utils import tree_flatten
-from vllm.sampling_params import SamplingParams as VllmSamplingParams
-from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
-from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheSpec,
-    MambaSpec,
-    MLAAttentionSpec,
-    SlidingWindowSpec,
-)
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, LogprobsTensors, ModelRunnerOutput
-from vllm.v1.sample.logits_processor import (
-    BatchUpdate,
-    LogitsProcessor,
-    MoveDirectionality,
-    cached_load_custom_logitsprocs,
-)
-from vllm.v1.sample.thinking_budget_state import (
-    ThinkingBudgetStateHolder,
-    maybe_create_thinking_budget_state_holder,
-)
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from pomarium.worker import blas, memory
@@ -50,7 +31,7 @@ from pomarium.worker.device import Device, use
 from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.forward import ContiguousForward, Forward, PagedForward, contiguous_layer
 from pomarium.worker.kv_cache.layout import LayerCache
-from pomarium.worker.kv_cache.paging import Paging, expand, paging_of
+from pomarium.worker.kv_cache.paging import Paging, paging_of
 from pomarium.worker.kv_cache.placement import layout_of, names_of, state_layout_of
 from pomarium.worker.kv_cache.states import StateCache
 from pomarium.worker.model_runner import ModelRunner, StepStats
@@ -60,21 +41,25 @@ from pomarium.worker.models.resolve import resolve
 from pomarium.worker.models.verify import PROVEN, verify, verify_stage
 from pomarium.worker.pipeline.place import Surroundings
 from pomarium.worker.pipeline.stage import Stage
-from pomarium.worker.sampling.rows import SamplingRow
 from pomarium.worker.sampling.sampler import Sampler
-from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.settings import DeviceKind
 from pomarium.worker.settings import load as load_settings
-from pomarium.worker.step import BlockTables, CachedRequest, Grammar, NewRequest, Step, StepResult
+from pomarium.worker.vllm_logits_processors import OperatorProcessors
+from pomarium.worker.vllm_translation import (
+    MX_DTYPES,
+    blocks_of,
+    grammar_of,
+    output_of,
+    spec_of,
+    state_spec_of,
+    step_of,
+)
 from pomarium.worker.wiring import wire
 
 logger = logging.getLogger(__name__)
 
 KV_LAYOUT = "LBHNC"
 """vLLM's name of PagedPool's order (vllm/v1/kv_cache_layout.py): layers, blocks, heads, tokens, content."""
-
-_MX_DTYPES = {torch.float32: mx.float32, torch.float16: mx.float16, torch.bfloat16: mx.bfloat16}
-_TORCH_DTYPES = {value: key for key, value in _MX_DTYPES.items()}
 
 
 class MetalWorker(WorkerBase):
@@ -113,7 +98,7 @@ class MetalWorker(WorkerBase):
         on_cpu = self.mlx_device.kind is DeviceKind.CPU
         place = self._surroundings.place
         cut = None if place is None else place.cut
-        config, dtype = self.model_config, _MX_DTYPES[self.model_config.dtype]
+        config, dtype = self.model_config, MX_DTYPES[self.model_config.dtype]
         self.loaded: LoadedModel = load(
             directory,
             dense=on_cpu,
@@ -173,34 +158,17 @@ class MetalWorker(WorkerBase):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """One spec per layer that keeps something; without paging one layer that stands for all."""
-        specs = {name: self._spec(layer) for name, layer in zip(self.layer_names, self.layers, strict=True)}
-        states = {name: self._state_spec(state) for name, state in zip(self.state_names, self.states, strict=True)}
-        return specs | states
-
-    def _spec(self, layer: LayerCache) -> KVCacheSpec:
-        common = {
-            "block_size": self._paging.tokens,
-            "num_kv_heads": layer.num_kv_heads,
-            "head_size": layer.head_dim,
-            "dtype": _TORCH_DTYPES[self.kv_dtype],
+        specs = {
+            name: spec_of(layer, self.kv_dtype, self._paging)
+            for name, layer in zip(self.layer_names, self.layers, strict=True)
         }
-        if layer.latent:
-            return MLAAttentionSpec(**common)
-        if layer.window is None:
-            return FullAttentionSpec(**common, head_size_v=layer.value_dim)
-        return SlidingWindowSpec(**common, head_size_v=layer.value_dim, sliding_window=layer.window)
-
-    def _state_spec(self, state: StateCache) -> MambaSpec:
-        # A sequence keeps one state, or with prefix caching (vLLM's mode "align") one more for each block.
-        aligned = self.cache_config.mamba_cache_mode == "align"
-        return MambaSpec(
-            block_size=self._paging.tokens if aligned else self.model_config.max_model_len,
-            shapes=(state.conv, state.recurrent),
-            dtypes=(_TORCH_DTYPES[state.conv_dtype], torch.float32),
-            page_size_padded=self._paging.page,
-            mamba_type=MambaAttentionBackendEnum.GDN_ATTN,
-            mamba_cache_mode=self.cache_config.mamba_cache_mode,
-        )
+        states = {
+            name: state_spec_of(
+                state, self.cache_config.mamba_cache_mode, self.model_config.max_model_len, self._paging
+            )
+            for name, state in zip(self.state_names, self.states, strict=True)
+        }
+        return specs | states
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
         """The pool's order, the only one."""
@@ -249,11 +217,8 @@ class MetalWorker(WorkerBase):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the pool and put the runner together."""
         mx.set_cache_limit(self._activation_bytes())
-        self._blocks = tuple(
-            1 if isinstance(group.kv_cache_spec, MambaSpec) else self._paging.blocks
-            for group in kv_cache_config.kv_cache_groups
-        )
-        custom = OperatorProcessors.of_config(self)
+        self._blocks = blocks_of(kv_cache_config, self._paging)
+        custom = OperatorProcessors.of_config(self.vllm_config, self.device)
         vocab_size = self.model_config.get_vocab_size()
         sampler = Sampler(vocab_size, self.model_config.seed, self.model_config.logprobs_mode)
         if self._stage is not None:
@@ -332,171 +297,3 @@ def _log_like_vllm() -> None:
     for handler in theirs.handlers:
         if handler not in ours.handlers:
             ours.addHandler(handler)
-
-
-def step_of(output: SchedulerOutput, blocks: Sequence[int]) -> Step:
-    """A step from vLLM's scheduler. `blocks`: for each block table, how many of the pool's blocks one of vLLM's is."""
-    cached = output.scheduled_cached_reqs
-    return Step(
-        num_scheduled_tokens=output.num_scheduled_tokens,
-        new=tuple(_new_request(new, blocks) for new in output.scheduled_new_reqs),
-        cached=tuple(
-            CachedRequest(
-                request_id,
-                num_computed_tokens=cached.num_computed_tokens[index],
-                new_block_ids=_tables(cached.new_block_ids[index], blocks),
-                resumed=request_id in cached.resumed_req_ids,
-                token_ids=tuple(cached.all_token_ids[request_id]) if request_id in cached.resumed_req_ids else None,
-            )
-            for index, request_id in enumerate(cached.req_ids)
-        ),
-        finished=frozenset(output.finished_req_ids),
-    )
-
-
-def _new_request(new: NewRequestData, blocks: Sequence[int]) -> NewRequest:
-    prompt = new.prompt_token_ids or []
-    return NewRequest(
-        new.req_id,
-        token_ids=tuple(new.prefill_token_ids or prompt),
-        num_prompt_tokens=len(prompt),
-        num_computed_tokens=new.num_computed_tokens,
-        block_ids=_tables(new.block_ids, blocks) or (),
-        sampling=sampling_of(new.sampling_params),
-    )
-
-
-def _tables(block_ids: tuple[list[int], ...] | None, blocks: Sequence[int]) -> BlockTables | None:
-    return None if block_ids is None else expand(tuple(tuple(table) for table in block_ids), blocks)
-
-
-def sampling_of(params: VllmSamplingParams) -> SamplingParams:
-    """What of vLLM's parameters concerns the worker; stop strings, n and the like act in the engine."""
-    return SamplingParams(
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=max(0, params.top_k),
-        min_p=params.min_p,
-        seed=params.seed,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        logit_bias=params.logit_bias or {},
-        allowed_token_ids=None if params.allowed_token_ids is None else tuple(params.allowed_token_ids),
-        bad_words=tuple(tuple(word) for word in params.bad_words_token_ids or ()),
-        min_tokens=params.min_tokens,
-        stop_token_ids=frozenset(params.all_stop_token_ids),
-        num_logprobs=params.logprobs,
-        num_prompt_logprobs=params.prompt_logprobs,
-        logprob_token_ids=None if params.logprob_token_ids is None else tuple(params.logprob_token_ids),
-        extra_args={**(params.extra_args or {}), OperatorProcessors.PARAMS: params},
-    )
-
-
-def grammar_of(output: GrammarOutput | None) -> Grammar | None:
-    """Rows of vLLM's bitmask by request."""
-    if output is None:
-        return None
-    rows = zip(output.structured_output_request_ids, output.grammar_bitmask, strict=False)
-    return Grammar({request_id: row.view(np.uint32) for request_id, row in rows})
-
-
-def output_of(result: StepResult) -> ModelRunnerOutput:
-    """vLLM's form of a result."""
-    logprobs = None
-    if result.logprobs is not None:
-        # Rows exist for the requests that sampled; vLLM finds a request's rows by these starts.
-        starts = np.cumsum([0, *(len(tokens) for tokens in result.token_ids)]).tolist()
-        found = result.logprobs
-        logprobs = LogprobsLists(found.token_ids, found.logprobs, found.ranks, starts)
-    return ModelRunnerOutput(
-        req_ids=list(result.request_ids),
-        req_id_to_index={request_id: index for index, request_id in enumerate(result.request_ids)},
-        sampled_token_ids=[list(tokens) for tokens in result.token_ids],
-        logprobs=logprobs,
-        prompt_logprobs_dict={
-            request_id: LogprobsTensors(
-                torch.from_numpy(chunk.token_ids), torch.from_numpy(chunk.logprobs), torch.from_numpy(chunk.ranks)
-            )
-            for request_id, chunk in result.prompt_logprobs.items()
-        },
-    )
-
-
-class OperatorProcessors:
-    """vLLM's custom logits processors (--logits-processors, entry points) and its thinking budget, as one stage.
-
-    vLLM's processors know requests by their index in a persistent batch and are told of changes to it; this keeps such
-    a batch of the requests that sample. A request that skips a step leaves it and comes back, as in vLLM's own runner.
-    """
-
-    PARAMS = "_vllm_sampling_params"
-    """Key in SamplingParams.extra_args under which a request's original parameters travel to the processors."""
-
-    def __init__(self, processors: Sequence[LogitsProcessor], thinking: ThinkingBudgetStateHolder | None) -> None:
-        self._processors = processors
-        self._thinking = thinking
-        self._order: list[str] = []
-        self._outputs: dict[str, list[int]] = {}
-
-    @classmethod
-    def of_config(cls, worker: MetalWorker) -> dict[bool, "OperatorProcessors | None"]:
-        """The processors that are (True) and are not (False) argmax-invariant; None where there are none."""
-        config, device = worker.vllm_config, worker.device
-        found = [kind(config, device, False) for kind in cached_load_custom_logitsprocs(_names(config.model_config))]
-        thinking = maybe_create_thinking_budget_state_holder(
-            config.reasoning_config, config.scheduler_config.max_num_seqs, 0, device, False
-        )
-        early = [processor for processor in found if not processor.is_argmax_invariant()]
-        late = [processor for processor in found if processor.is_argmax_invariant()]
-        return {False: cls(early, thinking) if early or thinking else None, True: cls(late, None) if late else None}
-
-    def apply(self, logits: np.ndarray, rows: Sequence[SamplingRow]) -> np.ndarray:
-        """See sampling.rows.LogitsProcessor."""
-        update = self._update(rows)
-        place = {request_id: index for index, request_id in enumerate(self._order)}
-        order = [place[row.request_id] for row in rows]
-        batch = torch.empty(logits.shape, dtype=torch.float32)
-        batch[order] = torch.from_numpy(logits)
-        for processor in self._processors:
-            processor.update_state(update)
-            batch = processor.apply(batch)
-        if self._thinking is not None:
-            self._thinking.sync_batch(update)
-            self._thinking.update_state([self._outputs[request_id] for request_id in self._order], None)
-            batch = self._thinking.apply_to_logits(batch, False, None)
-        changed: np.ndarray = batch[order].numpy()
-        return changed
-
-    def _update(self, rows: Sequence[SamplingRow]) -> BatchUpdate | None:
-        """Bring the persistent batch to `rows`: removals, additions into the holes, moves that close the rest."""
-        wanted = {row.request_id: row for row in rows}
-        slots: list[str | None] = [request_id if request_id in wanted else None for request_id in self._order]
-        removed = [index for index, request_id in enumerate(slots) if request_id is None]
-        for request_id in [request_id for request_id in self._outputs if request_id not in wanted]:
-            del self._outputs[request_id]
-        holes, added, moved = list(removed), [], []
-        for request_id, row in wanted.items():
-            if request_id in self._outputs:
-                self._outputs[request_id][:] = row.output_token_ids
-                continue
-            output = self._outputs[request_id] = list(row.output_token_ids)
-            index = holes.pop(0) if holes else len(slots)
-            slots[index : index + 1] = [request_id]
-            params = (row.params.extra_args or {})[self.PARAMS]
-            added.append((index, params, list(row.prompt_token_ids), output))
-        while holes:
-            if slots[-1] is None:
-                holes.remove(len(slots) - 1)
-            else:
-                hole = holes.pop(0)
-                slots[hole] = slots[-1]
-                moved.append((len(slots) - 1, hole, MoveDirectionality.UNIDIRECTIONAL))
-            slots.pop()
-        self._order = [request_id for request_id in slots if request_id is not None]
-        return BatchUpdate(len(rows), removed, added, moved) if removed or added or moved else None
-
-
-def _names(model_config: object) -> tuple[object, ...] | None:
-    processors = model_config.logits_processors  # type: ignore[attr-defined]
-    return None if processors is None else tuple(processors)

@@ -1,9 +1,9 @@
 """What a step of the engine asks of the worker, and what the worker answers: plain facts, free of vLLM.
 
-    vLLM SchedulerOutput --metal_worker--> Step --model_runner--> StepResult --metal_worker--> vLLM ModelRunnerOutput
+    vLLM SchedulerOutput --step_of--> Step --model_runner--> StepResult --output_of--> vLLM ModelRunnerOutput
 
-`metal_worker` alone knows vLLM's classes; everything below it reads these. Token ids and block ids are Python ints on
-the host; logits and K/V never appear here.
+`vllm_translation` makes them from vLLM's classes and back; everything below it reads these. Token ids and block ids are
+Python ints on the host; logits and K/V never appear here.
 """
 
 from collections.abc import Mapping

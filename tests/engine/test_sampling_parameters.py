@@ -3,7 +3,7 @@
     CASES[name] = parameters, the fields dropped in turn, a check of the answer against mlx-lm's own logits
 
 Each case runs as it is, where its check passes, and once for each dropped field, where the same check fails: a field
-of the worker's is dropped where the worker translates it (metal_worker.sampling_of), any other from the request.
+of the worker's is dropped where the worker translates it (vllm_translation.sampling_of), any other from the request.
 """
 
 import json
@@ -26,7 +26,7 @@ from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 
-from pomarium.worker import metal_worker
+from pomarium.worker import vllm_translation
 from pomarium.worker.sampling_params import SamplingParams as WorkerParams
 
 pytestmark = pytest.mark.e2e
@@ -366,9 +366,9 @@ def default_of(name: str) -> Any:
 def test_dropping_it_in_the_worker_turns_the_case_red(
     name: str, dropped: str, llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    translate = metal_worker.sampling_of
+    translate = vllm_translation.sampling_of
     monkeypatch.setattr(
-        metal_worker, "sampling_of", lambda params: replace(translate(params), **{dropped: default_of(dropped)})
+        vllm_translation, "sampling_of", lambda params: replace(translate(params), **{dropped: default_of(dropped)})
     )
     outputs = answers(llm, CASES[name])
     with pytest.raises(AssertionError):

@@ -1,6 +1,6 @@
 """Facts about the KV cache: what a layer keeps, and where vLLM's blocks put it.
 
-    LayerCache (from the model) --metal_worker--> vLLM KVCacheSpec --vLLM--> KVCacheConfig --metal_worker--> CacheLayout
+    LayerCache (from the model) --spec_of--> vLLM KVCacheSpec --vLLM--> KVCacheConfig --layout_of--> CacheLayout
 
 vLLM groups layers of one kind (full attention, or one sliding window) into cache groups; each group has its own block
 table per request. Block ids are global: a block belongs to one group at a time, so layers of different groups may share

@@ -1,6 +1,6 @@
 """vLLM's blocks and the pool's, where a model keeps more than one shape of K and V: states, or heads of two sizes.
 
-    LayerCache, StateCache --paging_of--> Paging --metal_worker--> block sizes and padded pages of vLLM's specs
+    LayerCache, StateCache --paging_of--> Paging --vllm_translation--> block sizes and padded pages of vLLM's specs
     vLLM's block ids --Paging.expand--> the pool's block ids
 
 vLLM hands out one kind of block to all layers (v1/core/kv_cache_utils.py): a page of attention takes as many bytes as a

@@ -1,6 +1,6 @@
 """Recurrent states: what gated-delta layers keep per sequence, the pool that holds it, and which slots a step uses.
 
-    StateCache (from the model) --metal_worker--> vLLM MambaSpec --vLLM--> block ids --> slots of StatePool
+    StateCache (from the model) --state_spec_of--> vLLM MambaSpec --vLLM--> block ids --> slots of StatePool
     Batch --plan_rows--> RowPlan (once per step) --plan_slots--> SlotPlan (per group) --> every gated-delta layer
 
 A slot is a block id of vLLM's: it holds the state of one sequence after its last computed token (vLLM's MambaSpec,
