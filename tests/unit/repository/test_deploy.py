@@ -17,7 +17,7 @@ import pytest
 
 from pomarium.cluster.autoscaling import sleep
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
 
 COMMANDS = {

@@ -7,12 +7,13 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from pomarium.cluster.serving import app, builder
-from pomarium.cluster.serving.builder import EndpointArgs
-from pomarium.cluster.serving.plan import ModelPlan, Scaling, ServePlan
+from pomarium.cluster.endpoint import builder
+from pomarium.cluster.endpoint.builder import EndpointArgs
+from pomarium.cluster.replica import serve_plan
+from pomarium.cluster.replica.serve_plan import ModelPlan, Scaling, ServePlan
 from pomarium.worker.errors import SettingsError
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[3] / "deploy"
 
 
 def endpoint_args(**changes: Any) -> EndpointArgs:
@@ -26,7 +27,7 @@ def test_serve_s_example_is_the_endpoint_of_the_embedded_model() -> None:
     document = yaml.safe_load((DEPLOY / "serve.example.yaml").read_text())
     assert document["http_options"] == {"host": plan.host, "port": plan.port}
     ServeDeploySchema.model_validate(document)
-    assert document["applications"][0]["name"] == app.APP_NAME
+    assert document["applications"][0]["name"] == serve_plan.APP_NAME
 
 
 def test_every_argument_of_the_file_reaches_the_plan(tmp_path: Path) -> None:

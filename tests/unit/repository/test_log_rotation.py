@@ -5,7 +5,7 @@ import subprocess
 import time
 from pathlib import Path
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[3] / "deploy"
 
 
 def rotate(*folders: Path, most_bytes: int = 1000) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from monitoring import DASHBOARD, DEPLOY, alarms, dashboard_queries, panels, tool
 
-OPERATIONS = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+OPERATIONS = (Path(__file__).parents[3] / "docs/operations.md").read_text()
 
 
 def test_every_alarm_is_explained() -> None:
