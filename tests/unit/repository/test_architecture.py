@@ -88,3 +88,22 @@ def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     local = [link for link in links if "://" not in link]
     assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 120
+    prose = re.sub(r"```.*?```", "", "\n".join(lines), flags=re.DOTALL).splitlines()
+    assert [line for line in prose if len(line) > 135 and not line.startswith("|")] == []
+
+
+def test_what_was_not_run_stands_in_one_place() -> None:
+    headings = [
+        f"{page.name}: {line}"
+        for page in PAGES
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if re.match(r"#+ .*was (not )?run", line)
+    ]
+    assert headings == []
+    assert all("(status.md)" in (ROOT / "docs" / f"{name}.md").read_text() for name in
+               ("autoscaling", "distributed", "handoff", "macos", "operations", "placement", "rack"))  # fmt: skip
