@@ -6,7 +6,6 @@
 Nothing is started before everything that can be wrong was looked at, and nothing is left of what fails.
 """
 
-import importlib
 import ipaddress
 import secrets
 import socket
@@ -179,9 +178,8 @@ def _instance(name: str, membership: Membership, environ: MutableMapping[str, st
     Raises SettingsError: the name is taken, or not one of a rack where Macs sleep.
     """
     environ.update(membership.variables())  # before Ray is imported
-    roster, power, reports = (
-        importlib.import_module(f"pomarium.cluster.rack.{module}") for module in ("roster", "power", "reports")
-    )
+    from pomarium.cluster.rack import power_states, reports, roster
+
     client = roster.connect(membership)
     if taken := roster.namesake(name, roster.read(client)):
         raise SettingsError(
@@ -190,11 +188,11 @@ def _instance(name: str, membership: Membership, environ: MutableMapping[str, st
         )
     reports.use(client)
     deadline = time.monotonic() + TOLD_S
-    while (instance := power.instance_of(name, roster.read(client))) is None:
+    while (instance := power_states.instance_of(name, roster.read(client))) is None:
         if time.monotonic() > deadline:
             raise SettingsError(f"The head of the rack at {membership.address} is not up: look at its log there.")
         time.sleep(PAUSE_S)
-    return str(instance)
+    return instance
 
 
 def _start(
