@@ -14,6 +14,7 @@ from functools import partial
 
 import mlx.core as mx
 
+from pomarium.kernels.cases import cache_writes, gated_delta, mla, order, paged_attention
 from pomarium.kernels.cases.case import Case
 from pomarium.kernels.launch import KernelSource, Launch, Launcher, MlxLauncher, call, cuda_kernel, metal_kernel
 
@@ -68,9 +69,6 @@ class Report:
 
 def all_cases(seed: int = 0) -> Iterator[Case]:
     """Every case of every operation, with random inputs of `seed`."""
-    # The case modules import Case from here.
-    from pomarium.kernels.cases import cache_writes, gated_delta, mla, order, paged_attention
-
     yield from cache_writes.cases(seed)
     yield from order.cases()
     yield from paged_attention.cases(seed)
