@@ -292,7 +292,7 @@ def welcome(plan: ServePlan) -> str:
     """URL and a request to try."""
     key = ' -H "Authorization: Bearer $KEY"' if plan.api_keys else ""
     messages = '[{"role": "user", "content": "What is the capital of France?"}]'
-    body = f'{{"model": "{plan.models[0].name}", "messages": {messages}, "max_tokens": 100}}'
+    body = f'{{"model": "{plan.models[0].name}", "messages": {messages}, "max_tokens": 100, "temperature": 0}}'
     names = ", ".join(m.name for m in plan.models)
     return (
         f"{plan.url}/v1 serves {names}; Ctrl-C stops it. Try:\n"
