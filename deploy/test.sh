@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# All tests, two parts at a time: those of racks beside those that start no server, and after these those of endpoints
-# and engines. Racks are one part: two with README's addresses cannot be up at once. vLLM's engines are not tested in
-# one process with units: they change what a process logs and which classes transformers knows.
+# All tests in two parts at once: those that start servers and racks wait much, the others keep one core busy. Racks and
+# endpoints are one part: two racks with README's addresses cannot be up at once. vLLM's engines are in it, too: they
+# change what a process logs and which classes transformers knows.
 #   deploy/test.sh MARKERS [pytest arguments]        MARKERS: as for pytest's -m, "" for all tests
-# A part is made of folders, so that it reads its own files only. The racks' output comes as it runs, the others' when
-# all are done, and what failed on racks comes once more at the end. Exit code: pytest's; 5 only if no part had a test
-# to run. With a path below tests/ among the arguments there is one part.
+# A part is made of folders, so that it reads its own files only. The servers' output comes as it runs, the others' when
+# both are done, and what failed comes once more at the end. Exit code: pytest's; 5 only if neither part had a test to
+# run. With a path below tests/ among the arguments there is one part.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 markers=$1
@@ -20,56 +20,36 @@ trap 'exit 130' INT TERM
 
 part_of() { # FOLDER
     case "$1" in
-        tests/rack/) echo racks ;;
-        tests/e2e/ | tests/engine/) echo endpoints ;;
-        *) echo units ;;
+        tests/rack/ | tests/e2e/ | tests/engine/) echo servers ;;
+        *) echo others ;;
     esac
 }
 
-run() { # PART [pytest arguments]
-    local part=$1 left_out=() niceness=0 folder
-    shift
-    # Units compute all the time, racks wait for deadlines: the former give way.
-    [ "$part" != units ] || niceness=5
+run() { # NICENESS PART [pytest arguments]
+    local niceness=$1 part=$2 left_out=() folder
+    shift 2
     for folder in tests/*/; do
         [ "$(part_of "$folder")" = "$part" ] || left_out+=("--ignore=$folder")
     done
     exec nice -n "$niceness" .venv/bin/python -m pytest "${left_out[@]}" -m "$markers" "$@"
 }
 
-beside() { # [pytest arguments]: both parts, whatever becomes of the first; ends the one that runs when it is ended
-    local part child='' status
-    trap 'kill $child 2>/dev/null; wait; exit 130' INT TERM
-    for part in units endpoints; do
-        (run "$part" "$@") >"$logs/$part" 2>&1 &
-        child=$!
-        wait "$child"
-        status=$?
-        echo "$status" >"$logs/$part.status"
-    done
-}
-
-beside "$@" &
+(run 5 others "$@") >"$logs/others" 2>&1 &
 pid=$!
-(run racks "$@") 2>&1 | tee "$logs/racks"
-echo "${PIPESTATUS[0]}" >"$logs/racks.status"
+(run 0 servers "$@") 2>&1 | tee "$logs/servers"
+servers=${PIPESTATUS[0]}
 wait "$pid"
+others=$?
 
-for part in units endpoints; do
-    echo "[test] the part '$part'"
-    cat "$logs/$part"
-done
-if ! grep -qx '[05]' "$logs/racks.status"; then
-    echo "[test] the part 'racks', once more from its first failure on"
-    sed -nE '/^=* (FAILURES|ERRORS) =*$/,$p' "$logs/racks"
+echo "[test] the part 'others'"
+cat "$logs/others"
+if [ "$servers" -ne 0 ] && [ "$servers" -ne 5 ]; then
+    echo "[test] the part 'servers', once more from its first failure on"
+    sed -nE '/^=* (FAILURES|ERRORS) =*$/,$p' "$logs/servers"
 fi
-status=5
-for part in units endpoints racks; do
-    read -r one <"$logs/$part.status"
-    case "$status $one" in
-        "5 "*) status=$one ;;
-        "0 5") ;;
-        "0 "*) status=$one ;;
-    esac
-done
-exit "$status"
+case "$servers $others" in
+    "5 "*) exit "$others" ;;
+    *" 5") exit "$servers" ;;
+    "0 "*) exit "$others" ;;
+    *) exit "$servers" ;;
+esac
