@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import names_probe_run
 import psutil
 import pytest
 
@@ -21,6 +22,7 @@ from pomarium.cluster.rack.simulate import HEAD, SimulatedRack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
+ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
 SEEN_S = 10.0
 """A Mac whose power or cable is lost is known to be lost within 8 s."""
@@ -51,6 +53,16 @@ for replica, age in (("fresh", 0), ("silent", 60), ("ended", 0)):
 reports.withdraw("ended")
 head = ray.util.get_node_ip_address()
 print(json.dumps({"head": head, "workers": workers, "survey": [[n.mac.name, n.mac.memory, n.free] for n in survey()]}))
+"""
+
+NAMES_DRIVER = """
+import json
+import names_probe, ray
+from ray import cloudpickle
+
+cloudpickle.register_pickle_by_value(names_probe)
+ray.init(logging_level="ERROR", log_to_driver=False)
+print(json.dumps(ray.get(ray.remote(num_cpus=0, resources={"mlx": 1})(names_probe.probe).remote(), timeout=100)))
 """
 
 
@@ -148,6 +160,14 @@ def test_a_driver_on_this_machine_places_workers_by_name_and_reports_are_shown(e
     assert table.returncode == 0
     assert "smollm2 10-19 of 30, 1 GiB" in table.stdout
     assert "42.5" in table.stdout
+
+
+def test_a_driver_in_the_checkout_hides_no_names_from_its_workers(environ: dict[str, str], tmp_path: Path) -> None:
+    """Ray puts the driver's folder, here the repository root, on its workers' path (tests/unit/repository)."""
+    folder = names_probe_run.write(tmp_path)
+    joined = environ | running(environ).environment()
+    found = names_probe_run.run("-c", NAMES_DRIVER, cwd=ROOT, path=[str(folder)], **joined)
+    names_probe_run.check(found, ROOT)
 
 
 def test_a_second_rack_is_refused(environ: dict[str, str]) -> None:
