@@ -5,8 +5,9 @@
             attention  decode and prefill beside a device copy, MLX's and PyTorch's attention (paged_kernels.py)
             mla        MLA decode beside MLX operations (mla_decode.py)
             gdn        a gated-delta layer beside mlx-lm's (gated_delta_layer.py)
-            step       decode steps of Llama 3 8B's shape, batch 1 to 64 and ragged, beside mlx-lm's batch padded to
-                       the longest; 16 GB of weights with all 32 layers
+            step       decode steps of an 8B and a 0.6B shape, batch 1 to 64 and ragged, in the runner's loop, beside
+                       mlx-lm's generator, its batch padded to the longest (decode_loop.py); 16 GB of weights
+            serve      the runner's loop with requests that come and go
 
     python benchmarks/kernels_gpu.py [--parts check attention ...] [--layers 32]
 
@@ -40,6 +41,7 @@ CUDA_GRAPHS = {"MLX_MAX_OPS_PER_BUFFER": "100", "MLX_MAX_MB_PER_BUFFER": "4000",
 """MLX's CUDA backend sends a graph after some operations, wherever that is in a layer, and makes one anew if it has
 none alike. With these, the graph of a layer does for the next, too."""
 ROUNDS = 30
+SERVED_STEPS = 200
 
 
 def prepare_imports() -> None:
@@ -152,25 +154,27 @@ def gdn_part(options: argparse.Namespace) -> None:
         gated_delta_layer.main()
 
 
-def llama(layers: int) -> Any:
-    """Llama 3 8B's shape with `layers` layers, random bfloat16 weights."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "8B": {
+        "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+    "0.6B": {
+        "hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "vocab_size": 151936, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+"""Llama 3 8B's, and Qwen3 0.6B's without its norms of queries and keys; heads of 128."""
+
+
+def llama(layers: int, name: str = "8B") -> Any:
+    """A shape with at most `layers` layers, random bfloat16 weights."""
     import mlx.core as mx
     from mlx.utils import tree_map
     from mlx_lm.models.llama import Model, ModelArgs
 
-    shape = ModelArgs(
-        model_type="llama",
-        hidden_size=4096,
-        num_hidden_layers=layers,
-        intermediate_size=14336,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        rms_norm_eps=1e-5,
-        vocab_size=128256,
-        rope_theta=500000.0,
-        tie_word_embeddings=False,
-    )
-    module = Model(shape)
+    shape = SHAPES[name] | {"num_hidden_layers": min(layers, SHAPES[name]["num_hidden_layers"])}
+    module = Model(ModelArgs(model_type="llama", rms_norm_eps=1e-5, rope_theta=500000.0, head_dim=128, **shape))
     module.update(tree_map(lambda w: (mx.random.normal(w.shape) * 0.02).astype(mx.bfloat16), module.parameters()))
     mx.eval(module.parameters())
     return module
@@ -189,7 +193,9 @@ def median_ms(step: Callable[[], object], rounds: int = ROUNDS) -> float:
 
 def paged_step_ms(model: Any, launcher: Any, contexts: Sequence[int]) -> float:
     """One decode step of sequences that have so many tokens, their new one included."""
+    import mlx.core as mx
     import numpy as np
+    from decode_loop import fill
 
     from pomarium.kernels.gpu_family import this_gpu
     from pomarium.worker.attention.kernels import KernelAttention
@@ -212,11 +218,13 @@ def paged_step_ms(model: Any, launcher: Any, contexts: Sequence[int]) -> float:
     rows = np.arange(len(contexts), dtype=np.int32)
     positions = np.array(contexts, np.int32) - 1
     batch = Batch(sequences, rows, positions, rows, rows, tuple(map(str, rows)), {})
-    return median_ms(lambda: forward.run(batch))
+    token_ids = mx.array(batch.token_ids)
+    return median_ms(lambda: forward.run(batch, token_ids))
 
 
 def paged_prompt_ms(model: Any, launcher: Any, tokens: int) -> float:
     """One step that computes a whole prompt and wants its last logits."""
+    import mlx.core as mx
     import numpy as np
 
     from pomarium.kernels.gpu_family import this_gpu
@@ -232,66 +240,68 @@ def paged_prompt_ms(model: Any, launcher: Any, tokens: int) -> float:
     rows, last = np.arange(tokens, dtype=np.int32), np.array([tokens - 1], np.int32)
     sequence = Rows("0", 0, tokens, (tuple(range(blocks)),))
     batch = Batch((sequence,), rows, rows, last, np.zeros(1, np.int32), ("0",), {})
-    return median_ms(lambda: forward.run(batch), 10)
-
-
-def fill(pool: Any, tokens: int) -> None:
-    """Random keys and values in every block: zeros may be faster."""
-    import mlx.core as mx
-
-    for layer, cache in enumerate(pool.layout.layers):
-        rows = mx.arange(tokens * cache.num_kv_heads).reshape(tokens, cache.num_kv_heads)
-        keys = mx.random.normal((tokens, cache.num_kv_heads, cache.head_dim)).astype(pool.dtype)
-        pool.write(layer, rows, keys, keys)
-        mx.eval(pool.arrays)
-    mx.clear_cache()
-
-
-def padded_step_ms(module: Any, contexts: Sequence[int]) -> float:
-    """The same by mlx-lm, its batched cache padded to the longest."""
-    import mlx.core as mx
-    from mlx_lm.models.cache import BatchKVCache, KVCache
-
-    longest, count = max(contexts), len(contexts)
-    caches: list[Any] = []
-    for _ in module.layers:
-        cache = BatchKVCache([longest - context for context in contexts]) if count > 1 else KVCache()
-        keys = mx.random.normal((count, 8, longest - 1, 128)).astype(mx.bfloat16)
-        cache.update_and_fetch(keys, keys)
-        mx.eval(cache.keys, cache.values)
-        caches.append(cache)
-    mx.clear_cache()
-    tokens = mx.zeros((count, 1), mx.int32)
-
-    def step() -> None:
-        mx.eval(module(tokens, cache=caches), [cache.keys for cache in caches], [cache.values for cache in caches])
-
-    return median_ms(step)
+    token_ids = mx.array(batch.token_ids)
+    return median_ms(lambda: forward.run(batch, token_ids), 10)
 
 
 def step_part(options: argparse.Namespace) -> None:
-    """Print decode steps of our path, even and ragged, and of mlx-lm."""
+    """Print decode steps of our path and of mlx-lm."""
+    import decode_loop
     import mlx.core as mx
     import numpy as np
+    from decode_loop import Way
 
-    from pomarium.kernels.launch import CudaLauncher, Launcher, MetalLauncher
     from pomarium.worker.models.paged import prepare
 
-    launcher: Launcher = MetalLauncher() if mx.metal.is_available() else CudaLauncher()
-    module = llama(options.layers)
     ragged = [int(n) for n in np.random.default_rng(0).integers(1, RAGGED_LONGEST + 1, 32)]
     mixes = {f"{count} x {CONTEXT}": [CONTEXT] * count for count in BATCHES}
     mixes |= {f"32 ragged, 1 to {RAGGED_LONGEST}": ragged, f"1 x {RAGGED_LONGEST}": [RAGGED_LONGEST]}
-    # Before `prepare` changes what the module calls.
-    theirs = {name: padded_step_ms(module, contexts) for name, contexts in mixes.items()}
-    model = prepare(module, "llama")
-    print(f"Llama 3 8B's shape with {options.layers} layers, bf16, decode steps without sampling\n")
-    print("| sequences x context | ours, ms | per sequence, ms | mlx-lm padded, ms | times mlx-lm |")
-    print("|---|---:|---:|---:|---:|")
-    for name, contexts in mixes.items():
-        ours = paged_step_ms(model, launcher, contexts)
-        cells = f"{ours:.3f} | {ours / len(contexts):.3f} | {theirs[name]:.3f} | {theirs[name] / ours:.2f}"
-        print(f"| {name} | {cells} |", flush=True)
+    print("Milliseconds per decode step, bf16, greedy sampling included.\n")
+    print("| shape, sequences x context | mlx-lm, each waited for | mlx-lm, sent ahead | ours built, waited for | "
+          "ours as a graph, waited for | ours as a graph, sent ahead | times mlx-lm sent ahead |")  # fmt: skip
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    launcher = gpu_launcher()
+    for shape in SHAPES:
+        module = llama(options.layers, shape)
+        # What `prepare` changes leaves mlx-lm's own way as it is, with caches of its own (models.rows).
+        model = prepare(module, "llama")
+        for name, contexts in mixes.items():
+            sides = [decode_loop.theirs(module, contexts, 8, ahead=ahead) for ahead in (False, True)]
+            ways = (Way(False, False), Way(True, False), Way(True, True))
+            sides += [decode_loop.steady(model, launcher, way, contexts) for way in ways]
+            found = decode_loop.in_turns(sides)
+            cells = " | ".join(f"{ms:.2f}" for ms in found)
+            print(f"| {shape}, {name} | {cells} | {found[1] / found[-1]:.2f} |", flush=True)
+        del module, model
+        mx.clear_cache()
+
+
+def serve_part(options: argparse.Namespace) -> None:
+    """Print what a step takes while requests come and go."""
+    import decode_loop
+    from decode_loop import Way
+
+    from pomarium.worker.models.paged import prepare
+
+    print(
+        f"{SERVED_STEPS} steps of the 8B shape, one request ending and one with a short prompt coming each 8 steps.\n"
+    )
+    print("| requests | built, waited for, ms per step | as graphs, sent ahead | | graphs traced on the way |")
+    print("|---:|---:|---:|---:|---:|")
+    model = prepare(llama(options.layers), "llama")
+    for count in (1, 8, 32):
+        built, _ = decode_loop.coming_and_going(model, gpu_launcher(), Way(False, False), count, SERVED_STEPS)
+        ahead, traced = decode_loop.coming_and_going(model, gpu_launcher(), Way(True, True), count, SERVED_STEPS)
+        print(f"| {count} | {built:.2f} | {ahead:.2f} | {built / ahead:.2f}x | {traced} |", flush=True)
+
+
+def gpu_launcher() -> Any:
+    """Of this machine's GPU."""
+    import mlx.core as mx
+
+    from pomarium.kernels.launch import CudaLauncher, MetalLauncher
+
+    return MetalLauncher() if mx.metal.is_available() else CudaLauncher()
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -299,6 +309,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "models": models_part,
     "attention": attention_part,
     "step": step_part,
+    "serve": serve_part,
     "mla": mla_part,
     "gdn": gdn_part,
 }

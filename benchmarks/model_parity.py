@@ -25,6 +25,7 @@ from pomarium.kernels.gpu_family import this_gpu
 from pomarium.kernels.launch import CudaLauncher, KernelSource, Launch, Launcher, MetalLauncher
 from pomarium.worker import parity
 from pomarium.worker.attention.base import AttentionBackend
+from pomarium.worker.attention.choose import decode_graphs
 from pomarium.worker.attention.kernels import KernelAttention
 from pomarium.worker.attention.mla import LatentKernelAttention
 from pomarium.worker.batch import Batch
@@ -128,9 +129,9 @@ class Recording:
     inner: Forward
     logits: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
-    def run(self, batch: Batch) -> mx.array:
+    def run(self, batch: Batch, token_ids: mx.array) -> mx.array:
         """See Forward."""
-        logits = self.inner.run(batch)
+        logits = self.inner.run(batch, token_ids)
         rows = np.array(logits.astype(mx.float32))
         for request, row in zip(batch.samplers, batch.sample_index, strict=True):
             self.logits.setdefault(request, []).append(rows[row])
@@ -191,15 +192,18 @@ def generate(
 ) -> tuple[list[list[int]], list[list[np.ndarray]]]:
     """Greedy tokens of all prompts, and the logits that each was drawn from, through runner, kernels and sampler."""
     new, num_blocks = requests(model, prompts)
-    forward = Recording(PagedForward(model, backend_of(model, num_blocks, len(prompts) + 1, launcher)))
-    runner = ModelRunner(forward, Sampler(model.vocab_size, engine_seed=0), lambda stats: None)
+    backend = backend_of(model, num_blocks, len(prompts) + 1, launcher)
+    graphs = decode_graphs(model, backend)
+    forward = Recording(PagedForward(model, backend, graphs, queues=graphs is not None))
+    sampler = Sampler(model.vocab_size, engine_seed=0)
+    runner = ModelRunner(forward, sampler, lambda stats: None, ahead=graphs is not None)
     lengths = {request.id: len(request.token_ids) for request in new}
     tokens: dict[str, list[int]] = {request.id: [] for request in new}
     computed = dict.fromkeys(lengths, 0)
     step = Step({id: length // 2 if length >= CUT_FROM else length for id, length in lengths.items()}, tuple(new))
     while step.num_scheduled_tokens:
         runner.execute(step)
-        result = runner.sample()
+        result = runner.sample().read()
         for id, sampled in zip(result.request_ids, result.token_ids, strict=True):
             tokens[id] += sampled
             computed[id] += step.num_scheduled_tokens[id]

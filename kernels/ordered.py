@@ -20,10 +20,14 @@ Result = TypeVar("Result")
 class Ordered:
     """Owner of arrays that are written in place."""
 
-    def __init__(self, *arrays: mx.array) -> None:
-        """Take over `arrays`, evaluated and row-major. Nobody else may use them while this lives."""
+    def __init__(self, *arrays: mx.array, token: mx.array | None = None) -> None:
+        """Take over `arrays`, evaluated and row-major. Nobody else may use them while this lives.
+
+        Args:
+            token: int32 (1,) of the last access so far; None: there was none.
+        """
         self._arrays = arrays
-        self._token = mx.zeros((1,), mx.int32)
+        self._token = mx.zeros((1,), mx.int32) if token is None else token
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -39,6 +43,22 @@ class Ordered:
         """
         result, self._token = use(self._arrays, self._token)
         return result
+
+    @property
+    def token(self) -> mx.array:
+        """int32 (1,), of the last access."""
+        return self._token
+
+    def branch(self, token: mx.array) -> "Ordered":
+        """The same arrays behind the access of `token`: for accesses that become part of a graph which is run later.
+
+        Until `join` nobody may access the arrays otherwise.
+        """
+        return Ordered(*self._arrays, token=token)
+
+    def join(self, token: mx.array) -> None:
+        """The accesses of a branch have been launched; `token` is that of the last."""
+        self._token = token
 
 
 def indices_behind(indices: mx.array, token: mx.array) -> mx.array:

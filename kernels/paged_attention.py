@@ -29,6 +29,9 @@ from pomarium.kernels.paged_plan import (
     partition,
     prefill_work,
     reduce_work,
+    room,
+    room_of_items,
+    room_of_tables,
 )
 from pomarium.kernels.paged_tuning import (
     DECODE,
@@ -100,7 +103,8 @@ class DecodePlan:
     """Index arrays of a step's decode spans, and how the kernels are specialised for them.
 
     Attributes:
-        tokens: of all spans. end_token: row of the step behind their last. most_tokens: of one span. items: partitions.
+        tokens: of all spans, and those that they are padded to. end_token: row of the step behind their last.
+        most_tokens: of one span. items: partitions.
     """
 
     shape: AttentionShape
@@ -130,12 +134,21 @@ class PrefillPlan:
 
 
 def plan_decode(
-    spans: Sequence[Span], tables: Sequence[np.ndarray], shape: AttentionShape, window: int | None, gpu: Gpu
+    spans: Sequence[Span],
+    tables: Sequence[np.ndarray],
+    shape: AttentionShape,
+    window: int | None,
+    gpu: Gpu,
+    *,
+    padded: bool = False,
 ) -> DecodePlan:
     """Plan attention of spans of few tokens.
 
     Args:
         tables: of each span, int32 (blocks,). window: tokens that a query sees, itself included; None for all.
+        padded: the spans are of one token each, in the order of their rows, and are followed by others that see no key,
+            whose outputs are zeros; tables and partitions are padded, too. So the arrays of unlike steps have few
+            shapes (paged_plan.room), and a graph that takes them as inputs serves many steps.
 
     Raises:
         ValueError: if the shape is unsupported or a table does not hold its span (see `paged_plan.checked_tables`).
@@ -146,19 +159,38 @@ def plan_decode(
     tuning = DECODE[gpu.family]
     chunks = -(-shape.group * most_tokens // variant.rows)
     wanted = gpu.cores * tuning.threadgroups // (shape.num_kv_heads * chunks)
-    items = partition(spans, window, wanted, max(variant.keys, shape.block_size), tuning.keys)
+    cut = wanted, max(variant.keys, shape.block_size), tuning.keys
+    items = partition(spans, window, *cut)
+    tokens, count, width = sum(span.tokens for span in spans), len(items), stacked.shape[1]
+    end_token = max(span.first_token + span.tokens for span in spans)
+    work, reduce = decode_work(spans, items), reduce_work(spans, items)
+    if padded:
+        if end_token != tokens or most_tokens > 1:
+            raise ValueError(f"{len(spans)} spans of {tokens} tokens up to row {end_token} are not one token each")
+        tokens = end_token = room(tokens)
+        width = room_of_tables(width)
+        # A span of no tokens has nothing to do, and a token without partitions comes out as zeros.
+        count = max(room(count), room_of_items(tokens, width * shape.block_size, window, *cut))
+        stacked, work, reduce = _grown(stacked, tokens, width), _grown(work, count, 8), _grown(reduce, tokens, 4)
     return DecodePlan(
         shape,
         variant,
-        sum(span.tokens for span in spans),
-        max(span.first_token + span.tokens for span in spans),
+        tokens,
+        end_token,
         most_tokens,
-        len(items),
+        count,
         padded_ints(stacked),
-        padded_ints(decode_work(spans, items)),
-        padded_ints(reduce_work(spans, items)),
-        padded_ints(np.array([most_tokens, stacked.shape[1], window or 0])),
+        padded_ints(work),
+        padded_ints(reduce),
+        padded_ints(np.array([most_tokens, width, window or 0])),
     )
+
+
+def _grown(table: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """`table`, int32 with two axes, with zeros behind its rows and columns. np.pad takes ten times as long."""
+    grown = np.zeros((rows, columns), np.int32)
+    grown[: table.shape[0], : table.shape[1]] = table
+    return grown
 
 
 def plan_prefill(

@@ -9,12 +9,16 @@ Made once per step and cache group; every layer of the group shares the arrays.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
 
 MOST_ITEMS = 65535
 """Threadgroups along y of a grid, CUDA's limit."""
+
+LEAST_WIDTH = 32
+"""Blocks in a padded table: the first 512 tokens of a sequence at 16 to a block have one width."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,29 @@ def _cut(lengths: np.ndarray, size: int, quantum: int) -> tuple[np.ndarray, np.n
     even = -(-lengths // counts)
     steps = -(-even // quantum) * quantum
     return -(-lengths // steps), steps
+
+
+def room(count: int) -> int:
+    """The next of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ...: what `count` of something is padded to."""
+    power = 1 << max(0, count - 1).bit_length()
+    return power * 3 // 4 if power >= 32 and count <= power * 3 // 4 else power
+
+
+def room_of_tables(blocks: int) -> int:
+    """The width that tables of up to `blocks` blocks are padded to: LEAST_WIDTH, or the next power of two."""
+    return max(LEAST_WIDTH, 1 << max(0, blocks - 1).bit_length())
+
+
+@lru_cache(maxsize=1024)
+def room_of_items(
+    sequences: int, longest: int, window: int | None, wanted: int, quantum: int, bounds: tuple[int, int]
+) -> int:
+    """What the partitions of one token each of `sequences` are padded to, if all sequences had `longest` keys.
+
+    Shorter ones have fewer as a rule: so the room stays while sequences grow. Arguments as `partition`.
+    """
+    spans = [Span(index, 1, longest) for index in range(sequences)]
+    return room(len(partition(spans, window, wanted, quantum, bounds)))
 
 
 def decode_work(spans: Sequence[Span], items: np.ndarray) -> np.ndarray:

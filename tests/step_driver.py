@@ -5,6 +5,7 @@
 It keeps its own block accounting, so what the worker is told is exactly what a test chose.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -17,13 +18,18 @@ from pomarium.worker.batch import Batch
 from pomarium.worker.forward import ContiguousForward, Forward, PagedForward
 from pomarium.worker.kv_cache.layout import single_group_layout
 from pomarium.worker.kv_cache.pool import PagedPool
-from pomarium.worker.model_runner import ModelRunner
+from pomarium.worker.model_runner import ModelRunner, StepStats, UnreadStep
 from pomarium.worker.models.paged import PagedModel
 from pomarium.worker.sampling.sampler import Sampler
 from pomarium.worker.sampling_params import SamplingParams
-from pomarium.worker.step import CachedRequest, NewRequest, Step
+from pomarium.worker.step import CachedRequest, NewRequest, Step, StepResult
 
 GREEDY = SamplingParams(temperature=0.0)
+UNKNOWN = -1
+"""A token that was sampled and is not read."""
+
+Place = tuple[list[int], int]
+"""Where a token that is not read yet goes."""
 
 
 @dataclass
@@ -33,10 +39,11 @@ class Recorder:
     inner: Forward
     logits: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
 
-    def run(self, batch: Batch) -> mx.array:
+    def run(self, batch: Batch, token_ids: mx.array) -> mx.array:
         every_row = np.arange(len(batch.token_ids), dtype=np.int32)
         full = self.inner.run(
-            Batch(batch.sequences, batch.token_ids, batch.positions, every_row, every_row, batch.samplers, {})
+            Batch(batch.sequences, batch.token_ids, batch.positions, every_row, every_row, batch.samplers, {}),
+            token_ids,
         )
         rows = np.array(full.astype(mx.float32))
         first = 0
@@ -67,9 +74,20 @@ class Live:
 
 
 class Driver:
-    """A ModelRunner over a paged pool (or mlx-lm's caches) and the scheduler that feeds it."""
+    """A ModelRunner over a paged pool (or mlx-lm's caches) and the scheduler that feeds it.
 
-    def __init__(self, model: PagedModel, block_size: int = 16, num_blocks: int = 256, paged: bool = True) -> None:
+    Args:
+        late: the scheduler plans a step before it has read the tokens of the one before, as vLLM's does.
+    """
+
+    def __init__(
+        self,
+        model: PagedModel,
+        block_size: int = 16,
+        num_blocks: int = 256,
+        paged: bool = True,
+        late: bool = False,
+    ) -> None:
         self.layout = single_group_layout(model.layers, block_size, num_blocks)
         self.block_size = block_size
         inner: Forward
@@ -78,7 +96,11 @@ class Driver:
         else:
             inner = ContiguousForward(model.module)
         self.recorder = Recorder(inner)
-        self.runner = ModelRunner(self.recorder, Sampler(model.vocab_size, engine_seed=0), lambda stats: None)
+        sampler = Sampler(model.vocab_size, engine_seed=0)
+        self.stats: list[StepStats] = []
+        self.runner = ModelRunner(self.recorder, sampler, self.stats.append, ahead=late)
+        self.late = late
+        self.unread: deque[tuple[StepResult | UnreadStep, dict[str, Place]]] = deque()
         # Scrambled, never 0: vLLM keeps that block as its null block.
         self.free = np.random.default_rng(7).permutation(np.arange(1, num_blocks)).tolist()
 
@@ -111,15 +133,33 @@ class Driver:
                     self._take_blocks(request)
             step = self._plan(live, chunk, done)
             if not step.num_scheduled_tokens:
+                self.read_all_but(0)
                 return {request.id: request.tokens[request.prompt :] for request in live}
             self.runner.execute(step)
-            result = self.runner.sample()
-            by_id = dict(zip(result.request_ids, result.token_ids, strict=True))
-            for request in live:
-                request.computed += step.num_scheduled_tokens.get(request.id, 0)
-                request.tokens += by_id.get(request.id, ())
-            done = frozenset(r.id for r in live if r.id in by_id and len(r.tokens) - r.prompt >= r.wanted)
+            self.sampled(live, step, self.runner.sample())
+            ended = (r for r in live if len(r.tokens) - r.prompt >= r.wanted)
+            done = frozenset(r.id for r in ended if r.id in step.num_scheduled_tokens)
         raise AssertionError(f"not done after {max_steps} steps")
+
+    def sampled(self, live: Sequence[Live], step: Step, result: StepResult | UnreadStep) -> None:
+        """Count what a step computed, and read its tokens, or those of the step before."""
+        places: dict[str, Place] = {}
+        for request in (request for request in live if request.id in step.num_scheduled_tokens):
+            request.computed += step.num_scheduled_tokens[request.id]
+            if request.computed >= len(request.tokens):
+                places[request.id] = request.tokens, len(request.tokens)
+                request.tokens.append(UNKNOWN)
+        self.unread.append((result, places))
+        self.read_all_but(1 if self.late else 0)
+
+    def read_all_but(self, newest: int) -> None:
+        while len(self.unread) > newest:
+            result, places = self.unread.popleft()
+            read = result.read()
+            sampled = {name: tokens for name, tokens in zip(read.request_ids, read.token_ids, strict=True) if tokens}
+            assert sampled.keys() == places.keys()
+            for name, (tokens, index) in places.items():
+                (tokens[index],) = sampled[name]
 
     def _plan(self, live: list[Live], chunk: "cycle[int]", done: frozenset[str]) -> Step:
         scheduled: dict[str, int] = {}
@@ -155,3 +195,5 @@ class Driver:
         for table in request.tables:
             self.free[:0] = table
         request.tables, request.computed, request.resumed = (), 0, True
+        # vLLM drops a token that it has not read when it preempts its request: it is sampled once more.
+        request.tokens = [token for token in request.tokens if token != UNKNOWN]

@@ -1,6 +1,6 @@
 """From a batch of rows to logits: over the paged pool, or over one contiguous mlx-lm cache per request.
 
-    Batch --Forward.run--> logits of Batch.logit_rows
+    Batch, token ids --Forward.run--> logits of Batch.logit_rows
 
 Both do the same to the same model; VLLM_METAL_USE_PAGED_ATTENTION chooses. The contiguous one runs request by request
 the way mlx-lm does, so it takes every model that mlx-lm runs, and it is what the paged one is compared with.
@@ -15,6 +15,7 @@ import numpy as np
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from pomarium.worker.attention.base import AttentionBackend
+from pomarium.worker.attention.decode_graphs import DecodeGraphs, rows_of
 from pomarium.worker.batch import Batch
 from pomarium.worker.kv_cache.layout import LayerCache
 from pomarium.worker.models.paged import PagedModel
@@ -23,8 +24,13 @@ from pomarium.worker.models.paged import PagedModel
 class Forward(Protocol):
     """A model over some KV cache."""
 
-    def run(self, batch: Batch) -> mx.array:
-        """Evaluated logits (N, vocab_size) of the N `batch.logit_rows`; K and V of every row are cached afterwards."""
+    def run(self, batch: Batch, token_ids: mx.array) -> mx.array:
+        """Logits (N, vocab_size) of the N `batch.logit_rows`, computed or on their way; K and V of every row are cached
+        with them.
+
+        Args:
+            token_ids: int32 (T,), `batch.token_ids` with what is still on the device in its place.
+        """
         ...
 
     def release(self, request_ids: Iterable[str]) -> None:
@@ -33,19 +39,36 @@ class Forward(Protocol):
 
 
 class PagedForward:
-    """All rows at once, K and V in vLLM's blocks."""
+    """All rows at once, K and V in vLLM's blocks.
 
-    def __init__(self, model: PagedModel, backend: AttentionBackend) -> None:
+    Args:
+        graphs: of decode steps; None: each step's graph is built.
+        queues: a step may be queued behind one that has not ended; else it is waited for.
+    """
+
+    def __init__(
+        self, model: PagedModel, backend: AttentionBackend, graphs: DecodeGraphs | None = None, queues: bool = False
+    ) -> None:
         self._model = model
         self._backend = backend
+        self._graphs = graphs
+        self._queues = queues
 
-    def run(self, batch: Batch) -> mx.array:
+    def run(self, batch: Batch, token_ids: mx.array) -> mx.array:
         """See Forward.run."""
         # A step in the middle of a prompt wants no logits; one row keeps the graph whole and costs one row of the head.
         rows = batch.logit_rows if len(batch.logit_rows) else np.zeros(1, np.int32)
-        logits = self._model(batch.token_ids, batch.positions, self._backend.prepare(batch), rows)
-        # Evaluated before the next step is queued, else MLX copies the pool instead of writing into it (kv_cache.pool).
-        mx.eval(logits, self._backend.arrays)
+        every_row = None if self._graphs is None else self._graphs.run(batch, token_ids)
+        if every_row is None:
+            logits = self._model(token_ids, batch.positions, self._backend.prepare(batch), rows)
+        else:
+            logits = rows_of(every_row, rows)
+        # A chunk in the middle of a prompt is waited for: its time is to be known, and nothing follows from it.
+        if self._queues and len(batch.logit_rows):
+            mx.async_eval(logits, self._backend.arrays)  # type: ignore[no-untyped-call]
+        else:
+            # Before the next step is queued, else MLX copies the pool instead of writing into it (kv_cache.pool).
+            mx.eval(logits, self._backend.arrays)
         return logits[: len(batch.logit_rows)]
 
     def release(self, request_ids: Iterable[str]) -> None:
@@ -59,7 +82,7 @@ class ContiguousForward:
         self._module = module
         self._caches: dict[str, list[object]] = {}
 
-    def run(self, batch: Batch) -> mx.array:
+    def run(self, batch: Batch, token_ids: mx.array) -> mx.array:
         """See Forward.run.
 
         Raises:
@@ -74,7 +97,7 @@ class ContiguousForward:
             elif sequence.request_id not in self._caches:
                 raise ValueError(f"request {sequence.request_id} starts at {sequence.start} without a contiguous cache")
             end = first + sequence.length
-            tokens = mx.array(batch.token_ids[first:end])[None]
+            tokens = token_ids[first:end][None]
             logits = self._module(tokens, cache=self._caches[sequence.request_id])[0]
             rows = [row - first for row in range(first, end) if row in wanted]
             # The rows that nobody wants are let go here, not kept alive by a view until the step's end.

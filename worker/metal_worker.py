@@ -20,12 +20,14 @@ import torch
 from mlx.utils import tree_flatten
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from pomarium.worker import blas, memory
 from pomarium.worker.activations import activation_bytes, layer_width
 from pomarium.worker.attention.base import AttentionBackend
+from pomarium.worker.attention.choose import decode_graphs
+from pomarium.worker.attention.decode_graphs import DecodeGraphs
 from pomarium.worker.cache_backend import cache_backend
 from pomarium.worker.device import Device, use
 from pomarium.worker.errors import UnsupportedError
@@ -34,7 +36,7 @@ from pomarium.worker.kv_cache.layout import LayerCache
 from pomarium.worker.kv_cache.paging import Paging, paging_of
 from pomarium.worker.kv_cache.placement import layout_of, names_of, state_layout_of
 from pomarium.worker.kv_cache.states import StateCache
-from pomarium.worker.model_runner import ModelRunner, StepStats
+from pomarium.worker.model_runner import ModelRunner, StepStats, UnreadStep
 from pomarium.worker.models.load import LoadedModel, load
 from pomarium.worker.models.paged import PagedModel, StageModel, prepare, prepare_stage
 from pomarium.worker.models.resolve import resolve
@@ -54,12 +56,24 @@ from pomarium.worker.vllm_translation import (
     state_spec_of,
     step_of,
 )
+from pomarium.worker.warm_up import warm_up
 from pomarium.worker.wiring import wire
 
 logger = logging.getLogger(__name__)
 
 KV_LAYOUT = "LBHNC"
 """vLLM's name of PagedPool's order (vllm/v1/kv_cache_layout.py): layers, blocks, heads, tokens, content."""
+
+
+class UnreadOutput(AsyncModelRunnerOutput):
+    """The output of a step whose tokens are still on the device."""
+
+    def __init__(self, step: UnreadStep) -> None:
+        self._step = step
+
+    def get_output(self) -> ModelRunnerOutput:
+        """Wait for the tokens."""
+        return output_of(self._step.read())
 
 
 class MetalWorker(WorkerBase):
@@ -71,6 +85,8 @@ class MetalWorker(WorkerBase):
         self._listeners: list[Callable[[StepStats], None]] = []
         self._surroundings = Surroundings()
         self._stage: Stage | None = None
+        self._graphs: DecodeGraphs | None = None
+        self._forward: Forward | None = None
 
     def take_place(self, surroundings: Surroundings) -> None:
         """Learn, before anything is loaded, who shares this machine and which stage of a pipeline this is."""
@@ -223,15 +239,21 @@ class MetalWorker(WorkerBase):
         sampler = Sampler(vocab_size, self.model_config.seed, self.model_config.logprobs_mode)
         if self._stage is not None:
             backend = self._cache(kv_cache_config)
-            self.runner = self._stage.runner(backend, sampler, self._publish, custom[False], custom[True])
+            self._graphs = self._graphs_of(self._stage.model, backend)
+            self.runner = self._stage.runner(backend, self._graphs, sampler, self._publish, custom[False], custom[True])
             return
-        forward: Forward
         if self.paged is None:
             self._wire([])
-            forward = ContiguousForward(self.loaded.model)
+            self._forward = ContiguousForward(self.loaded.model)
         else:
-            forward = PagedForward(self.paged, self._cache(kv_cache_config))
-        self.runner = ModelRunner(forward, sampler, self._publish, custom[False], custom[True])
+            backend = self._cache(kv_cache_config)
+            self._graphs = self._graphs_of(self.paged, backend)
+            self._forward = PagedForward(self.paged, backend, self._graphs, queues=self._graphs is not None)
+        ahead = self._graphs is not None
+        self.runner = ModelRunner(self._forward, sampler, self._publish, custom[False], custom[True], ahead=ahead)
+
+    def _graphs_of(self, model: PagedModel | StageModel, backend: AttentionBackend) -> DecodeGraphs | None:
+        return decode_graphs(model, backend) if self.settings.decode_graphs else None
 
     def _cache(self, kv_cache_config: KVCacheConfig) -> AttentionBackend:
         layout = layout_of(kv_cache_config, self.layers, self.layer_names, self._paging.blocks)
@@ -245,8 +267,11 @@ class MetalWorker(WorkerBase):
         self._wired = wire(self.mlx_device, self.settings.wire, [*weights, *pool])
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Nothing is compiled ahead: MLX builds its kernels at the first step."""
-        return CompilationTimes(0.0, 0.0)
+        """Trace the graphs of decode steps, if there are any; else MLX builds its kernels at the first step."""
+        if self._forward is None or self._graphs is None:
+            return CompilationTimes(0.0, 0.0)
+        most, tables = self.scheduler_config.max_num_seqs, len(self._blocks)
+        return CompilationTimes(warm_up(self._forward, most, tables), 0.0)
 
     def memory_held(self) -> int:
         """Bytes of weights and KV cache that this worker holds."""
@@ -269,10 +294,15 @@ class MetalWorker(WorkerBase):
         scheduled = self.runner.execute(step_of(scheduler_output, self._blocks))
         return None if scheduled else EMPTY_MODEL_RUNNER_OUTPUT
 
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
-        """Sample the step that `execute_model` computed. On a pipeline, the last stage's task."""
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        """Sample the step that `execute_model` computed. On a pipeline, the last stage's task.
+
+        Returns:
+            What can be read later, if the tokens are still on the device: the next step may come before.
+        """
         assert isinstance(self.runner, ModelRunner)
-        return output_of(self.runner.sample(grammar_of(grammar_output)))
+        sampled = self.runner.sample(grammar_of(grammar_output))
+        return UnreadOutput(sampled) if isinstance(sampled, UnreadStep) else output_of(sampled)
 
     def shutdown(self) -> None:
         """End the links to other stages, without a fault."""

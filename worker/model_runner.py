@@ -2,25 +2,31 @@
 
     execute(Step): RequestTable.apply -> build_batch -> Forward.run      (the logits wait)
     sample(Grammar): Sampler -> tokens appended to the table -> StepResult
+                            `-- ahead: tokens stay on the device -> UnreadStep --read--> StepResult
 
 Two calls because the scheduler computes a grammar's bitmask while the forward pass runs. Steps come strictly in order,
-so one step's logits wait at a time.
+so one step's logits wait at a time. Ahead, the tokens of the step before may be unread when a step comes: the table
+holds -1 - i for token i of that step, and the step takes it from there on the device. What came in between, a request
+that ended or was preempted, cost one row that nobody reads.
 """
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from pomarium.worker.attention.decode_graphs import rows_of
 from pomarium.worker.batch import Batch, build_batch
 from pomarium.worker.forward import Forward
 from pomarium.worker.requests import RequestState, RequestTable
 from pomarium.worker.sampling.rows import LogitsProcessor, SamplingRow
-from pomarium.worker.sampling.sampler import Sampler
+from pomarium.worker.sampling.sampler import Sampler, on_device
 from pomarium.worker.step import Grammar, Logprobs, Step, StepResult
 
 logger = logging.getLogger(__name__)
@@ -67,13 +73,47 @@ class _NoLinks:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A step whose logits have been computed and not yet sampled."""
+    """A step whose logits are computed, or on their way, and not yet sampled. began: of `time.perf_counter`."""
 
     scheduled: list[tuple[RequestState, int]]
     batch: Batch
     logits: mx.array
+    began: float
     seconds: float
     waited: float
+
+
+@dataclass(frozen=True)
+class UnreadStep:
+    """A step whose tokens are still on the device.
+
+    Attributes:
+        request_ids: of the step, in order. samplers: those that sampled, in order.
+        token_ids: int32 (R,), of the samplers. places: the list and index where each of them is to be entered.
+        ended: told once the tokens are known.
+    """
+
+    request_ids: tuple[str, ...]
+    samplers: tuple[str, ...]
+    token_ids: mx.array
+    places: tuple[tuple[list[int], int], ...]
+    ended: Callable[[], None]
+
+    def read(self) -> StepResult:
+        """Wait for the tokens. To be called once, by whoever tells the scheduler of them."""
+        tokens = dict(zip(self.samplers, _on_host(self.token_ids), strict=True))
+        self.ended()
+        return StepResult(self.request_ids, tuple((tokens[id],) if id in tokens else () for id in self.request_ids))
+
+    def enter(self) -> None:
+        """Put the tokens in the place of what stands for them. A list that a request has no more is nobody's."""
+        for (tokens, index), token in zip(self.places, _on_host(self.token_ids), strict=True):
+            tokens[index] = token
+
+
+def _on_host(token_ids: mx.array) -> list[int]:
+    found: list[int] = np.array(token_ids).tolist()
+    return found
 
 
 class ModelRunner:
@@ -83,6 +123,8 @@ class ModelRunner:
         on_step: called with each step's figures.
         processors, invariant_processors: the operator's own logits processors (see Sampler.sample).
         links: to the first stage, if `forward` is the last one of several.
+        ahead: sampled tokens stay on the device and enter the next step there, so that it is built and sent while the
+            last one is computed. A step with a request that the host must look at (sampler.on_device) is waited for.
     """
 
     def __init__(
@@ -93,6 +135,7 @@ class ModelRunner:
         processors: LogitsProcessor | None = None,
         invariant_processors: LogitsProcessor | None = None,
         links: Links | None = None,
+        ahead: bool = False,
     ) -> None:
         self.requests = RequestTable(sampler.vocab_size)
         self._forward = forward
@@ -101,24 +144,31 @@ class ModelRunner:
         self._processors = processors
         self._invariant_processors = invariant_processors
         self._links = links or _NoLinks()
+        self._ahead = ahead and processors is None and invariant_processors is None
         self._waiting: _Waiting | None = None
+        self._unread: deque[UnreadStep] = deque()
+        self._last_ended = 0.0
 
     def execute(self, step: Step) -> bool:
         """Take in what changed and compute the scheduled tokens; False if none were scheduled (do not sample then)."""
         began, waited = time.perf_counter(), self._links.waited_s
         self._forward.release(step.finished)
+        # The scheduler has the tokens of all steps but the last one: reading them again does not wait.
+        self._enter_all_but(1)
         scheduled = self.requests.apply(step)
         if not scheduled:
             return False
+        if self._unread and not all(_on_device(request) for request, _ in scheduled):
+            self._enter_all_but(0)
         batch = build_batch(scheduled)
-        logits = self._forward.run(batch)
+        logits = self._forward.run(batch, self._tokens(batch.token_ids))
         for request, count in scheduled:
             request.num_computed_tokens += count
         waited = self._links.waited_s - waited
-        self._waiting = _Waiting(scheduled, batch, logits, time.perf_counter() - began - waited, waited)
+        self._waiting = _Waiting(scheduled, batch, logits, began, time.perf_counter() - began - waited, waited)
         return True
 
-    def sample(self, grammar: Grammar | None = None) -> StepResult:
+    def sample(self, grammar: Grammar | None = None) -> StepResult | UnreadStep:
         """Sample the step that `execute` computed.
 
         Raises:
@@ -127,12 +177,62 @@ class ModelRunner:
         if self._waiting is None:
             raise RuntimeError("sample() without a step that was executed")
         waiting, self._waiting = self._waiting, None
+        if self._ahead and waiting.batch.samplers and all(_on_device(request) for request, _ in waiting.scheduled):
+            return self._queue(waiting, grammar)
+        return self._sample(waiting, grammar)
+
+    def _queue(self, waiting: _Waiting, grammar: Grammar | None) -> UnreadStep:
+        batch = waiting.batch
+        requests = [self.requests[request_id] for request_id in batch.samplers]
+        logits = rows_of(waiting.logits, batch.sample_index)
+        sampled = self._sampler.queue(logits, [_sampling_row(request) for request in requests], grammar)
+        mx.async_eval(sampled)  # type: ignore[no-untyped-call]
+        places = tuple((request.token_ids, len(request.token_ids)) for request in requests)
+        for index, request in enumerate(requests):
+            request.token_ids.append(-1 - index)
+        step = UnreadStep(
+            tuple(request.id for request, _ in waiting.scheduled),
+            batch.samplers,
+            sampled,
+            places,
+            partial(self._ended, waiting, len(requests)),
+        )
+        self._unread.append(step)
+        return step
+
+    def _ended(self, waiting: _Waiting, sampled: int) -> None:
+        """A queued step began when it was sent, or when the one before it ended."""
+        now = time.perf_counter()
+        seconds = now - max(waiting.began, self._last_ended)
+        self._last_ended = now
+        self._on_step(
+            StepStats(
+                len(waiting.scheduled), len(waiting.batch.token_ids), sampled, self.requests.cached_tokens, seconds
+            )
+        )
+
+    def _enter_all_but(self, newest: int) -> None:
+        while len(self._unread) > newest:
+            self._unread.popleft().enter()
+
+    def _tokens(self, token_ids: np.ndarray) -> mx.array:
+        """int32 (T,) on the device; -1 - i stands for token i of the step that is not read."""
+        unread = token_ids < 0
+        if not unread.any():
+            return mx.array(token_ids)
+        sampled = self._unread[-1].token_ids
+        index = np.maximum(-1 - token_ids, 0)
+        if unread.all() and np.array_equal(index, np.arange(sampled.size)):
+            return sampled
+        return mx.where(mx.array(unread), sampled[mx.array(index)], mx.array(token_ids))
+
+    def _sample(self, waiting: _Waiting, grammar: Grammar | None) -> StepResult:
         began = time.perf_counter()
         batch = waiting.batch
         prompt_logprobs = self._prompt_logprobs(waiting)
         requests = [self.requests[request_id] for request_id in batch.samplers]
         sampled = self._sampler.sample(
-            waiting.logits[mx.array(batch.sample_index)] if requests else waiting.logits,
+            rows_of(waiting.logits, batch.sample_index) if requests else waiting.logits,
             [_sampling_row(request) for request in requests],
             grammar,
             self._processors,
@@ -151,13 +251,14 @@ class ModelRunner:
             sampled.logprobs,
             prompt_logprobs,
         )
+        self._last_ended = time.perf_counter()
         self._on_step(
             StepStats(
                 len(waiting.scheduled),
                 len(batch.token_ids),
                 len(requests),
                 self.requests.cached_tokens,
-                waiting.seconds + time.perf_counter() - began - handing,
+                waiting.seconds + self._last_ended - began - handing,
                 waiting.waited,
                 handing,
             )
@@ -182,6 +283,10 @@ class ModelRunner:
                 # The engine appends what it gets: a request preempted later computes its prompt again, unreported.
                 request.sampling = replace(request.sampling, num_prompt_logprobs=None)
         return finished
+
+
+def _on_device(request: RequestState) -> bool:
+    return on_device(request.sampling) and request.sampling.num_prompt_logprobs is None
 
 
 def _sampling_row(request: RequestState) -> SamplingRow:

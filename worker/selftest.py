@@ -107,7 +107,7 @@ def generate(
     tokens: list[list[int]] = [[] for _ in prompts]
     for number in range(new_tokens):
         runner.execute(step)
-        for row, sampled in zip(tokens, runner.sample().token_ids, strict=True):
+        for row, sampled in zip(tokens, runner.sample().read().token_ids, strict=True):
             row += sampled
         cached = tuple(CachedRequest(request.id, len(request.token_ids) + number, None) for request in new)
         step = Step({request.id: 1 for request in new}, cached=cached)

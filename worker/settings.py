@@ -88,6 +88,7 @@ class Settings:
     modelscope_cache: Path | None = None
     gdn_lazy_kernels: bool = True
     mla_kernel: bool = False
+    decode_graphs: bool = True
     step_seconds: float = STEP_SECONDS
     max_request_chars: int | None = None
     wire: Wire = Wire.OFF
@@ -278,6 +279,16 @@ VARIABLES: tuple[Variable, ...] = (
         _boolean,
         "1: on a GPU decode rows of latent attention (rank 512 + 64, blocks of 16 or 32) go through their own kernel, "
         "also in mixed batches. 0: MLX operations, with the same output, as on the CPU.",
+    ),
+    Variable(
+        "POMARIUM_DECODE_GRAPHS",
+        "decode_graphs",
+        "1",
+        _BOOLEAN,
+        _boolean,
+        "1: on a GPU decode steps run as graphs that are built once, and each is sent before the last one's tokens are "
+        "read, for models all of whose attention kernels take. 0: every step is built anew and waited for, with the "
+        "same output, as on the CPU.",
     ),
     Variable(
         "POMARIUM_STEP_SECONDS",

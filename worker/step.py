@@ -101,3 +101,7 @@ class StepResult:
     token_ids: tuple[tuple[int, ...], ...]
     logprobs: Logprobs | None = None
     prompt_logprobs: Mapping[str, Logprobs] = field(default_factory=dict)
+
+    def read(self) -> "StepResult":
+        """Itself: see model_runner.UnreadStep."""
+        return self

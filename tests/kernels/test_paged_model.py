@@ -149,7 +149,7 @@ def test_a_table_that_does_not_hold_its_sequence_is_refused_when_the_step_is_pre
         rows = np.arange(3, dtype=np.int32)
         return Batch((Sequence("r", 6, 3, (blocks,)),), rows, rows + 6, rows, rows, ("r",), {})
 
-    assert group_rows(batch((5, 2)), group, 6).slots.tolist()[:3] == [46, 47, 16]
+    assert group_rows(batch((5, 2)), group, 6).slots.tolist() == [46, 47, 16]
     with pytest.raises(ValueError, match=r"context of 9 tokens is longer than its block table: 1 blocks of 8"):
         group_rows(batch((5,)), group, 6)
     with pytest.raises(ValueError, match=r"names block 6 at \[0, 1\], outside a pool of 6"):

@@ -122,7 +122,7 @@ def test_cached_prefix_changes_nothing(name: str) -> None:
     tables = ((*attention[:4], 300, 301), (0, 0, 0, states[3], 302, 303))
     new = NewRequest("second", (*shared, *tail), len(shared) + len(tail), len(shared), tables, GREEDY)
     driver.runner.execute(Step({"second": len(tail)}, new=(new,)))
-    hit = driver.runner.sample().token_ids[0]
+    hit = driver.runner.sample().read().token_ids[0]
     cold = HybridDriver(paged_hybrid(name), BLOCK_SIZE).run({"second": [*shared, *tail]}, 1)["second"]
     assert list(hit) == cold
 

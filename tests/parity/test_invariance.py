@@ -81,7 +81,7 @@ def test_cached_prefix_changes_nothing(name: str) -> None:
                    for group in range(len(driver.layout.groups)))  # fmt: skip
     new = NewRequest("second", (*shared, *tail), len(shared) + len(tail), len(shared), tables, GREEDY)
     driver.runner.execute(Step({"second": len(tail)}, new=(new,)))
-    hit = driver.runner.sample().token_ids[0]
+    hit = driver.runner.sample().read().token_ids[0]
     cold = Driver(paged(name), block_size).run({"second": [*shared, *tail]}, 1)["second"]
     assert list(hit) == cold
 

@@ -1,10 +1,11 @@
-"""Which attention backend a device and a model take."""
+"""Which attention backend a device and a model take, and whether their decode steps have graphs."""
 
 import mlx.core as mx
 
 from pomarium.kernels.gpu_family import this_gpu
 from pomarium.kernels.launch import CudaLauncher, Launcher, MetalLauncher
 from pomarium.worker.attention.base import AttentionBackend
+from pomarium.worker.attention.decode_graphs import DecodeGraphs, RowsModel
 from pomarium.worker.attention.gathered import GatheredAttention
 from pomarium.worker.attention.kernels import KernelAttention, paged_pool
 from pomarium.worker.attention.mla import LatentKernelAttention
@@ -34,3 +35,8 @@ def attention_backend(pool: PagedPool, device: Device, *, mla_kernel: bool) -> A
     if any(layer.latent for layer in pool.layout.layers):
         return LatentKernelAttention(pool, launcher, this_gpu()) if mla_kernel else GatheredAttention(pool)
     return KernelAttention(pool, launcher, this_gpu())
+
+
+def decode_graphs(model: RowsModel, backend: AttentionBackend) -> DecodeGraphs | None:
+    """Graphs of `model`'s decode steps, where kernels take all of its layers; else None."""
+    return DecodeGraphs(model, backend) if isinstance(backend, KernelAttention) and backend.whole else None

@@ -12,7 +12,8 @@ layers of a buffer have one shape, so no buffer is written both ways.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -62,12 +63,12 @@ class GroupRows:
     """The rows of a step as one cache group sees them; host data.
 
     Attributes:
-        spans: of the sequences, in row order. tables: int32 (blocks,) of each. slots: of every row, on the device.
+        spans: of the sequences, in row order. tables: int32 (blocks,) of each. slots: of every row, for `slot_indices`.
     """
 
     spans: tuple[Span, ...]
     tables: tuple[np.ndarray, ...]
-    slots: mx.array
+    slots: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ def group_rows(batch: Batch, group: CacheGroup, num_blocks: int) -> GroupRows:
     stacked = checked_tables(spans, tables, num_blocks, group.block_size, group.window)
     row_of = np.repeat(np.arange(len(spans)), [span.tokens for span in spans])
     block, offset = np.divmod(batch.positions, group.block_size)
-    slots = stacked[row_of, block] * group.block_size + offset
-    return GroupRows(spans, tables, slot_indices(slots, num_blocks * group.block_size))
+    return GroupRows(spans, tables, stacked[row_of, block] * group.block_size + offset)
 
 
 _Part = DecodePlan | PrefillPlan | ContiguousPlan
@@ -135,12 +135,17 @@ def plan_attention(
     return AttentionPlan(tuple(parts), None if in_order else mx.array(np.argsort(place).astype(np.int32)))
 
 
+PlanKey = tuple[int, AttentionShape, float | None]
+"""Cache group, shape and soft-cap: layers that agree in these attend by one plan."""
+
+
 @dataclass(frozen=True)
-class _Kernels:
+class Kernels:
     """What all steps share.
 
     Attributes:
         blocks: of each layer that kernels take. ordered: of each such layer's buffer, by the buffer's number.
+        asked: the plans that layers have asked for so far, the same in every step of a model.
     """
 
     pool: PagedPool
@@ -148,29 +153,84 @@ class _Kernels:
     gpu: Gpu
     blocks: dict[int, BlockShape]
     ordered: dict[int, Ordered]
+    asked: dict[PlanKey, None] = field(default_factory=dict)
+
+
+class StepPlans(Protocol):
+    """Where the rows of a step go, and who attends for them."""
+
+    def slots(self, group: int) -> mx.array:
+        """Of every row, for `reshape_and_cache`."""
+        ...
+
+    def attention(self, key: PlanKey) -> AttentionPlan:
+        """For the layers of `key`."""
+        ...
+
+    def by_operations(self) -> GatheredStep:
+        """For the layers that the kernels do not take."""
+        ...
+
+
+class BatchPlans:
+    """Plans of a step, each made when a layer first asks for it."""
+
+    def __init__(self, kernels: Kernels, batch: Batch) -> None:
+        """Raises ValueError as `group_rows` does."""
+        self._kernels = kernels
+        self._batch = batch
+        layout = kernels.pool.layout
+        self._rows = [group_rows(batch, group, layout.num_blocks) for group in layout.groups]
+        self._slots = [
+            slot_indices(rows.slots, layout.num_blocks * group.block_size)
+            for rows, group in zip(self._rows, layout.groups, strict=True)
+        ]
+        self._made: dict[PlanKey, AttentionPlan] = {}
+        self._gathered: GatheredStep | None = None
+
+    def slots(self, group: int) -> mx.array:
+        """See StepPlans.slots."""
+        return self._slots[group]
+
+    def attention(self, key: PlanKey) -> AttentionPlan:
+        """See StepPlans.attention."""
+        if key not in self._made:
+            group, shape, softcap = key
+            window = self._kernels.pool.layout.groups[group].window
+            self._made[key] = plan_attention(self._rows[group], shape, window, softcap, self._kernels.gpu)
+            self._kernels.asked[key] = None
+        return self._made[key]
+
+    def by_operations(self) -> GatheredStep:
+        """See StepPlans.by_operations."""
+        if self._gathered is None:
+            pool = self._kernels.pool
+            self._gathered = GatheredStep(pool, [plan_group(self._batch, group) for group in pool.layout.groups])
+        return self._gathered
 
 
 class KernelStep:
     """Attention of one step (see `base.StepAttention`)."""
 
-    def __init__(self, kernels: _Kernels, batch: Batch) -> None:
-        """Raises ValueError as `group_rows` does."""
+    def __init__(self, kernels: Kernels, plans: StepPlans, ordered: Mapping[int, Ordered], *, starts: bool) -> None:
+        """Args:
+        ordered: each buffer that kernels take, by its number. starts: evaluation begins while layers are still built.
+        """
         self._kernels = kernels
-        self._batch = batch
+        self._plans = plans
+        self._ordered = ordered
+        self._starts = starts
         self._layout = kernels.pool.layout
         self._group_index = self._layout.group_index
-        self._rows = [group_rows(batch, group, self._layout.num_blocks) for group in self._layout.groups]
-        self._plans: dict[tuple[int, AttentionShape, float | None], AttentionPlan] = {}
-        self._gathered: GatheredStep | None = None
 
     def attend(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array, scoring: Scoring) -> mx.array:
         """See `base.StepAttention.attend`."""
         blocks = self._kernels.blocks.get(layer)
         if blocks is None:
-            return self._by_operations().attend(layer, queries, keys, values, scoring)
-        dtype, slots = self._kernels.pool.dtype, self._rows[self._group_index[layer]].slots
+            return self._plans.by_operations().attend(layer, queries, keys, values, scoring)
+        dtype, slots = self._kernels.pool.dtype, self._plans.slots(self._group_index[layer])
         stored = keys.astype(dtype), values.astype(dtype)
-        reshape_and_cache(self._kernels.launcher, self._ordered(layer), blocks, *stored, slots)
+        reshape_and_cache(self._kernels.launcher, self._buffer(layer), blocks, *stored, slots)
         return self._attend_stored(layer, blocks, queries, *stored, scoring)
 
     def attend_shared(
@@ -179,7 +239,7 @@ class KernelStep:
         """See `base.StepAttention.attend_shared`."""
         blocks = self._kernels.blocks.get(layer)
         if blocks is None:
-            return self._by_operations().attend_shared(layer, queries, keys, values, scoring)
+            return self._plans.by_operations().attend_shared(layer, queries, keys, values, scoring)
         return self._attend_stored(layer, blocks, queries, keys, values, scoring)
 
     def _attend_stored(
@@ -188,7 +248,8 @@ class KernelStep:
         """Attend over the pool, which holds the step's K and V already; `keys` and `values` are the same once more."""
         launcher, dtype = self._kernels.launcher, self._kernels.pool.dtype
         rows = queries.astype(dtype), keys.astype(dtype), values.astype(dtype)
-        plan = self._plan(self._group_index[layer], attention_shape(blocks, queries.shape[1]), scoring.softcap)
+        shape = attention_shape(blocks, queries.shape[1])
+        plan = self._plans.attention((self._group_index[layer], shape, scoring.softcap))
 
         def read(arrays: tuple[mx.array, ...], token: mx.array) -> tuple[mx.array, mx.array]:
             outputs = []
@@ -203,34 +264,27 @@ class KernelStep:
             joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
             return joined if plan.order is None else joined[plan.order], token
 
-        out = self._ordered(layer).access(read).astype(queries.dtype)
-        if starts_behind(layer, self._kernels.gpu):
+        out = self._buffer(layer).access(read).astype(queries.dtype)
+        if self._starts and starts_behind(layer, self._kernels.gpu):
             mx.async_eval(out)  # type: ignore[no-untyped-call]
         return out
 
-    def _ordered(self, layer: int) -> Ordered:
-        return self._kernels.ordered[self._layout.buffer_of_layer[layer]]
+    def _buffer(self, layer: int) -> Ordered:
+        return self._ordered[self._layout.buffer_of_layer[layer]]
 
     def attend_latents(self, layer: int, queries: mx.array, latents: mx.array, rank: int, scoring: Scoring) -> mx.array:
         """See `base.StepAttention.attend_latents`."""
-        return self._by_operations().attend_latents(layer, queries, latents, rank, scoring)
-
-    def _plan(self, group: int, shape: AttentionShape, softcap: float | None) -> AttentionPlan:
-        key = (group, shape, softcap)
-        if key not in self._plans:
-            window = self._layout.groups[group].window
-            self._plans[key] = plan_attention(self._rows[group], shape, window, softcap, self._kernels.gpu)
-        return self._plans[key]
-
-    def _by_operations(self) -> GatheredStep:
-        if self._gathered is None:
-            plans = [plan_group(self._batch, group) for group in self._layout.groups]
-            self._gathered = GatheredStep(self._kernels.pool, plans)
-        return self._gathered
+        return self._plans.by_operations().attend_latents(layer, queries, latents, rank, scoring)
 
 
 class KernelAttention:
-    """Backend over a PagedPool (see `base.AttentionBackend`)."""
+    """Backend over a PagedPool (see `base.AttentionBackend`).
+
+    Attributes:
+        kernels: what all steps share.
+        whole: kernels take every layer, so that all accesses of the pool stand in one order and a step may be queued
+            behind one that has not ended.
+    """
 
     def __init__(self, pool: PagedPool, launcher: Launcher, gpu: Gpu) -> None:
         """Take over the buffers of `pool` that the kernels take; nobody else may read or write them."""
@@ -240,18 +294,19 @@ class KernelAttention:
         layer_of_buffer = {layout.buffer_of_layer[layer]: layer for layer in taken}
         ordered = {buffer: Ordered(*pool.keys_and_values(layer)) for buffer, layer in layer_of_buffer.items()}
         blocks = {layer: block_shape(layout, pool.dtype, layer) for layer in taken}
-        self._kernels = _Kernels(pool, launcher, gpu, blocks, ordered)
+        self.kernels = Kernels(pool, launcher, gpu, blocks, ordered)
+        self.whole = len(taken) == len(layout.layers)
         _log_unsupported(reasons)
 
     @property
     def arrays(self) -> list[mx.array]:
         """See `base.AttentionBackend.arrays`."""
-        tokens = [array for ordered in self._kernels.ordered.values() for array in ordered.arrays]
-        return [*self._kernels.pool.arrays, *tokens]
+        tokens = [array for ordered in self.kernels.ordered.values() for array in ordered.arrays]
+        return [*self.kernels.pool.arrays, *tokens]
 
     def prepare(self, batch: Batch) -> KernelStep:
         """See `base.AttentionBackend.prepare`. Raises ValueError if a block table does not hold its sequence."""
-        return KernelStep(self._kernels, batch)
+        return KernelStep(self.kernels, BatchPlans(self.kernels, batch), self.kernels.ordered, starts=True)
 
 
 def block_shape(layout: CacheLayout, dtype: mx.Dtype, layer: int) -> BlockShape:

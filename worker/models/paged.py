@@ -74,11 +74,17 @@ class PagedModel:
         """The entries of `layers`, in their order."""
         return _own(self.entries)
 
-    def __call__(self, token_ids: np.ndarray, positions: np.ndarray, step: StepAttention, rows: np.ndarray) -> mx.array:
+    def __call__(
+        self,
+        inputs: np.ndarray | mx.array,
+        positions: np.ndarray | mx.array,
+        step: StepAttention,
+        rows: np.ndarray | mx.array,
+    ) -> mx.array:
         """Logits (N, vocab_size) of the rows int32 (N,) of T rows int32 (T,) each of token ids and positions."""
         offset = mx.array(positions)
         caches = _row_caches(self.entries, self.state_entries, offset, step)
-        logits = self.head.run(self.module, mx.array(token_ids)[:, None], caches, mx.array(rows))
+        logits = self.head.run(self.module, mx.array(inputs)[:, None], caches, mx.array(rows))
         return logits[:, 0]
 
 
@@ -119,7 +125,11 @@ class StageModel:
         return _own(self.entries)
 
     def __call__(
-        self, inputs: np.ndarray | mx.array, positions: np.ndarray, step: StepAttention, rows: np.ndarray
+        self,
+        inputs: np.ndarray | mx.array,
+        positions: np.ndarray | mx.array,
+        step: StepAttention,
+        rows: np.ndarray | mx.array,
     ) -> mx.array:
         """Run T rows through the stage's layers.
 

@@ -10,17 +10,19 @@ import mlx.core as mx
 import numpy as np
 
 from pomarium.worker.attention.base import AttentionBackend
+from pomarium.worker.attention.decode_graphs import DecodeGraphs, rows_of
 from pomarium.worker.batch import Batch
 from pomarium.worker.models.paged import StageModel
 from pomarium.worker.pipeline.links import StageLinks
 
 
 class StageForward:
-    """All rows of a step through one stage's layers."""
+    """All rows of a step through one stage's layers. graphs: of decode steps; None: each step's graph is built."""
 
-    def __init__(self, model: StageModel, backend: AttentionBackend) -> None:
+    def __init__(self, model: StageModel, backend: AttentionBackend, graphs: DecodeGraphs | None = None) -> None:
         self._model = model
         self._backend = backend
+        self._graphs = graphs
 
     def run(self, batch: Batch, inputs: np.ndarray | mx.array) -> mx.array:
         """Evaluated hidden states (T, hidden_size) of all rows, or on the last stage logits (N, vocab_size) of the N
@@ -31,7 +33,11 @@ class StageForward:
         """
         last = self._model.cut.has_head
         rows = batch.logit_rows if len(batch.logit_rows) else np.zeros(1, np.int32)  # see PagedForward
-        output = self._model(inputs, batch.positions, self._backend.prepare(batch), rows)
+        every_row = None if self._graphs is None else self._graphs.run(batch, mx.array(inputs))
+        if every_row is None:
+            output = self._model(inputs, batch.positions, self._backend.prepare(batch), rows)
+        else:
+            output = rows_of(every_row, rows) if last else every_row
         mx.eval(output, self._backend.arrays)  # before the next step's writes are queued: see kv_cache.pool
         return output[: len(batch.logit_rows)] if last else output
 
@@ -43,8 +49,8 @@ class LastStageForward:
         self._stage = stage
         self._links = links
 
-    def run(self, batch: Batch) -> mx.array:
-        """See Forward.run. Raises HandoffError."""
+    def run(self, batch: Batch, token_ids: mx.array) -> mx.array:
+        """See Forward.run; the tokens are the first stage's. Raises HandoffError."""
         self._links.begin_step()
         return self._stage.run(batch, self._links.receive_hidden())
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from pomarium.worker.attention.base import AttentionBackend
+from pomarium.worker.attention.decode_graphs import DecodeGraphs
 from pomarium.worker.handoff.tensors import Expected
 from pomarium.worker.model_runner import ModelRunner, StepStats
 from pomarium.worker.models.paged import StageModel
@@ -47,13 +48,14 @@ class Stage:
     def runner(
         self,
         backend: AttentionBackend,
+        graphs: DecodeGraphs | None,
         sampler: Sampler,
         on_step: Callable[[StepStats], None],
         processors: LogitsProcessor | None,
         invariant_processors: LogitsProcessor | None,
     ) -> ModelRunner | RelayRunner:
         """What runs the stage's steps over the pool of `backend`; the last stage's samples."""
-        forward = StageForward(self.model, backend)
+        forward = StageForward(self.model, backend, graphs)
         if self.place.is_last:
             last = LastStageForward(forward, self.links)
             return ModelRunner(last, sampler, on_step, processors, invariant_processors, self.links)

@@ -68,6 +68,31 @@ def draw_tokens(logits: mx.array, params: Sequence[SamplingParams], bits: np.nda
     return [int(token) for token in token_ids]
 
 
+def draw_on_device(logits: mx.array, params: Sequence[SamplingParams], bits: np.ndarray) -> mx.array:
+    """The same, int32 (R,) and lazily: nothing is looked at on the host.
+
+    Where a shortlist may be too short the whole row is sorted beside it, in float32 instead of `draw_tokens`' float64.
+    With a top_k none is, but for ties with the k-th token that outnumber the list: of those the listed ones count.
+    """
+    vocab_size = logits.shape[-1]
+    members: dict[Route, list[int]] = {}
+    for i, row in enumerate(params):
+        members.setdefault(route(row, vocab_size), []).append(i)
+    rows: list[int] = []
+    drawn: list[mx.array] = []
+    for way, indices in members.items():
+        for draw in _draw(logits, params, bits, way, indices):
+            tokens, own = draw.token_ids, [params[i] for i in draw.rows]
+            if draw.complete is not None and not all(0 < p.top_k < vocab_size for p in own):
+                every = Route(shortlist=vocab_size)
+                whole = _draw_shortlist(_select(logits, draw.rows), own, bits[draw.rows], every, draw.rows)
+                tokens = mx.where(draw.complete, tokens, whole.token_ids)
+            rows += draw.rows
+            drawn.append(tokens.astype(mx.int32))
+    joined = drawn[0] if len(drawn) == 1 else mx.concatenate(drawn)
+    return joined if rows == list(range(len(rows))) else joined[mx.array(np.argsort(rows).astype(np.int32))]
+
+
 def _draw(
     logits: mx.array, params: Sequence[SamplingParams], bits: np.ndarray, way: Route, indices: list[int]
 ) -> list[Draws]:

@@ -22,8 +22,8 @@ from pomarium.worker.sampling.edits import add_bias, allow_only, bar_bad_words, 
 from pomarium.worker.sampling.full_row import keep
 from pomarium.worker.sampling.grammar import apply_grammar
 from pomarium.worker.sampling.logprobs import LogprobsMode, sampled_logprobs, top_logprobs, wants_logprobs
-from pomarium.worker.sampling.penalties import apply_penalties
-from pomarium.worker.sampling.routes import draw_and_mask, draw_tokens
+from pomarium.worker.sampling.penalties import apply_penalties, penalised
+from pomarium.worker.sampling.routes import draw_and_mask, draw_on_device, draw_tokens
 from pomarium.worker.sampling.rows import LogitsProcessor, SamplingRow
 from pomarium.worker.sampling.uniforms import random_bits, request_seed
 from pomarium.worker.sampling_params import SamplingParams
@@ -36,6 +36,12 @@ class Sampled:
 
     token_ids: list[int]
     logprobs: Logprobs | None
+
+
+def on_device(params: SamplingParams) -> bool:
+    """Whether a request is sampled without the host: it depends on how many tokens it has, not on which, and reports
+    nothing but the token."""
+    return not (penalised(params) or params.bad_words or wants_logprobs(params))
 
 
 class Sampler:
@@ -68,15 +74,7 @@ class Sampler:
         """
         if not rows:
             return Sampled([], None)
-        raw = apply_grammar(logits[:, : self.vocab_size].astype(mx.float32), rows, grammar)
-        structured = grammar.bitmask.keys() if grammar else ()
-        edited = allow_only(raw, rows)
-        edited = bar_bad_words(edited, rows)
-        edited = hold_back_stops(edited, rows, structured)
-        edited = add_bias(edited, rows)
-        if processors:
-            edited = _on_host(edited, rows, processors)
-        edited = apply_penalties(edited, rows)
+        raw, edited = self._edit(logits, rows, grammar, processors)
         params = [row.params for row in rows]
         if invariant_processors and not all(p.greedy for p in params):
             edited, params = _after_temperature(edited, rows, invariant_processors)
@@ -96,6 +94,29 @@ class Sampler:
             reported = mx.array(raw)
             reported[mx.array(asked)] = mx.array(np.stack(masked))
         return Sampled(token_ids, sampled_logprobs(reported, params, token_ids, self.logprobs_mode))
+
+    def queue(self, logits: mx.array, rows: Sequence[SamplingRow], grammar: Grammar | None = None) -> mx.array:
+        """The tokens int32 (R,) of R > 0 rows that `on_device` admits, lazily. Arguments as `sample`."""
+        _, edited = self._edit(logits, rows, grammar, None)
+        return draw_on_device(edited, [row.params for row in rows], self._random_bits(rows))
+
+    def _edit(
+        self,
+        logits: mx.array,
+        rows: Sequence[SamplingRow],
+        grammar: Grammar | None,
+        processors: LogitsProcessor | None,
+    ) -> tuple[mx.array, mx.array]:
+        """float32 (R, V) behind the grammar, and behind the penalties."""
+        raw = apply_grammar(logits[:, : self.vocab_size].astype(mx.float32), rows, grammar)
+        structured = grammar.bitmask.keys() if grammar else ()
+        edited = allow_only(raw, rows)
+        edited = bar_bad_words(edited, rows)
+        edited = hold_back_stops(edited, rows, structured)
+        edited = add_bias(edited, rows)
+        if processors:
+            edited = _on_host(edited, rows, processors)
+        return raw, apply_penalties(edited, rows)
 
     def prompt_logprobs(self, logits: mx.array, next_token_ids: Sequence[int], k: int) -> Logprobs:
         """Log-probabilities of a prompt's tokens: logits (N, V) at positions whose next tokens are given; k as

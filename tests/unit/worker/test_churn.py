@@ -59,7 +59,7 @@ class Churn:
             self.happened["prompt" if request.computed < request.prompt else "decode"] += 1
         finished, self.finished = self.finished, frozenset()
         if self.driver.runner.execute(Step(scheduled, tuple(new), tuple(cached), finished)):
-            result = self.driver.runner.sample()
+            result = self.driver.runner.sample().read()
             sampled = dict(zip(result.request_ids, result.token_ids, strict=True))
             for request in self.live:
                 request.computed += scheduled[request.id]
