@@ -47,20 +47,18 @@ lint-style: install-dev
 
 lint-types: install-dev
 	@echo "[lint] types"
-	@deploy/lint_types.sh
+	@$(BIN)/mypy
 
 lint-layers: install-dev
 	@echo "[lint] layers"
-	@deploy/lint_layers.sh
+	@$(BIN)/lint-imports --no-cache --no-logo
 
 format: install-dev ## rewrite our Python files in the project's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 proto: install-dev ## generate the gRPC stubs from proto/*.proto
-	@mkdir -p build/typing/pomarium && ln -sfn ../../../proto build/typing/pomarium/proto
-	@$(BIN)/python -m grpc_tools.protoc -Ibuild/typing --python_out=build/typing --pyi_out=build/typing \
-		--grpc_python_out=build/typing build/typing/pomarium/proto/*.proto
+	@$(BIN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src --grpc_python_out=src src/pomarium/proto/*.proto
 
 engine-options: install-dev ## list the installed vLLM's options in cluster/replica/engine_options.json
 	@$(BIN)/python -m pomarium.cluster.replica.engine_args
@@ -84,5 +82,5 @@ check-macos-wheels: install-dev ## ask the index whether each pin has a macOS wh
 	@deploy/check_macos_wheels.sh $(PYTHONS)
 
 clean: ## remove .venv, caches and build output
-	rm -rf .venv build dist pomarium.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist src/pomarium.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find cluster worker kernels proto tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

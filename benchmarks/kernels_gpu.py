@@ -50,9 +50,7 @@ def prepare_imports() -> None:
     Where the package is installed, or transformers is, nothing changes.
     """
     if importlib.util.find_spec("pomarium") is None:
-        package = ModuleType("pomarium")
-        package.__path__ = [str(ROOT)]
-        sys.modules["pomarium"] = package
+        sys.path.insert(0, str(ROOT / "src"))
     lm = importlib.util.find_spec("mlx_lm")
     if lm is not None and importlib.util.find_spec("transformers") is None:
         models_only = ModuleType("mlx_lm")

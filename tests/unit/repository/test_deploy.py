@@ -146,6 +146,7 @@ def mac(tmp_path: Path) -> Mac:
     for layer in ("cluster", "worker", "kernels", "proto", "requirements", "docs"):
         (mac.checkout / layer).mkdir(parents=True)
         (mac.checkout / layer / "one.py").write_text("ONE = 1\n")
+    shutil.copytree(ROOT / "src", mac.checkout / "src", symlinks=True)
     for file in ("Makefile", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, mac.checkout / file)
     shutil.copytree(DEPLOY, mac.checkout / "deploy")
@@ -291,6 +292,7 @@ def test_a_copy_elsewhere_is_what_runs_and_follows_its_source(mac: Mac) -> None:
     (mac.checkout / "cluster/one.py").rename(mac.checkout / "cluster/two.py")
     done(mac.install("--head", "rack.yaml", "--prefix", "there"))
     assert [path.name for path in (there / "cluster").iterdir()] == ["two.py"]
+    assert (there / "src/pomarium/cluster/two.py").resolve() == there / "cluster/two.py"
     assert "system/org.pomarium.head" in mac.loaded()
     calls = mac.calls()
     assert any("bootout" in line for line in calls), "it ran on while its code changed"
