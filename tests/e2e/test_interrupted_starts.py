@@ -35,8 +35,8 @@ def starting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server
     ("line", "signal_number"),
     [
         ("log ", signal.SIGTERM),
-        ("ray folder", signal.SIGTERM),
-        ("ray node", signal.SIGTERM),
+        pytest.param("ray folder", signal.SIGTERM, marks=pytest.mark.full),
+        pytest.param("ray node", signal.SIGTERM, marks=pytest.mark.full),
         ("ray ", signal.SIGINT),
         ("model ", signal.SIGTERM),
     ],

@@ -47,7 +47,7 @@ def test_nothing_compiled_of_vllm_is_there(checkout: Checkout) -> None:
     assert not list((checkout.site_packages / "vllm").rglob("*.so"))
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.full), 2])
 def server(checkout: Checkout, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """With the model in one process, and cut into two stages."""
     folder = checkout.home / f"state-{request.param}"

@@ -9,7 +9,7 @@ import pytest
 from serve_process import READY_S, STOP_S, Server
 from tiny_models import build, write_checkpoint
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.full, pytest.mark.timeout(900)]
 
 SHAPE = {"head_dim": 32, "hidden_size": 128, "max_position_embeddings": 1024}
 """vLLM's CPU attention has no heads of 8."""
@@ -42,7 +42,6 @@ def test_it_serves_the_tokens_that_mlx_lm_gives(model: str, server: Server) -> N
     assert answer["choices"][0]["token_ids"] == tokens[len(PROMPT) :]
 
 
-@pytest.mark.full
 def test_the_reason_of_its_worker_process_is_shown(model: str, server: Server) -> None:
     process = server.start([model, "--port", "18736", "--enforce-eager", "--gpu-memory-utilization", "1.0"])
     assert process.wait(READY_S + STOP_S) == 1

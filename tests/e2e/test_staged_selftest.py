@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.full, pytest.mark.timeout(400)]
 
 
 def test_two_stages_compute_what_mlx_lm_does(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pomarium.cluster.rack import current
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-LINES, BAD = 120, 6
+LINES, BAD = 60, 3
 OPTIONS = ["--stages", "2", "--max-model-len", "256"]
 
 

@@ -177,6 +177,7 @@ def test_two_macs_in_at_most_six_commands(macs: list[Mac]) -> None:
     serve(one, run, "llama", [(one, status), (two, status)], macs=2)
 
 
+@pytest.mark.full
 def test_three_macs_in_at_most_ten_commands(macs: list[Mac]) -> None:
     """On the rack of the test before, which the third Mac joins, and the first two have joined already."""
     install, up, join, run, status, _ = block(README, ".venv/bin/pomarium rack join")
