@@ -278,7 +278,7 @@ class MetalWorker(WorkerBase):
         return int(mx.get_active_memory())
 
     def subscribe(self, listener: Callable[[StepStats], None]) -> None:
-        """Have every step's figures handed to `listener`, on the thread that runs the steps."""
+        """Have every step's figures handed to `listener`, on the thread that runs the steps or reads their tokens."""
         self._listeners.append(listener)
 
     def _publish(self, stats: StepStats) -> None:

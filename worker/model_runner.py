@@ -90,18 +90,20 @@ class UnreadStep:
     Attributes:
         request_ids: of the step, in order. samplers: those that sampled, in order.
         token_ids: int32 (R,), of the samplers. places: the list and index where each of them is to be entered.
+        copy: the same tokens for whoever reads them, on another thread perhaps: MLX's arrays are not for two at once.
         ended: told once the tokens are known.
     """
 
     request_ids: tuple[str, ...]
     samplers: tuple[str, ...]
     token_ids: mx.array
+    copy: mx.array
     places: tuple[tuple[list[int], int], ...]
     ended: Callable[[], None]
 
     def read(self) -> StepResult:
-        """Wait for the tokens. To be called once, by whoever tells the scheduler of them."""
-        tokens = dict(zip(self.samplers, _on_host(self.token_ids), strict=True))
+        """Wait for the tokens. To be called once, on any thread, by whoever tells the scheduler of them."""
+        tokens = dict(zip(self.samplers, _on_host(self.copy), strict=True))
         self.ended()
         return StepResult(self.request_ids, tuple((tokens[id],) if id in tokens else () for id in self.request_ids))
 
@@ -186,7 +188,8 @@ class ModelRunner:
         requests = [self.requests[request_id] for request_id in batch.samplers]
         logits = rows_of(waiting.logits, batch.sample_index)
         sampled = self._sampler.queue(logits, [_sampling_row(request) for request in requests], grammar)
-        mx.async_eval(sampled)  # type: ignore[no-untyped-call]
+        copy = sampled + 0
+        mx.async_eval(sampled, copy)  # type: ignore[no-untyped-call]
         places = tuple((request.token_ids, len(request.token_ids)) for request in requests)
         for index, request in enumerate(requests):
             request.token_ids.append(-1 - index)
@@ -194,22 +197,19 @@ class ModelRunner:
             tuple(request.id for request, _ in waiting.scheduled),
             batch.samplers,
             sampled,
+            copy,
             places,
-            partial(self._ended, waiting, len(requests)),
+            partial(self._ended, waiting, len(requests), self.requests.cached_tokens),
         )
         self._unread.append(step)
         return step
 
-    def _ended(self, waiting: _Waiting, sampled: int) -> None:
-        """A queued step began when it was sent, or when the one before it ended."""
+    def _ended(self, waiting: _Waiting, sampled: int, cached_tokens: int) -> None:
+        """A queued step began when it was sent, or when the one before it ended. On the thread that reads."""
         now = time.perf_counter()
         seconds = now - max(waiting.began, self._last_ended)
         self._last_ended = now
-        self._on_step(
-            StepStats(
-                len(waiting.scheduled), len(waiting.batch.token_ids), sampled, self.requests.cached_tokens, seconds
-            )
-        )
+        self._on_step(StepStats(len(waiting.scheduled), len(waiting.batch.token_ids), sampled, cached_tokens, seconds))
 
     def _enter_all_but(self, newest: int) -> None:
         while len(self._unread) > newest:

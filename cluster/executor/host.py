@@ -1,13 +1,18 @@
 """Executes an engine's calls on vLLM's worker, in order, on one thread.
 
     Call --decode--> method of WorkerWrapperBase (vLLM: hosts `parallel_config.worker_cls`) --> Report
+                                  `-- an output to be read later --Late, on its own thread--> Report
 
-All MLX work of the process happens on this thread, for MLX's streams belong to threads.
+All MLX work of the process happens on the first thread, for MLX's streams belong to threads; the other one waits for
+what is on its way. So the next step is built and sent while the last one is computed. Reports leave in the order of
+their calls.
 """
 
 import multiprocessing
 import queue
+import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from vllm.v1.outputs import AsyncModelRunnerOutput
@@ -30,11 +35,43 @@ NO_CALL = (1 << 64) - 1
 """Number of a call that was never made."""
 
 
+class Late:
+    """Reports that wait for a device, and those behind them, on a thread of their own."""
+
+    def __init__(self, report: Callable[[pb.Report], None]) -> None:
+        self._report = report
+        self._waiting: queue.SimpleQueue[Callable[[], pb.Report]] = queue.SimpleQueue()
+        self._count = 0
+        self._counting = threading.Lock()
+        threading.Thread(target=self._run, name="late-reports", daemon=True).start()
+
+    def report(self, report: pb.Report) -> None:
+        """Now, if nothing waits; else behind what does."""
+        with self._counting:
+            alone = self._count == 0
+        if alone:
+            self._report(report)
+        else:
+            self.await_(lambda: report)
+
+    def await_(self, make: Callable[[], pb.Report]) -> None:
+        """Report what `make` gives, which may block."""
+        with self._counting:
+            self._count += 1
+        self._waiting.put(make)
+
+    def _run(self) -> None:
+        while True:
+            self._report(self._waiting.get()())
+            with self._counting:
+                self._count -= 1
+
+
 class WorkerHost:
     """vLLM's worker of one rank."""
 
     def __init__(self, rank: int) -> None:
-        self._wrapper = WorkerWrapperBase(rpc_rank=0, global_rank=rank)
+        self._wrapper: Any = WorkerWrapperBase(rpc_rank=0, global_rank=rank)
         self._metrics: StepMetrics | None = None
         self._report: Callable[[pb.Report], None] = lambda report: None
 
@@ -46,23 +83,24 @@ class WorkerHost:
     def run(self, calls: "queue.SimpleQueue[pb.Call | None]", report: Callable[[pb.Report], None]) -> None:
         """Execute calls until one is None; an actor's process ends before, when the engine's stream does."""
         self._report = report
+        late = Late(report)
         while (call := calls.get()) is not None:
             answer = self.execute(call)
-            if answer is not None:
-                report(answer)
+            if isinstance(answer, pb.Report):
+                late.report(answer)
+            elif answer is not None:
+                late.await_(answer)
 
-    def execute(self, call: pb.Call) -> pb.Report | None:
-        """Report of one call, None if it went well and nobody wants its result."""
+    def execute(self, call: pb.Call) -> pb.Report | Callable[[], pb.Report] | None:
+        """Report of one call, or what waits for it; None if it went well and nobody wants its result."""
         try:
             method, args, kwargs = decode(call.payload)
             result = self._invoke(method, args, kwargs)
-            if isinstance(result, AsyncModelRunnerOutput):
-                result = result.get_output()
-            if not call.wants_result:
-                return None
-            return pb.Report(result=pb.Result(seq=call.seq, payload=encode(result)))
         except BaseException as error:  # noqa: BLE001 - reported to the engine, which decides
-            return pb.Report(failure=describe(call.seq, call.method, error))
+            return _failed(call, error)
+        if isinstance(result, AsyncModelRunnerOutput):
+            return partial(_result, call, result.get_output)
+        return _result(call, lambda: result) if call.wants_result else None
 
     def _invoke(self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if method == INIT_WORKER:
@@ -84,3 +122,14 @@ class WorkerHost:
 
     def _on_link_failure(self, error: Exception) -> None:
         self._report(pb.Report(failure=describe(NO_CALL, "handoff", error)))
+
+
+def _result(call: pb.Call, get: Callable[[], object]) -> pb.Report:
+    try:
+        return pb.Report(result=pb.Result(seq=call.seq, payload=encode(get())))
+    except BaseException as error:  # noqa: BLE001 - reported to the engine, which decides
+        return _failed(call, error)
+
+
+def _failed(call: pb.Call, error: BaseException) -> pb.Report:
+    return pb.Report(failure=describe(call.seq, call.method, error))
