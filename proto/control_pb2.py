@@ -24,23 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpomarium/proto/control.proto\x12\x13pomarium.control.v1\"J\n\x04\x43\x61ll\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x14\n\x0cwants_result\x18\x03 \x01(\x08\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"\x9d\x01\n\x06Report\x12+\n\x05ready\x18\x01 \x01(\x0b\x32\x1a.pomarium.control.v1.ReadyH\x00\x12-\n\x06result\x18\x02 \x01(\x0b\x32\x1b.pomarium.control.v1.ResultH\x00\x12/\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x1c.pomarium.control.v1.FailureH\x00\x42\x06\n\x04kind\"F\n\x05Ready\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x18\n\x10pomarium_version\x18\x02 \x01(\t\x12\x16\n\x0epython_version\x18\x03 \x01(\t\"&\n\x06Result\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"Y\n\x07\x46\x61ilure\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x11\n\ttraceback\x18\x05 \x01(\t2O\n\x06Worker\x12\x45\n\x07\x43ontrol\x12\x19.pomarium.control.v1.Call\x1a\x1b.pomarium.control.v1.Report(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpomarium/proto/control.proto\x12\x13pomarium.control.v1\"\x08\n\x06\x45ngine\"J\n\x04\x43\x61ll\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x14\n\x0cwants_result\x18\x03 \x01(\x08\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"p\n\x06Report\x12-\n\x06result\x18\x01 \x01(\x0b\x32\x1b.pomarium.control.v1.ResultH\x00\x12/\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x1c.pomarium.control.v1.FailureH\x00\x42\x06\n\x04kind\"a\n\x05Ready\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x18\n\x10pomarium_version\x18\x02 \x01(\t\x12\x16\n\x0epython_version\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\r\x12\x0b\n\x03key\x18\x05 \x01(\x0c\"&\n\x06Result\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"Y\n\x07\x46\x61ilure\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x11\n\ttraceback\x18\x05 \x01(\t2M\n\x06Worker\x12\x43\n\x06\x41ttend\x12\x1b.pomarium.control.v1.Engine\x1a\x1a.pomarium.control.v1.Ready0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pomarium.proto.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CALL']._serialized_start=53
-  _globals['_CALL']._serialized_end=127
-  _globals['_REPORT']._serialized_start=130
-  _globals['_REPORT']._serialized_end=287
-  _globals['_READY']._serialized_start=289
-  _globals['_READY']._serialized_end=359
-  _globals['_RESULT']._serialized_start=361
-  _globals['_RESULT']._serialized_end=399
-  _globals['_FAILURE']._serialized_start=401
-  _globals['_FAILURE']._serialized_end=490
-  _globals['_WORKER']._serialized_start=492
-  _globals['_WORKER']._serialized_end=571
+  _globals['_ENGINE']._serialized_start=53
+  _globals['_ENGINE']._serialized_end=61
+  _globals['_CALL']._serialized_start=63
+  _globals['_CALL']._serialized_end=137
+  _globals['_REPORT']._serialized_start=139
+  _globals['_REPORT']._serialized_end=251
+  _globals['_READY']._serialized_start=253
+  _globals['_READY']._serialized_end=350
+  _globals['_RESULT']._serialized_start=352
+  _globals['_RESULT']._serialized_end=390
+  _globals['_FAILURE']._serialized_start=392
+  _globals['_FAILURE']._serialized_end=481
+  _globals['_WORKER']._serialized_start=483
+  _globals['_WORKER']._serialized_end=560
 # @@protoc_insertion_point(module_scope)

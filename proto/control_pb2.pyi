@@ -5,6 +5,10 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Engine(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Call(_message.Message):
     __slots__ = ("seq", "method", "wants_result", "payload")
     SEQ_FIELD_NUMBER: _ClassVar[int]
@@ -18,24 +22,26 @@ class Call(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., method: _Optional[str] = ..., wants_result: _Optional[bool] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("ready", "result", "failure")
-    READY_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("result", "failure")
     RESULT_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
-    ready: Ready
     result: Result
     failure: Failure
-    def __init__(self, ready: _Optional[_Union[Ready, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    def __init__(self, result: _Optional[_Union[Result, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("pid", "pomarium_version", "python_version")
+    __slots__ = ("pid", "pomarium_version", "python_version", "port", "key")
     PID_FIELD_NUMBER: _ClassVar[int]
     POMARIUM_VERSION_FIELD_NUMBER: _ClassVar[int]
     PYTHON_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
     pid: int
     pomarium_version: str
     python_version: str
-    def __init__(self, pid: _Optional[int] = ..., pomarium_version: _Optional[str] = ..., python_version: _Optional[str] = ...) -> None: ...
+    port: int
+    key: bytes
+    def __init__(self, pid: _Optional[int] = ..., pomarium_version: _Optional[str] = ..., python_version: _Optional[str] = ..., port: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
 
 class Result(_message.Message):
     __slots__ = ("seq", "payload")

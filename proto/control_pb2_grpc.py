@@ -34,17 +34,17 @@ class WorkerStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Control = channel.stream_stream(
-                '/pomarium.control.v1.Worker/Control',
-                request_serializer=pomarium_dot_proto_dot_control__pb2.Call.SerializeToString,
-                response_deserializer=pomarium_dot_proto_dot_control__pb2.Report.FromString,
+        self.Attend = channel.unary_stream(
+                '/pomarium.control.v1.Worker/Attend',
+                request_serializer=pomarium_dot_proto_dot_control__pb2.Engine.SerializeToString,
+                response_deserializer=pomarium_dot_proto_dot_control__pb2.Ready.FromString,
                 _registered_method=True)
 
 
 class WorkerServicer:
     """Missing associated documentation comment in .proto file."""
 
-    def Control(self, request_iterator, context):
+    def Attend(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -53,10 +53,10 @@ class WorkerServicer:
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Control': grpc.stream_stream_rpc_method_handler(
-                    servicer.Control,
-                    request_deserializer=pomarium_dot_proto_dot_control__pb2.Call.FromString,
-                    response_serializer=pomarium_dot_proto_dot_control__pb2.Report.SerializeToString,
+            'Attend': grpc.unary_stream_rpc_method_handler(
+                    servicer.Attend,
+                    request_deserializer=pomarium_dot_proto_dot_control__pb2.Engine.FromString,
+                    response_serializer=pomarium_dot_proto_dot_control__pb2.Ready.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -70,7 +70,7 @@ class Worker:
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
-    def Control(request_iterator,
+    def Attend(request,
             target,
             options=(),
             channel_credentials=None,
@@ -80,12 +80,12 @@ class Worker:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
+        return grpc.experimental.unary_stream(
+            request,
             target,
-            '/pomarium.control.v1.Worker/Control',
-            pomarium_dot_proto_dot_control__pb2.Call.SerializeToString,
-            pomarium_dot_proto_dot_control__pb2.Report.FromString,
+            '/pomarium.control.v1.Worker/Attend',
+            pomarium_dot_proto_dot_control__pb2.Engine.SerializeToString,
+            pomarium_dot_proto_dot_control__pb2.Ready.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,7 +3,7 @@
     staged(directory, bounds) --> vllm.LLM, over RackExecutor, control streams and handoff links as on a rack
 
 Everything but Ray and the processes is real: the executor adopts the workers as it adopts those that a replica started
-ahead (executor.handover), and they reach each other over gRPC on loopback. An engine takes about a second, where
+ahead (executor.handover), and they reach each other on loopback. An engine takes about a second, where
 processes take ten.
 """
 

@@ -1,4 +1,4 @@
-"""The Ray actor of one worker: Ray places, starts and ends it; every call of the engine comes over gRPC.
+"""The Ray actor of one worker: Ray places, starts and ends it; the engine's calls come over a wire of their own.
 
 Nothing here imports vLLM, torch or MLX before `listen` has answered: the actor's environment (device indices, threads,
 BLAS) has to be in place before any of them is loaded.

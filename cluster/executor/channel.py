@@ -8,12 +8,8 @@ threads, also while Python holds the interpreter lock for long.
 
 PING_INTERVAL_S = 1.0
 PING_TIMEOUT_S = 4.0
-MAX_MESSAGE_BYTES = 1 << 30
-"""A pickled call or result. Requests of 1 M tokens take 5 MB; anything near this limit is a fault."""
 
 _COMMON: tuple[tuple[str, int], ...] = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),

@@ -1,18 +1,20 @@
-"""The engine's end of the control stream to one worker.
+"""The engine's end of control of one worker: a stream of gRPC's for identity and life, a wire for calls.
 
-    call()/post() --Call--> worker --Report--> reader thread --> Future of the call
+    call()/post() ==Call==> worker ==Report==> reader thread --> Future of the call
+                            worker --Ready---> life thread: dials the wire
                                        |
                                        +--> failure: every pending Future, then `on_failure`
 
-A link fails once and for good: the stream breaks, a fatal call raises, or a call overruns its time. Each end shows the
-other a certificate of the rack (mutual TLS); without certificates a link stays on loopback.
+Calls are written on the thread that makes them. A link fails once and for good: the stream or the wire breaks, a fatal
+call raises, or a call overruns its time. Each end shows the other a certificate of the rack (mutual TLS); without
+certificates a link stays on loopback.
 """
 
+import contextlib
 import itertools
-import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +22,18 @@ import grpc
 
 from pomarium.cluster.executor.channel import CLIENT_OPTIONS, explain, is_cut
 from pomarium.cluster.executor.codec import WorkerLostError, decode, rebuild
+from pomarium.cluster.executor.entrance import dial
 from pomarium.cluster.executor.service import AUTHORIZATION, bearer
+from pomarium.cluster.executor.wire import Wire
 from pomarium.proto import control_pb2 as pb
 from pomarium.proto import control_pb2_grpc as pb_grpc
 from pomarium.worker import local_network
+from pomarium.worker.address import host_of
 from pomarium.worker.handoff.credentials import Tls, check_private, open_channel
 from pomarium.worker.handoff.errors import CredentialsError
+
+DIAL_TIMEOUT_S = 5.0
+"""The worker's stream has just answered from the same address."""
 
 
 class Reply(Future[Any]):
@@ -104,7 +112,7 @@ class WorkerLink:
         tls: Tls | None = None,
         allow_plaintext: bool = False,
     ) -> None:
-        """Connects; `wait_ready` says how it went.
+        """Connects; `wait_ready` says how it went, and comes before the first call.
 
         Args:
             address: HOST:PORT of the worker's service.
@@ -123,14 +131,14 @@ class WorkerLink:
         self._pending: dict[int, _Pending] = {}
         self._failure: Exception | None = None
         self._closing = False
-        self._outgoing: queue.SimpleQueue[pb.Call | None] = queue.SimpleQueue()
+        self._wire: Wire | None = None
         self._ready = Reply(f"{name}: connecting to {address}", 0.0)
         self._channel = open_channel(address, tls, CLIENT_OPTIONS)
         stub = pb_grpc.WorkerStub(self._channel)  # type: ignore[no-untyped-call]
         metadata = ((AUTHORIZATION, bearer(token)),)
-        self._stream = stub.Control(iter(self._outgoing.get, None), metadata=metadata)
-        self._reader = threading.Thread(target=self._read, name=f"{name}-reports", daemon=True)
-        self._reader.start()
+        self._stream = stub.Attend(pb.Engine(), metadata=metadata)
+        self._life = threading.Thread(target=self._attend, name=f"{name}-life", daemon=True)
+        self._life.start()
 
     def wait_ready(self, timeout_s: float) -> pb.Ready:
         """What the worker says of itself. Raises WorkerLostError, TimeoutError, or CredentialsError: another rack's."""
@@ -138,7 +146,7 @@ class WorkerLink:
         return ready
 
     def call(self, method: str, payload: bytes, timeout_s: float | None, fatal: bool = False) -> Reply:
-        """Queue a call and return its reply.
+        """Send a call and return its reply; waits while the worker's machine takes nothing, which pings bound.
 
         Args:
             payload: of `encode_call`.
@@ -152,7 +160,7 @@ class WorkerLink:
         return reply
 
     def post(self, method: str, payload: bytes) -> None:
-        """Queue a call that has no result of its own. If it raises, the link fails."""
+        """Send a call that has no result of its own. If it raises, the link fails."""
         self._send(method, payload, None)
 
     def fail(self, error: Exception) -> None:
@@ -165,6 +173,8 @@ class WorkerLink:
         for waiting in (*(p.reply for p in pending.values()), self._ready):
             if not waiting.done():
                 waiting.set_exception(error)
+        if self._wire is not None:
+            self._wire.cut()  # who sends must not wait for a worker that is frozen
         self._on_failure(error)
 
     def close(self) -> None:
@@ -174,31 +184,66 @@ class WorkerLink:
             pending, self._pending = self._pending, {}
         for waiting in (p.reply for p in pending.values()):
             waiting.set_exception(WorkerLostError(f"{self.name} was shut down"))
-        self._outgoing.put(None)
+        if self._wire is not None:
+            self._wire.cut()
         self._stream.cancel()
         self._channel.close()
-        if threading.current_thread() is not self._reader:
-            self._reader.join(timeout=5)
+        if threading.current_thread() is not self._life:
+            self._life.join(timeout=5)
 
     def _send(self, method: str, payload: bytes, pending: _Pending | None) -> None:
         with self._lock:
-            if self._failure is not None:
-                raise self._failure
-            if self._closing:
-                raise WorkerLostError(f"{self.name} was shut down")
+            self._check_open()
             seq = next(self._seq)
             if pending is not None:
                 self._pending[seq] = pending
-            self._outgoing.put(pb.Call(seq=seq, method=method, wants_result=pending is not None, payload=payload))
-
-    def _read(self) -> None:
+        assert self._wire is not None, "wait_ready comes first"
+        call = pb.Call(seq=seq, method=method, wants_result=pending is not None, payload=payload)
         try:
-            for report in self._stream:
-                self._on_report(report)
+            self._wire.send(call.SerializeToString())
+        except OSError as error:
+            self.fail(self._gone(error))
+            self._check_open()
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._closing:
+            raise WorkerLostError(f"{self.name} was shut down")
+
+    def _attend(self) -> None:
+        try:
+            for ready in self._stream:
+                self._open(ready)
             lost: Exception = WorkerLostError(f"{self.name} was lost: it ended the stream")
         except grpc.RpcError as error:
             lost = self._loss(error.code().name, error.details())
+        except OSError as error:
+            lost = self._gone(error)
         self.fail(lost)
+
+    def _open(self, ready: pb.Ready) -> None:
+        wire = dial(host_of(self._address), ready.port, ready.key, DIAL_TIMEOUT_S)
+        with self._lock:
+            self._wire = wire
+            if self._failure is not None or self._closing:
+                wire.close()
+                return
+        with contextlib.suppress(InvalidStateError):  # another link's failure became this one's meanwhile
+            self._ready.set_result(ready)
+        threading.Thread(target=self._read, args=(wire,), name=f"{self.name}-reports", daemon=True).start()
+
+    def _read(self, wire: Wire) -> None:
+        with contextlib.closing(wire):
+            try:
+                while True:
+                    self._on_report(pb.Report.FromString(wire.receive()))
+            except OSError as error:
+                self.fail(self._gone(error))
+
+    def _gone(self, error: OSError) -> WorkerLostError:
+        reason = local_network.reason(error)
+        return WorkerLostError(f"{self.name} was lost: {local_network.explained(reason, self._address)}")
 
     def _loss(self, code: str, details: str) -> Exception:
         if not self._ready.done():
@@ -212,10 +257,7 @@ class WorkerLink:
         return WorkerLostError(f"{self.name} was lost: {local_network.explained(f'{code}: {details}', self._address)}")
 
     def _on_report(self, report: pb.Report) -> None:
-        kind = report.WhichOneof("kind")
-        if kind == "ready":
-            self._ready.set_result(report.ready)
-        elif kind == "result":
+        if report.HasField("result"):
             self._on_result(report.result)
         else:
             self._on_failed_call(report.failure)

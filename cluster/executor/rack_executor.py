@@ -1,4 +1,4 @@
-"""RackExecutor: vLLM's Executor over one Ray actor per pipeline stage and one gRPC stream to each.
+"""RackExecutor: vLLM's Executor over one Ray actor per pipeline stage and a link to each.
 
     EngineCore --execute_model, sample_tokens--> RackExecutor --Call--> every worker, in one order
                <--Future of the last stage------              <-Report-

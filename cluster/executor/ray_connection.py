@@ -19,7 +19,7 @@ from pomarium.cluster.node.worker_environment import RESOURCE
 logger = logging.getLogger("vllm.pomarium.executor")  # see `launch`
 
 _OBJECT_STORE_BYTES = 256 << 20
-"""Calls go over gRPC, not through Ray's object store; Ray's default would reserve 30% of the memory."""
+"""Calls go over wires, not through Ray's object store; Ray's default would reserve 30% of the memory."""
 
 
 def ensure_connected(num_workers: int = 1) -> None:

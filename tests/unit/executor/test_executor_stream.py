@@ -1,9 +1,10 @@
-"""The control stream between an engine and a worker, over real gRPC on loopback, without Ray and vLLM."""
+"""Control of a worker by an engine, over a real stream and wire on loopback, without Ray and vLLM."""
 
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,6 +14,7 @@ import psutil
 import pytest
 from recording_proxy import proxied
 
+from pomarium.cluster.executor import wire
 from pomarium.cluster.executor.codec import (
     Method,
     WorkerError,
@@ -25,12 +27,20 @@ from pomarium.cluster.executor.codec import (
 )
 from pomarium.cluster.executor.link import Reply, WorkerLink
 from pomarium.cluster.executor.service import ControlService, serve
+from pomarium.cluster.executor.wire import KEY_BYTES, End, Wire
 from pomarium.proto import control_pb2 as pb
 from pomarium.worker.errors import CheckpointError
 from pomarium.worker.settings import STEP_TIMEOUT, step_timeout
 
 TOKEN = "a token"
 WAIT_S = 10.0
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 class Peer:
@@ -84,10 +94,17 @@ METHODS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.fixture
-def peer() -> Iterator[Peer]:
+def gate() -> threading.Event:
+    """The peer's method "gate" returns when it is set."""
+    return threading.Event()
+
+
+@pytest.fixture
+def peer(gate: threading.Event) -> Iterator[Peer]:
     release = threading.Event()
-    made = Peer({**METHODS, "hang": release.wait})
+    made = Peer({**METHODS, "hang": release.wait, "gate": gate.wait})
     yield made
+    gate.set()
     release.set()
     made.server.stop(0)
 
@@ -173,12 +190,16 @@ def test_our_fault_carries_the_workers_traceback_and_the_link_lives_on(link: Wor
 
 
 @pytest.mark.parametrize("how", ["posted", "fatal"])
-def test_a_step_that_raises_fails_everything_that_waits(link: WorkerLink, failures: Failures, how: str) -> None:
+def test_a_step_that_raises_fails_everything_that_waits(
+    link: WorkerLink, failures: Failures, gate: threading.Event, how: str
+) -> None:
+    link.post("gate", encode_call("gate"))
     if how == "posted":
         link.post("our_fault", encode_call("our_fault"))
         waiting = [call(link, "hang")]
     else:
         waiting = [call(link, "our_fault", fatal=True), call(link, "hang")]
+    gate.set()
     error = failures.first.result(WAIT_S)
     assert "ValueError: broken" in str(error)
     for reply in waiting:
@@ -199,6 +220,7 @@ def test_the_loss_of_the_peer_fails_everything_that_waits(link: WorkerLink, peer
 def test_pending_replies_fail_before_the_callback_runs(peer: Peer) -> None:
     seen: Future[bool] = Future()
     link = WorkerLink("worker 0", peer.address, TOKEN, lambda _: seen.set_result(waiting.done()))
+    link.wait_ready(WAIT_S)
     waiting = call(link, "hang")
     peer.server.stop(0)
     assert seen.result(WAIT_S)
@@ -225,9 +247,10 @@ def test_closing_ends_the_peer_and_is_no_failure(peer: Peer, failures: Failures)
 @pytest.mark.parametrize("token", ["", "a toke", "a token ", "A TOKEN"])
 def test_another_token_is_refused_before_any_call_is_read(peer: Peer, failures: Failures, token: str) -> None:
     link = WorkerLink("worker 0", peer.address, token, failures)
-    with pytest.raises(WorkerLostError, match="UNAUTHENTICATED"):  # noqa: PT012 - from whichever comes first
-        link.post("echo", encode_call("echo", (1,)))
+    with pytest.raises(WorkerLostError, match="UNAUTHENTICATED"):
         link.wait_ready(WAIT_S)
+    with pytest.raises(WorkerLostError, match="UNAUTHENTICATED"):
+        link.post("echo", encode_call("echo", (1,)))
     link.close()
     assert peer.executed == []
     assert not peer.ended.is_set(), "a stranger must not be able to end the worker"
@@ -255,13 +278,7 @@ def test_nobody_listens(failures: Failures) -> None:
 def test_the_service_listens_on_its_host_only(peer: Peer) -> None:
     host, port = peer.address.rsplit(":", 1)
     assert host == "127.0.0.1"
-    listeners = [
-        one.laddr.ip.removeprefix("::ffff:")
-        for one in psutil.Process().net_connections("tcp")
-        if one.status == psutil.CONN_LISTEN and one.laddr.port == int(port)
-    ]
-    assert listeners
-    assert set(listeners) == {host}
+    assert set(listeners(int(port))) == {host}
 
 
 def test_a_process_that_served_a_stream_can_exit(tmp_path: Path) -> None:
@@ -280,3 +297,94 @@ def test_a_process_that_served_a_stream_can_exit(tmp_path: Path) -> None:
         "assert ended.wait(10)\n"
     )
     subprocess.run([sys.executable, str(script)], check=True, timeout=30)
+
+
+def listeners(port: int) -> list[str]:
+    """Addresses on which this process listens at `port`."""
+    return [
+        one.laddr.ip.removeprefix("::ffff:")
+        for one in psutil.Process().net_connections("tcp")
+        if one.status == psutil.CONN_LISTEN and one.laddr.port == port
+    ]
+
+
+def test_the_wire_is_offered_on_the_same_host_until_the_engine_has_it(peer: Peer) -> None:
+    before = {
+        one.laddr.port: one.laddr.ip
+        for one in psutil.Process().net_connections("tcp")
+        if one.status == psutil.CONN_LISTEN
+    }
+    link = WorkerLink("worker 0", peer.address, TOKEN, Failures())
+    port = link.wait_ready(WAIT_S).port
+    assert before[port] == "127.0.0.1"
+    until(lambda: not listeners(port))
+    assert call(link, "echo", 1).result() == 1
+    link.close()
+
+
+def test_the_loss_of_the_wire_alone_is_the_loss_of_the_peer(link: WorkerLink, peer: Peer, failures: Failures) -> None:
+    waiting = call(link, "hang")
+    peer.service._wire.result().cut()
+    with pytest.raises(WorkerLostError, match="worker 0 was lost: it closed the connection"):
+        waiting.result()
+    assert isinstance(failures.first.result(WAIT_S), WorkerLostError)
+    link.close()
+    assert peer.ended.wait(WAIT_S)
+
+
+def test_who_sends_to_a_worker_that_takes_nothing_is_released_by_its_loss(
+    link: WorkerLink, failures: Failures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As to a frozen one, whose pings end the stream."""
+    near, far = socket.socketpair()
+    monkeypatch.setattr(link, "_wire", Wire(near, bytes(KEY_BYTES), End.ENGINE))
+    sent: Future[Reply] = Future()
+
+    def send() -> None:
+        try:
+            sent.set_result(call(link, "echo", bytes(16 << 20)))
+        except WorkerLostError as error:
+            sent.set_exception(error)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(TimeoutError):
+        sent.result(0.3)
+    link.fail(WorkerLostError("worker 0 was lost: it is frozen"))
+    with pytest.raises(WorkerLostError, match="it is frozen"):
+        sent.result(WAIT_S)
+    assert failures.count == 1
+    far.close()
+
+
+def test_a_failure_before_the_engine_came_is_told_when_it_comes() -> None:
+    ended = threading.Event()
+    service = ControlService(TOKEN, ended.set)
+    server, address = serve(service, "127.0.0.1")
+    report = pb.Report(failure=describe(0, "starting", ImportError("no vllm")))
+    threading.Thread(target=service.report, args=(report,), daemon=True).start()
+    failures = Failures()
+    link = WorkerLink("worker 0", address, TOKEN, failures)
+    link.wait_ready(WAIT_S)
+    assert "ImportError: no vllm" in str(failures.first.result(WAIT_S))
+    link.close()
+    server.stop(0)
+
+
+def test_an_answer_too_large_to_send_is_the_loss_of_the_peer(
+    link: WorkerLink, failures: Failures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for what cannot come."""
+    waiting = call(link, lambda worker: bytes(2000))
+    assert len(waiting.result()) == 2000
+    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", 1500)
+    waiting = call(link, lambda worker: bytes(2000))
+    with pytest.raises(WorkerLostError, match="worker 0 was lost: it closed the connection"):
+        waiting.result()
+    assert failures.count == 1
+
+
+def test_large_answers_and_large_calls_pass_each_other(link: WorkerLink) -> None:
+    """Both ends write more than a connection holds before either reads its answer."""
+    value = bytes(24 << 20)
+    replies = [call(link, "echo", value) for _ in range(4)]
+    assert all(reply.result() == value for reply in replies)

@@ -183,3 +183,35 @@ def test_settings_of_command_buffers_and_their_table() -> None:
     assert command_buffers.table(found).splitlines() == [
         "| setting | 1 x 1024, ms |", "|---|---:|", "| defaults | 8.50 to 9.00 |", "| ours | 7.00 |",
     ]  # fmt: skip
+
+
+def test_a_parts_time_is_not_that_of_what_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    import host_parts
+
+    clock = [0]
+
+    def spend(ns: int) -> None:
+        clock[0] += ns
+
+    monkeypatch.setattr(host_parts.time, "thread_time_ns", lambda: clock[0])
+    parts = host_parts.Parts()
+    inner = parts.of("inner", lambda: spend(5))
+
+    def fail() -> None:
+        spend(3)
+        inner()
+        spend(4)
+        raise ValueError
+
+    outer = parts.of("outer", fail)
+    for _ in range(2):
+        spend(100)
+        with pytest.raises(ValueError, match=r"^$"):
+            outer()
+    assert parts.ns == {"outer": 14, "inner": 10}
+
+
+def test_threads_that_came_later_are_counted_from_their_birth() -> None:
+    from host_parts import used
+
+    assert used({1: 2.0, 2: 5.0}, {1: 3.5, 2: 9.0, 3: 0.25}, frozenset({2})) == 1.75
