@@ -1,10 +1,12 @@
 """What an executor costs per step: RackExecutor beside vLLM's RayExecutorV2, workers that compute nothing.
 
     a simulated rack: the head, where the engine runs, and a Mac with an address of its own for each worker
-    for each number of stages: two engines in this process, one per executor --in turns--> ms per token
+    for each number of stages: two engines in this process, one per executor --in turns--> ms per token, and us of
+    processor time of the engine's process and all workers'
 
 Both drive the same workers (tests/rack/stub_worker.py) under the same scheduler; a token's time is then that of the
-engine and of the way to the workers and back. One stream waits for each token; 32 share a step.
+engine and of the way to the workers and back. One stream waits for each token; 32 share a step. Where other programs
+have the processor for part of the time, processor time is the steadier figure.
 
     python benchmarks/executors.py [--stages 1 2] [--streams 1 32] [--tokens 200] [--rounds 5]
 """
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,14 @@ HERE = Path(__file__).resolve().parent
 FOLDERS = (HERE, HERE.parent / "tests" / "rack")
 PROMPT_TOKENS = 16
 V2, OURS = "RayExecutorV2", "RackExecutor"
+
+
+@dataclass(frozen=True)
+class Took:
+    """For a token of each stream: ms of wall time, us of processor time in all processes."""
+
+    wall_ms: float
+    processor_us: float
 
 
 def main() -> None:
@@ -49,7 +60,8 @@ def main() -> None:
                 rows += compare(stages, options)
     from report import table
 
-    header = ["stages", "streams", f"{V2}, ms/token", f"{OURS}, ms/token", "ours to theirs", "others' cores"]
+    header = ["stages", "streams", f"{V2}, ms/token", f"{OURS}, ms/token", "ours to theirs"]
+    header += [f"{V2}, us of processor", f"{OURS}, us of processor", "ours to theirs", "others' cores"]
     print(f"{os.cpu_count()} cores; {options.tokens} tokens; median of {options.rounds} rounds in turns\n")
     print(table(header, rows))
 
@@ -82,16 +94,16 @@ def compare(stages: int, options: argparse.Namespace) -> list[list[str]]:
         for name, executor in ((V2, ray_executor_v2.Executor), (OURS, RackExecutor)):
             llms[name] = engine(stages, executor)
         for streams in options.streams:
-            times: dict[str, list[float]] = {name: [] for name in llms}
+            times: dict[str, list[Took]] = {name: [] for name in llms}
             load = Load()
             for turn in range(options.rounds + 1):
                 for name, llm in llms.items():
                     took = per_token(llm, streams, options.tokens)
                     if turn:  # the first round warms up
-                        times[name].append(1000 * took)
-            median = {name: statistics.median(found) for name, found in times.items()}
-            ratio = statistics.median(ours / theirs for theirs, ours in zip(times[V2], times[OURS], strict=True))
-            figures = [*(f"{median[name]:.2f}" for name in (V2, OURS)), f"{ratio:.2f}x", f"{load.others():.2f}"]
+                        times[name].append(took)
+            walls = [[took.wall_ms for took in times[name]] for name in (V2, OURS)]
+            processors = [[took.processor_us for took in times[name]] for name in (V2, OURS)]
+            figures = [*_compared(*walls, digits=2), *_compared(*processors, digits=0), f"{load.others():.2f}"]
             rows.append([str(stages), str(streams), *figures])
             print(f"{stages} stage(s), {streams} streams: {figures}", file=sys.stderr, flush=True)
     finally:
@@ -101,6 +113,11 @@ def compare(stages: int, options: argparse.Namespace) -> list[list[str]]:
             if (group := executor.parallel_config.placement_group) is not None:  # RayExecutorV2 keeps it
                 remove_placement_group(group)
     return rows
+
+
+def _compared(theirs: Sequence[float], ours: Sequence[float], digits: int) -> list[str]:
+    ratio = statistics.median(our / their for their, our in zip(theirs, ours, strict=True))
+    return [f"{statistics.median(theirs):.{digits}f}", f"{statistics.median(ours):.{digits}f}", f"{ratio:.2f}x"]
 
 
 def engine(stages: int, executor: type) -> "LLM":
@@ -122,15 +139,26 @@ def engine(stages: int, executor: type) -> "LLM":
     )
 
 
-def per_token(llm: "LLM", streams: int, tokens: int) -> float:
-    """Seconds per token of a stream."""
+def per_token(llm: "LLM", streams: int, tokens: int) -> Took:
+    """Generate `tokens` tokens on each of so many streams."""
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0)
     prompts: Sequence[Any] = [{"prompt_token_ids": [7 + index] * PROMPT_TOKENS} for index in range(streams)]
-    began = time.perf_counter()
+    executor: Any = llm.llm_engine.engine_core.engine_core.model_executor
+    before, began = _processor_s(executor), time.perf_counter()
     llm.generate(prompts, params, use_tqdm=False)
-    return (time.perf_counter() - began) / tokens
+    wall = time.perf_counter() - began
+    return Took(1e3 * wall / tokens, 1e6 * (_processor_s(executor) - before) / tokens)
+
+
+def _processor_s(executor: Any) -> float:
+    """Processor time so far of this process and the executor's workers."""
+    return time.process_time() + sum(executor.collective_rpc(_of_worker))
+
+
+def _of_worker(worker: object) -> float:
+    return time.process_time()
 
 
 def _options() -> argparse.Namespace:
