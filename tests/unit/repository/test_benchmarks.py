@@ -215,3 +215,12 @@ def test_threads_that_came_later_are_counted_from_their_birth() -> None:
     from host_parts import used
 
     assert used({1: 2.0, 2: 5.0}, {1: 3.5, 2: 9.0, 3: 0.25}, frozenset({2})) == 1.75
+
+
+def test_a_layer_of_llama_launches_what_the_page_on_kernels_says() -> None:
+    from step_expected import RELEASES, launches
+
+    (release,) = (release for release in RELEASES if release.name == "Llama 3.1 8B, bf16")
+    a_layer = launches(release.config, 3) - launches(release.config, 2)
+    page = (BENCHMARKS.parent / "docs" / "kernels.md").read_text()
+    assert f"| {release.name} | {a_layer} | {launches(release.config, 2) + 30 * a_layer} |" in page
