@@ -9,6 +9,7 @@ as vLLM's engine, here or over several Macs.
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +20,13 @@ from transformers import AutoTokenizer
 
 from pomarium.worker import blas, parity
 from pomarium.worker.attention.base import AttentionBackend
-from pomarium.worker.attention.choose import attention_backend
+from pomarium.worker.attention.choose import attention_backend, decode_graphs
 from pomarium.worker.device import Device, use
+from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.forward import PagedForward
 from pomarium.worker.kv_cache.layout import single_group_layout
 from pomarium.worker.kv_cache.pool import PagedPool
-from pomarium.worker.model_runner import ModelRunner
+from pomarium.worker.model_runner import ModelRunner, UnreadStep
 from pomarium.worker.models.embedded import path as embedded_path
 from pomarium.worker.models.load import load
 from pomarium.worker.models.paged import PagedModel, prepare
@@ -33,7 +35,7 @@ from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.selftest_rows import Row, Verdict, fact
 from pomarium.worker.settings import DeviceKind
 from pomarium.worker.settings import load as load_settings
-from pomarium.worker.step import CachedRequest, NewRequest, Step
+from pomarium.worker.step import CachedRequest, NewRequest, Step, StepResult
 
 PROMPTS = (
     "The capital of France is",
@@ -89,14 +91,29 @@ class Report:
 
 
 def generate(
-    make_backend: MakeBackend, model: PagedModel, prompts: Sequence[Sequence[int]], new_tokens: int
+    make_backend: MakeBackend,
+    model: PagedModel,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    graphs: bool = False,
 ) -> list[list[int]]:
-    """Greedy tokens of all prompts in one batch through runner, paged pool and sampler."""
+    """Greedy tokens of all prompts in one batch through runner, paged pool and sampler.
+
+    Args:
+        graphs: decode steps are graphs that are sent before the last one's tokens are read, as in a worker on a GPU.
+
+    Raises:
+        UnsupportedError: none could be traced.
+    """
     length = max(map(len, prompts)) + new_tokens
     per_request = -(-length // BLOCK_SIZE) * len({layer.window for layer in model.layers})
     layout = single_group_layout(model.layers, BLOCK_SIZE, 1 + per_request * len(prompts))
     backend = make_backend(PagedPool(layout, model.dtype))
-    runner = ModelRunner(PagedForward(model, backend), Sampler(model.vocab_size, engine_seed=0), lambda stats: None)
+    decode = decode_graphs(model, backend) if graphs else None
+    forward = PagedForward(model, backend, decode, queues=graphs)
+    runner = ModelRunner(forward, Sampler(model.vocab_size, engine_seed=0), lambda stats: None, ahead=graphs)
+    unread: deque[StepResult | UnreadStep] = deque()
     blocks = np.arange(1, layout.num_blocks).reshape(len(prompts), len(layout.groups), -1)
     greedy = SamplingParams(temperature=0.0)
     new = tuple(
@@ -105,20 +122,36 @@ def generate(
     )
     step = Step({request.id: len(request.token_ids) for request in new}, new)
     tokens: list[list[int]] = [[] for _ in prompts]
+
+    def read_all_but(newest: int) -> None:
+        while len(unread) > newest:
+            for row, sampled in zip(tokens, unread.popleft().read().token_ids, strict=True):
+                row += sampled
+
     for number in range(new_tokens):
         runner.execute(step)
-        for row, sampled in zip(tokens, runner.sample().read().token_ids, strict=True):
-            row += sampled
+        unread.append(runner.sample())
+        read_all_but(1 if graphs else 0)
         cached = tuple(CachedRequest(request.id, len(request.token_ids) + number, None) for request in new)
         step = Step({request.id: 1 for request in new}, cached=cached)
+    read_all_but(0)
+    if graphs and (decode is None or not decode.traced):
+        raise UnsupportedError("no decode step could be traced: set POMARIUM_DECODE_GRAPHS=0")
     return tokens
 
 
-def run(compared: Generate | None = None) -> Report:
+def has_graphs() -> bool:
+    """Whether a worker on this machine runs decode steps as graphs. Raises PomariumError as `run`."""
+    settings = load_settings(os.environ)
+    return settings.decode_graphs and use(settings).kind is DeviceKind.GPU
+
+
+def run(compared: Generate | None = None, *, graphs: bool = False) -> Report:
     """Run it. Raises PomariumError if the device or the embedded model cannot be used.
 
     Args:
         compared: with mlx-lm; by default this process's worker, with the attention that it takes on the device.
+        graphs: as `generate`, of this process's worker.
     """
     settings = load_settings(os.environ)
     blas.load()
@@ -130,7 +163,8 @@ def run(compared: Generate | None = None) -> Report:
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     references = [parity.reference(loaded.model, prompt, NEW_TOKENS) for prompt in prompts]
     model = prepare(loaded.model, loaded.config["model_type"])
-    way = compared or partial(generate, partial(attention_backend, device=device, mla_kernel=settings.mla_kernel))
+    backend = partial(attention_backend, device=device, mla_kernel=settings.mla_kernel)
+    way = compared or partial(generate, backend, graphs=graphs)
     began = time.perf_counter()
     tokens = way(model, prompts, NEW_TOKENS)
     seconds = time.perf_counter() - began

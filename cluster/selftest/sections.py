@@ -10,6 +10,8 @@ from pomarium.worker.selftest_rows import Begin, Event, Row, Verdict, fact
 DEVICE, COMPILE, CHECK, TIME, MODEL, ENGINE, ENDPOINT = (
     "device", "compile", "check", "time", "model", "engine", "endpoint",
 )  # fmt: skip
+GRAPHS = "model, decode graphs"
+"""A row of the section MODEL."""
 
 
 def _device(done: Collection[str], given: Sequence[str]) -> Iterator[Event]:
@@ -48,6 +50,9 @@ def _model(done: Collection[str], given: Sequence[str]) -> Iterator[Event]:
 
     yield Begin(MODEL)
     yield from selftest.run().rows()
+    if selftest.has_graphs():
+        yield Begin(GRAPHS)
+        yield from selftest.run(graphs=True).rows(GRAPHS)
 
 
 def _engine(done: Collection[str], given: Sequence[str]) -> Iterator[Event]:

@@ -6,6 +6,7 @@ a trace goes stale in it, too: the function is made for the first step of its bu
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -21,11 +22,13 @@ from wrapper_models import build_text
 from pomarium.kernels.gpu_family import H100, Family, Gpu
 from pomarium.kernels.paged_attention import AttentionShape, plan_decode
 from pomarium.kernels.paged_plan import Span, room, room_of_tables
+from pomarium.worker import selftest
 from pomarium.worker.attention import decode_graphs
 from pomarium.worker.attention.choose import decode_graphs as graphs_of
 from pomarium.worker.attention.decode_graphs import DecodeGraphs, Graph
 from pomarium.worker.attention.gathered import GatheredAttention
 from pomarium.worker.attention.kernels import KernelAttention, paged_pool
+from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.forward import PagedForward
 from pomarium.worker.kv_cache.pool import PagedPool
 from pomarium.worker.models.paged import PagedModel, prepare
@@ -167,6 +170,22 @@ def test_each_step_is_counted_with_its_time() -> None:
     driver.run({"a": [5, 6, 7], "b": [9]}, 3)
     assert [(s.requests, s.rows, s.sampled) for s in driver.stats] == [(2, 4, 2), (2, 2, 2), (2, 2, 2)]
     assert all(s.seconds > 0 for s in driver.stats)
+
+
+def test_the_selftest_goes_through_graphs_and_says_if_none_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX cannot trace what the emulator runs at once."""
+    paged, launcher = llama(), CountingLauncher()
+
+    def backend(pool: PagedPool) -> KernelAttention:
+        return KernelAttention(pool, launcher, APPLE)
+
+    wanted = [prompts()["short"], prompts()["block"]]
+    plain = selftest.generate(backend, paged, wanted, 4)
+    with pytest.raises(UnsupportedError, match="POMARIUM_DECODE_GRAPHS=0"):
+        selftest.generate(backend, paged, wanted, 4, graphs=True)
+    traced = partial(DecodeGraphs, trace=untraced)
+    monkeypatch.setattr(selftest, "decode_graphs", traced)
+    assert selftest.generate(backend, paged, wanted, 4, graphs=True) == plain
 
 
 # --- the plan of a bucket ---------------------------------------------------------------------------------------------
