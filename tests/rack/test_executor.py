@@ -172,6 +172,32 @@ def test_in_process_engine(run: Run) -> None:
     assert "FREE 1.0" in output
 
 
+def test_tokens_that_are_read_late_are_the_same(run: Run) -> None:
+    """The real worker, told to leave its tokens on the device as on a GPU: the next step comes before they are read."""
+    output = run(
+        """
+        llm = engine(os.environ["MODEL"], worker_cls="auto")
+        waited = generate(llm, 30)
+
+        def read_late(worker):
+            runner, queue, worker.late_steps = worker.worker.runner, worker.worker.runner._queue, 0
+            def counted(*arguments):
+                worker.late_steps += 1
+                return queue(*arguments)
+            runner._ahead, runner._queue = True, counted
+
+        executor_of(llm).collective_rpc(read_late)
+        assert generate(llm, 30) == waited
+        assert len(set(map(tuple, waited))) == 3
+        (steps,) = executor_of(llm).collective_rpc(lambda worker: worker.late_steps)
+        print("LATE", steps)
+        executor_of(llm).shutdown()
+        """,
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    )
+    assert int(output.split("LATE ")[1].split()[0]) >= 29
+
+
 def test_a_users_fault_in_the_worker_reaches_the_user_as_its_sentence(run: Run) -> None:
     output = run(
         """
