@@ -150,23 +150,33 @@ def main() -> None:
             from pomarium.cluster.executor.rack_executor import RackExecutor
 
             backends = {UNI: UNI, V2: ray_executor_v2.Executor, OURS: RackExecutor}
-            engines = {name: Engine(model, backends[name]) for name in options.executors}
-            load = Load()
-            idle = {name: idle_of(engine) for name, engine in engines.items()}
-            for turn in range(options.rounds + 1):
-                for requests in options.requests:
-                    for name, engine in engines.items():
-                        before, after = engine.run(requests, options.tokens)
-                        if turn:  # the first round warms up
-                            row = row_of(before, after, idle[name], options.tokens)
-                            found.setdefault((name, requests), []).append(row)
-                print(f"round {turn} of {options.rounds}", file=sys.stderr, flush=True)
-            others = load.others()
-            for engine in engines.values():
-                engine.executor.shutdown()
+            engines: dict[str, Engine] = {}
+            try:
+                for name in options.executors:
+                    engines[name] = Engine(model, backends[name])
+                others = measure(engines, options, found)
+            finally:
+                for engine in engines.values():
+                    engine.executor.shutdown()
     print(f"{os.cpu_count()} cores, of which others used {others:.2f}; {options.tokens} steps; us per step, median of "
           f"{options.rounds} rounds in turns (lowest to highest)\n")  # fmt: skip
     print(_table(found, options))
+
+
+def measure(
+    engines: Mapping[str, Engine], options: argparse.Namespace, found: dict[tuple[str, int], list[Row]]
+) -> float:
+    """Add a row to `found` for each round, executor and number of requests; the cores that others used."""
+    load = Load()
+    idle = {name: idle_of(engine) for name, engine in engines.items()}
+    for turn in range(options.rounds + 1):
+        for requests in options.requests:
+            for name, engine in engines.items():
+                before, after = engine.run(requests, options.tokens)
+                if turn:  # the first round warms up
+                    found.setdefault((name, requests), []).append(row_of(before, after, idle[name], options.tokens))
+        print(f"round {turn} of {options.rounds}", file=sys.stderr, flush=True)
+    return load.others()
 
 
 def idle_of(engine: Engine) -> tuple[float, float]:
