@@ -43,8 +43,8 @@ class StagedForward:
     def __init__(self, stages: Sequence[StageModel], whole: CacheLayout) -> None:
         self._stages = [(stage, GatheredAttention(PagedPool(_layout(stage, whole), stage.dtype))) for stage in stages]
 
-    def run(self, batch: Batch) -> mx.array:
-        passed = mx.array(batch.token_ids)
+    def run(self, batch: Batch, token_ids: mx.array) -> mx.array:
+        passed = token_ids
         for stage, backend in self._stages:
             passed = stage(passed, batch.positions, backend.prepare(batch), batch.logit_rows)
             mx.eval(passed, backend.arrays)

@@ -171,8 +171,8 @@ class Staged:
         layout = CacheLayout(stage.layers, groups, tuple(range(len(stage.layers))), whole.num_blocks)
         return GatheredAttention(PagedPool(layout, stage.dtype))
 
-    def run(self, batch: Batch) -> mx.array:
-        passed = mx.array(batch.token_ids)
+    def run(self, batch: Batch, token_ids: mx.array) -> mx.array:
+        passed = token_ids
         for stage, backend in self._stages:
             passed = stage(passed, batch.positions, backend.prepare(batch), batch.logit_rows)
             mx.eval(passed, backend.arrays)
