@@ -24,7 +24,7 @@ install-dev: ## the same, and the linters, type checker and test tools
 serve: install ## set up if needed, then serve the embedded model at http://127.0.0.1:8000/v1
 	@exec $(BIN)/pomarium serve $(ARGS)
 
-test: install-dev lint ## set up if needed, then lint, types, layers and the tests: an hour on two busy cores
+test: install-dev lint ## set up if needed, then lint, types, layers and the tests: half an hour on two cores
 	@echo "[test] all tests but the long forms"
 	@deploy/test.sh "not full" $(ARGS)
 
