@@ -6,7 +6,7 @@
 #   deploy/test.sh MARKERS [pytest arguments]        MARKERS: as for pytest's -m, "" for all tests
 # A part is made of folders, so that it reads its own files only. The servers' output comes as it runs, that of the rest
 # when all are done, and what failed comes once more at the end. Exit code: that of the first part that failed; 5, no
-# test was found, only if no part had one.
+# test was found, only if no part had one. With a path below tests/ among the arguments there is one part.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 markers=$1

@@ -11,11 +11,10 @@ from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from pomarium.worker.attention.base import AttentionBackend
-from pomarium.worker.attention.decode_graphs import DecodeGraphs, rows_of
+from pomarium.worker.attention.decode_graphs import DecodeGraphs, run_rows
 from pomarium.worker.batch import Batch
 from pomarium.worker.kv_cache.layout import LayerCache
 from pomarium.worker.models.paged import PagedModel
@@ -56,13 +55,7 @@ class PagedForward:
 
     def run(self, batch: Batch, token_ids: mx.array) -> mx.array:
         """See Forward.run."""
-        # A step in the middle of a prompt wants no logits; one row keeps the graph whole and costs one row of the head.
-        rows = batch.logit_rows if len(batch.logit_rows) else np.zeros(1, np.int32)
-        every_row = None if self._graphs is None else self._graphs.run(batch, token_ids)
-        if every_row is None:
-            logits = self._model(token_ids, batch.positions, self._backend.prepare(batch), rows)
-        else:
-            logits = rows_of(every_row, rows)
+        logits = run_rows(self._model, self._backend, self._graphs, batch, token_ids, head=True)
         # A chunk in the middle of a prompt is waited for: its time is to be known, and nothing follows from it.
         if self._queues and len(batch.logit_rows):
             mx.async_eval(logits, self._backend.arrays)  # type: ignore[no-untyped-call]

@@ -103,14 +103,22 @@ class UnreadStep:
 
     def read(self) -> StepResult:
         """Wait for the tokens. To be called once, on any thread, by whoever tells the scheduler of them."""
-        tokens = dict(zip(self.samplers, _on_host(self.copy), strict=True))
+        token_ids = _on_host(self.copy)
         self.ended()
-        return StepResult(self.request_ids, tuple((tokens[id],) if id in tokens else () for id in self.request_ids))
+        return StepResult(self.request_ids, _by_request(self.request_ids, self.samplers, token_ids))
 
     def enter(self) -> None:
         """Put the tokens in the place of what stands for them. A list that a request has no more is nobody's."""
         for (tokens, index), token in zip(self.places, _on_host(self.token_ids), strict=True):
             tokens[index] = token
+
+
+def _by_request(
+    request_ids: Sequence[str], samplers: Sequence[str], token_ids: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """Of each request the token that it sampled, or none."""
+    tokens = dict(zip(samplers, token_ids, strict=True))
+    return tuple((tokens[request_id],) if request_id in tokens else () for request_id in request_ids)
 
 
 def _on_host(token_ids: mx.array) -> list[int]:
@@ -244,13 +252,9 @@ class ModelRunner:
         if requests:
             self._links.return_tokens(sampled.token_ids)
         handing = self._links.handing_s - handing
-        tokens = dict(zip(batch.samplers, sampled.token_ids, strict=True))
-        result = StepResult(
-            tuple(request.id for request, _ in waiting.scheduled),
-            tuple((tokens[request.id],) if request.id in tokens else () for request, _ in waiting.scheduled),
-            sampled.logprobs,
-            prompt_logprobs,
-        )
+        request_ids = tuple(request.id for request, _ in waiting.scheduled)
+        tokens = _by_request(request_ids, batch.samplers, sampled.token_ids)
+        result = StepResult(request_ids, tokens, sampled.logprobs, prompt_logprobs)
         self._last_ended = time.perf_counter()
         self._on_step(
             StepStats(

@@ -22,7 +22,7 @@ from pomarium.kernels.cache_writes import slot_indices
 from pomarium.kernels.paged_attention import DecodePlan, plan_decode
 from pomarium.kernels.paged_plan import room
 from pomarium.kernels.paged_tuning import DecodeVariant
-from pomarium.worker.attention.base import StepAttention
+from pomarium.worker.attention.base import AttentionBackend, StepAttention
 from pomarium.worker.attention.gathered import GatheredStep
 from pomarium.worker.attention.kernels import (
     AttentionPlan,
@@ -243,3 +243,28 @@ class DecodeGraphs:
             return output, [branch.token for branch in branches.values()]
 
         return graph
+
+
+def run_rows(
+    model: RowsModel,
+    backend: AttentionBackend,
+    graphs: DecodeGraphs | None,
+    batch: Batch,
+    inputs: mx.array,
+    *,
+    head: bool,
+) -> mx.array:
+    """Compute a step, lazily: by a graph where one does, else by a graph of its own.
+
+    Args:
+        head: the model ends in logits; else it gives hidden states.
+
+    Returns:
+        Logits of `batch.logit_rows`, or of one row if none are wanted; hidden states of all rows.
+    """
+    # A step in the middle of a prompt wants no logits; one row keeps the graph whole and costs one row of the head.
+    rows = batch.logit_rows if len(batch.logit_rows) else np.zeros(1, np.int32)
+    every_row = None if graphs is None else graphs.run(batch, inputs)
+    if every_row is None:
+        return model(inputs, batch.positions, backend.prepare(batch), rows)
+    return rows_of(every_row, rows) if head else every_row

@@ -7,10 +7,9 @@ other stages:  hidden states (T, H) ------+--> own layers --> hidden states (T, 
 from collections.abc import Iterable
 
 import mlx.core as mx
-import numpy as np
 
 from pomarium.worker.attention.base import AttentionBackend
-from pomarium.worker.attention.decode_graphs import DecodeGraphs, rows_of
+from pomarium.worker.attention.decode_graphs import DecodeGraphs, run_rows
 from pomarium.worker.batch import Batch
 from pomarium.worker.models.paged import StageModel
 from pomarium.worker.pipeline.links import StageLinks
@@ -24,7 +23,7 @@ class StageForward:
         self._backend = backend
         self._graphs = graphs
 
-    def run(self, batch: Batch, inputs: np.ndarray | mx.array) -> mx.array:
+    def run(self, batch: Batch, inputs: mx.array) -> mx.array:
         """Evaluated hidden states (T, hidden_size) of all rows, or on the last stage logits (N, vocab_size) of the N
         `batch.logit_rows`.
 
@@ -32,12 +31,7 @@ class StageForward:
             inputs: token ids int32 (T,) on the first stage, else hidden states (T, hidden_size).
         """
         last = self._model.cut.has_head
-        rows = batch.logit_rows if len(batch.logit_rows) else np.zeros(1, np.int32)  # see PagedForward
-        every_row = None if self._graphs is None else self._graphs.run(batch, mx.array(inputs))
-        if every_row is None:
-            output = self._model(inputs, batch.positions, self._backend.prepare(batch), rows)
-        else:
-            output = rows_of(every_row, rows) if last else every_row
+        output = run_rows(self._model, self._backend, self._graphs, batch, inputs, head=last)
         mx.eval(output, self._backend.arrays)  # before the next step's writes are queued: see kv_cache.pool
         return output[: len(batch.logit_rows)] if last else output
 

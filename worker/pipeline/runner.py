@@ -8,6 +8,8 @@ The last stage is a ModelRunner over LastStageForward that returns its tokens to
 import time
 from collections.abc import Callable
 
+import mlx.core as mx
+
 from pomarium.worker.batch import build_batch
 from pomarium.worker.model_runner import StepStats
 from pomarium.worker.pipeline.forward import StageForward
@@ -54,7 +56,8 @@ class RelayRunner:
         number = self._links.begin_step()
         self._returned.settle(number, [request for request, _ in scheduled])
         batch = build_batch(scheduled)
-        hidden = self._forward.run(batch, batch.token_ids if self._first else self._links.receive_hidden())
+        inputs = mx.array(batch.token_ids) if self._first else self._links.receive_hidden()
+        hidden = self._forward.run(batch, inputs)
         self._links.hand_on(hidden)
         for request, count in scheduled:
             request.num_computed_tokens += count

@@ -51,11 +51,7 @@ def route(params: SamplingParams, vocab_size: int) -> Route:
 
 def draw_tokens(logits: mx.array, params: Sequence[SamplingParams], bits: np.ndarray) -> list[int]:
     """Tokens of rows whose logits need only temperature, min_p, top_k and top_p."""
-    vocab_size = logits.shape[-1]
-    members: dict[Route, list[int]] = {}
-    for i, row in enumerate(params):
-        members.setdefault(route(row, vocab_size), []).append(i)
-    draws = [draw for way, indices in members.items() for draw in _draw(logits, params, bits, way, indices)]
+    draws = _draws(logits, params, bits)
     mx.eval([d.token_ids for d in draws], [d.complete for d in draws if d.complete is not None])
 
     token_ids = np.zeros(len(params), dtype=np.int64)
@@ -75,22 +71,26 @@ def draw_on_device(logits: mx.array, params: Sequence[SamplingParams], bits: np.
     With a top_k none is, but for ties with the k-th token that outnumber the list: of those the listed ones count.
     """
     vocab_size = logits.shape[-1]
-    members: dict[Route, list[int]] = {}
-    for i, row in enumerate(params):
-        members.setdefault(route(row, vocab_size), []).append(i)
     rows: list[int] = []
     drawn: list[mx.array] = []
-    for way, indices in members.items():
-        for draw in _draw(logits, params, bits, way, indices):
-            tokens, own = draw.token_ids, [params[i] for i in draw.rows]
-            if draw.complete is not None and not all(0 < p.top_k < vocab_size for p in own):
-                every = Route(shortlist=vocab_size)
-                whole = _draw_shortlist(_select(logits, draw.rows), own, bits[draw.rows], every, draw.rows)
-                tokens = mx.where(draw.complete, tokens, whole.token_ids)
-            rows += draw.rows
-            drawn.append(tokens.astype(mx.int32))
+    for draw in _draws(logits, params, bits):
+        tokens, own = draw.token_ids, [params[i] for i in draw.rows]
+        if draw.complete is not None and not all(0 < p.top_k < vocab_size for p in own):
+            every = Route(shortlist=vocab_size)
+            whole = _draw_shortlist(_select(logits, draw.rows), own, bits[draw.rows], every, draw.rows)
+            tokens = mx.where(draw.complete, tokens, whole.token_ids)
+        rows += draw.rows
+        drawn.append(tokens.astype(mx.int32))
     joined = drawn[0] if len(drawn) == 1 else mx.concatenate(drawn)
     return joined if rows == list(range(len(rows))) else joined[mx.array(np.argsort(rows).astype(np.int32))]
+
+
+def _draws(logits: mx.array, params: Sequence[SamplingParams], bits: np.ndarray) -> list[Draws]:
+    """Of all rows, route by route."""
+    members: dict[Route, list[int]] = {}
+    for i, row in enumerate(params):
+        members.setdefault(route(row, logits.shape[-1]), []).append(i)
+    return [draw for way, indices in members.items() for draw in _draw(logits, params, bits, way, indices)]
 
 
 def _draw(
