@@ -1,14 +1,15 @@
 """Attention over the paged pool by kernels: few query tokens per sequence (decode), or prompt chunks (prefill).
 
     spans + block tables --plan_decode, once per step--> DecodePlan --decode, per layer--> outputs, token
-                                    `-- paged_attention_decode: each partition of each sequence's keys
+                                    `-- paged_attention_decode: each partition of each sequence's keys; it stores the
+                                        step's own K and V where each sequence has one token
                                     `-- paged_attention_reduce: a row's partitions together, sinks
     spans + block tables --plan_prefill, once per step--> PrefillPlan --prefill, per layer--> outputs, token
 
-Both read a pool that reshape_and_cache wrote, the step's own K and V included, and are causal: token i of a span of n
-sees keys up to context - n + i. `AttentionShape.unsupported` says what they do not take; what they compute is defined
-by reference.grouped_attention. Bad input is refused here, on the host, before any launch: index arrays when they are
-planned, once per step, and the shapes of a layer's arrays when it is launched.
+Both read a pool that reshape_and_cache wrote, the step's own K and V included, but for what decode is given to store,
+and are causal: token i of a span of n sees keys up to context - n + i. `AttentionShape.unsupported` says what they do
+not take; what they compute is defined by reference.grouped_attention. Bad input is refused here, on the host, before
+any launch: index arrays when they are planned, once per step, and the shapes of a layer's arrays when it is launched.
 """
 
 import math
@@ -50,8 +51,9 @@ MOST_DECODE_ROWS = 32
 
 DECODE_SOURCE = KernelSource(
     "paged_attention_decode",
-    ("q", "keys", "values", "tables", "work", "ints", "floats", "after"),
+    ("q", "own_k", "own_v", "keys", "values", "tables", "work", "ints", "floats", "after"),
     ("partial", "stats", "token"),
+    ("keys", "values"),
 )
 REDUCE_SOURCE = KernelSource("paged_attention_reduce", ("partial", "stats", "sinks", "work", "ints"), ("out",))
 PREFILL_SOURCE = KernelSource(
@@ -231,12 +233,15 @@ def decode(
     pool: tuple[mx.array, ...],
     scoring: Scoring,
     after: mx.array,
+    store: tuple[mx.array, mx.array] | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Attention of the plan's spans.
 
     Args:
         queries: (T, num_heads, head_dim), all rows of the step. pool: keys and values, (rows, head_dim) each.
         after: token int32 (1,) of the pool's last access.
+        store: keys and values (T, num_kv_heads, head_dim) of all rows of the step, of which the plan's spans, of one
+            token each, are not in the pool yet and are stored; None: the pool holds all that is attended.
 
     Returns:
         (plan.tokens, num_heads, head_dim), one span after another, and the token of this access.
@@ -246,13 +251,17 @@ def decode(
     """
     shape, variant = plan.shape, plan.variant
     _check_arrays(shape, queries, pool, scoring, plan.end_token)
+    if store is not None:
+        _check_stored(plan, store)
     chunks = -(-shape.group * plan.most_tokens // variant.rows)
     threads = 32 * variant.simdgroups
     partial_shape = (plan.items, plan.most_tokens, shape.num_heads)
+    # Without anything to store the kernel reads neither own_k nor own_v; the queries stand in for them.
+    own, factors = store or (queries, queries), _factors(scoring.scale, scoring.softcap)
     partial, stats, token = launcher.launch(
         DECODE_SOURCE,
         Launch(
-            (queries, *pool, plan.tables, plan.work, plan.ints, _factors(scoring.scale, scoring.softcap), after),
+            (queries, *own, *pool, plan.tables, plan.work, plan.ints, factors, after),
             (
                 ("T", shape.dtype),
                 ("D", shape.head_dim),
@@ -264,6 +273,7 @@ def decode(
                 ("U", variant.unroll),
                 ("NSG", variant.simdgroups),
                 ("CAP", scoring.softcap is not None),
+                ("STORE", store is not None),
             ),
             (threads * shape.num_kv_heads * chunks, plan.items, 1),
             (threads, 1, 1),
@@ -374,3 +384,17 @@ def _check_arrays(
         )
     if scoring.sinks is not None and scoring.sinks.shape != (shape.num_heads,):
         raise ValueError(f"sinks {scoring.sinks.shape} are not one per query head ({shape.num_heads},)")
+
+
+def _check_stored(plan: DecodePlan, store: tuple[mx.array, mx.array]) -> None:
+    if plan.most_tokens > 1:
+        raise ValueError(f"spans of up to {plan.most_tokens} tokens are stored by reshape_and_cache, not by decode")
+    shape = plan.shape
+    for name, array in zip(("keys", "values"), store, strict=True):
+        wanted = (shape.num_kv_heads, shape.head_dim)
+        if array.ndim != 3 or array.shape[1:] != wanted or array.shape[0] < plan.end_token:
+            raise ValueError(
+                f"{name} {array.shape} to store are not at least ({plan.end_token}, {wanted[0]}, {wanted[1]})"
+            )
+        if array.dtype != shape.dtype:
+            raise ValueError(f"{name} of {array.dtype} to store do not fit a pool of {shape.dtype}")

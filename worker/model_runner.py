@@ -294,8 +294,7 @@ def _on_device(request: RequestState) -> bool:
 
 
 def _sampling_row(request: RequestState) -> SamplingRow:
-    prompt = request.token_ids[: request.num_prompt_tokens]
-    return SamplingRow(request.id, request.sampling, prompt, request.output_token_ids)
+    return SamplingRow(request.id, request.sampling, request.token_ids, request.num_prompt_tokens)
 
 
 def _join(chunks: list[Logprobs]) -> Logprobs:

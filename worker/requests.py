@@ -30,11 +30,6 @@ class RequestState:
     sampling: SamplingParams
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
 
-    @property
-    def output_token_ids(self) -> list[int]:
-        """Tokens sampled so far."""
-        return self.token_ids[self.num_prompt_tokens :]
-
 
 class RequestTable:
     """Live requests by id, all of whose tokens are below `vocab_size`.

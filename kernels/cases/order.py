@@ -1,10 +1,12 @@
 """Writes in place happen in order: one slot of the pool is written and read again and again, all in one evaluation.
 
-Each write brings another number and each read attends to that slot alone, so it returns what the slot holds. A read
-that overtakes the write before it, or a write that overtakes the read before it, gives another number.
+Each write, by a kernel of its own or by attention that stores, brings another number, and each read attends to that
+slot alone, so it returns what the slot holds. A read that overtakes the write before it, or a write that overtakes the
+read before it, gives another number.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -32,8 +34,8 @@ def ordered(*arrays: mx.array) -> Ordered:
     return pool
 
 
-def _run(launcher: Launcher) -> list[mx.array]:
-    """(ROUNDS, 1, DIM), what each read found."""
+def _run(launcher: Launcher, stores: bool) -> list[mx.array]:
+    """(ROUNDS, 1, DIM), what each read found. stores: attention writes."""
     pool = Ordered(*(mx.full((BLOCK_SIZE, DIM), float("nan"), DTYPE) for _ in range(2)))
     mx.eval(pool.arrays)
     shape = AttentionShape(1, 1, DIM, 1, BLOCK_SIZE, DTYPE)
@@ -41,10 +43,17 @@ def _run(launcher: Launcher) -> list[mx.array]:
     blocks, slots = BlockShape(1, 1, BLOCK_SIZE, DIM, DIM, DTYPE), slot_indices(np.zeros(1, np.int64), BLOCK_SIZE)
     queries, scoring = mx.ones((1, 1, DIM), DTYPE), Scoring(1.0)
     found = []
+
+    def attend(store: tuple[mx.array, mx.array] | None = None) -> mx.array:
+        return pool.access(lambda arrays, after: decode(launcher, plan, queries, arrays, scoring, after, store))
+
     for number in range(ROUNDS):
         row = mx.full((1, 1, DIM), float(number), DTYPE)
-        reshape_and_cache(launcher, pool, blocks, row, row, slots)
-        found.append(pool.access(lambda arrays, after: decode(launcher, plan, queries, arrays, scoring, after)))
+        if stores:
+            attend((row, row))
+        else:
+            reshape_and_cache(launcher, pool, blocks, row, row, slots)
+        found.append(attend())
     return [mx.concatenate(found)]
 
 
@@ -53,5 +62,7 @@ def _expected() -> list[np.ndarray]:
 
 
 def cases() -> Iterator[Case]:
-    """One case. Attention to a single key gives its value exactly."""
-    yield Case(f"order of {ROUNDS} writes and reads of one slot", _run, _expected, 0.0)
+    """One for each writer. Attention to a single key gives its value exactly."""
+    for stores, writer in ((False, "reshape_and_cache"), (True, "paged_attention_decode")):
+        name = f"order of {ROUNDS} writes and reads of one slot, {writer}"
+        yield Case(name, partial(_run, stores=stores), _expected, 0.0)

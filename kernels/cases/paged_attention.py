@@ -1,6 +1,6 @@
 """Sample launches of the paged attention kernels, and what they have to give: for tests, and for a real GPU.
 
-    Workload --attend(launcher)--> reshape_and_cache into a scrambled pool, then decode or prefill --> outputs
+    Workload --attend(launcher)--> reshape_and_cache into a scrambled pool, then decode or prefill --> outputs, the pool
              --expected----------> float64 numpy over contiguous K and V
 
 The pool holds NaN wherever nothing was written, and block tables hold no more blocks than they need: a key too many, or
@@ -20,6 +20,7 @@ from pomarium.kernels.cases.case import Case
 from pomarium.kernels.cases.order import LAST_TOKEN, ordered
 from pomarium.kernels.gpu_family import Family, Gpu
 from pomarium.kernels.launch import Launcher
+from pomarium.kernels.ordered import indices_behind
 from pomarium.kernels.paged_attention import AttentionShape, DecodePlan, decode, plan_decode, plan_prefill, prefill
 from pomarium.kernels.paged_plan import Span, decode_work, reduce_work
 from pomarium.kernels.reference import Scoring
@@ -52,6 +53,7 @@ class Workload:
             else, while other heads of the group may not see it at all.
         cuts: partitions instead of those that are planned, each a span, its first key and the key behind its last one;
             keys in none of them are not attended.
+        stores: decode stores the last key of each sequence, which has one token.
         gpu: whose variant is launched, and for how many cores; any GPU runs it.
     """
 
@@ -67,6 +69,7 @@ class Workload:
     sinks: bool = False
     peak: bool = False
     cuts: tuple[tuple[int, int, int], ...] = ()
+    stores: bool = False
     gpu: Gpu = SMALL
     seed: int = 0
 
@@ -78,6 +81,7 @@ class Workload:
         extras += ["sinks"] if self.sinks else []
         extras += ["peak"] if self.peak else []
         extras += ["cut anywhere"] if self.cuts else []
+        extras += ["stores"] if self.stores else []
         heads = f"{self.num_kv_heads}x{self.group} heads of {self.head_dim}"
         kind = str(self.dtype).removeprefix("mlx.core.")
         parts = [f"paged_attention_{self.stage}", kind, heads, f"block {self.block_size}", self.gpu.family, *extras]
@@ -136,7 +140,8 @@ def operands(workload: Workload) -> Operands:
 
 
 def attend(workload: Workload, launcher: Launcher) -> list[mx.array]:
-    """The kernels' result, (query tokens, heads, head_dim), and the pool's token behind them."""
+    """The kernels' result, (query tokens, heads, head_dim), the pool's token behind them, and what it then holds of
+    each token of each sequence, (tokens, 2, num_kv_heads, head_dim)."""
     given = operands(workload)
     heads, dim, size = workload.num_kv_heads, workload.head_dim, workload.block_size
     shape = AttentionShape(heads * workload.group, heads, dim, given.num_blocks, size, workload.dtype)
@@ -145,16 +150,31 @@ def attend(workload: Workload, launcher: Launcher) -> list[mx.array]:
     mx.eval(buffers)
     pool = ordered(*buffers)
     blocks = BlockShape(given.num_blocks, heads, size, dim, dim, workload.dtype)
-    slots = slot_indices(given.slots, given.num_blocks * size)
-    reshape_and_cache(launcher, pool, blocks, given.keys, given.values, slots)
+    last = np.cumsum([context for _, context in workload.spans]) - 1
+    held = given.slots.copy()
+    if workload.stores:
+        held[last] = -1
+    reshape_and_cache(launcher, pool, blocks, given.keys, given.values, slot_indices(held, given.num_blocks * size))
     arguments = given.spans, given.tables, shape, workload.window, workload.gpu
     if workload.stage is Stage.DECODE:
         plan = _cut(plan_decode(*arguments), workload.cuts, given.spans)
-        out = pool.access(lambda arrays, after: decode(launcher, plan, given.queries, arrays, given.scoring, after))
+        nobody = mx.full((OTHER_ROWS, heads, dim), float("nan"), workload.dtype)
+        own = [mx.concatenate([nobody, rows[mx.array(last)]]) for rows in (given.keys, given.values)]
+        store = (own[0], own[1]) if workload.stores else None
+        out = pool.access(
+            lambda arrays, after: decode(launcher, plan, given.queries, arrays, given.scoring, after, store)
+        )
     else:
         chunks = plan_prefill(*arguments)
         out = pool.access(lambda arrays, after: prefill(launcher, chunks, given.queries, arrays, given.scoring, after))
-    return [out, pool.arrays[-1]]
+    token = pool.token
+
+    def kept(buffers: tuple[mx.array, ...], after: mx.array) -> tuple[mx.array, mx.array]:
+        places = indices_behind(mx.array(given.slots.astype(np.int32)), after)
+        wanted = [buffer.reshape(-1, heads, size, dim)[places // size, :, places % size] for buffer in buffers]
+        return mx.stack(wanted, axis=1), after
+
+    return [out, token, pool.access(kept)]
 
 
 def _cut(plan: DecodePlan, cuts: tuple[tuple[int, int, int], ...], spans: tuple[Span, ...]) -> DecodePlan:
@@ -189,7 +209,8 @@ def expected(workload: Workload) -> list[np.ndarray]:
             total = weights.sum(-1) if sinks is None else weights.sum(-1) + np.exp(sinks - top)
             out[row - OTHER_ROWS] = np.einsum("hk,khd->hd", weights / total[:, None], values[seen])
         first += span.context
-    return [out, np.array([LAST_TOKEN])]
+    kept = np.stack([_double(given.keys), _double(given.values)], axis=1)
+    return [out, np.array([LAST_TOKEN]), kept]
 
 
 def _double(array: mx.array) -> np.ndarray:
@@ -218,6 +239,9 @@ WORKLOADS: tuple[Workload, ...] = (
     Workload(D, 1, 1, 512, 32, F32, ((1, 37),)),
     Workload(D, 1, 4, 64, 8, F16, _FEW, peak=True),
     Workload(D, 2, 2, 64, 16, F32, ((2, 40), (1, 130)), cuts=_CUTS),
+    Workload(D, 2, 4, 128, 16, BF16, _MIX, stores=True),
+    Workload(D, 1, 8, 64, 8, F32, _MIX, window=40, sinks=True, stores=True, gpu=APPLE),
+    Workload(D, 3, 20, 80, 32, F16, _MIX, stores=True),
     Workload(D, 1, 1, 64, 32, F16, ((1, 2300), (1, 300)), sinks=True, peak=True, gpu=Gpu(Family.CUDA, 40)),
     Workload(P, 2, 4, 128, 16, BF16, _CHUNKS),
     Workload(P, 1, 8, 64, 8, F16, _CHUNKS, window=11, sinks=True, gpu=APPLE),

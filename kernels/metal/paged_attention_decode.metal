@@ -1,21 +1,26 @@
 // Attention of few query tokens per sequence over the paged pool, split over partitions of the keys: partial results.
 //
-// q       T   (tokens, HK * G, D)         keys, values   T (blocks, HK, BS, D)
+// q       T   (tokens, HK * G, D)
+// own_k, own_v   T (tokens, HK, D)        of the step; not read without STORE
+// keys, values   T (blocks, HK, BS, D)    the pool; with STORE inputs that are written
 // tables  int (sequences, width)          block ids
 // work    int (items, 8)                  an item is a run of keys of a sequence: row of `tables`, first token, number of
 //                                         tokens, keys that the last token sees, first key, key behind the last, 0, 0
 // ints    int (8,)                        tokens per sequence at most (QT), width of `tables`, window (0: none)
 // floats  float (8,)                      factor on the products, soft-cap in units of log 2
-// after   int (1,)                        orders this launch behind the writes of keys and values
+// after   int (1,)                        orders this launch behind earlier accesses of keys and values
 // partial float (items, QT, HK * G, D)    sum of exp2(score - maximum) * value
 // stats   float (items, QT, HK * G, 2)    the maximum and the sum of exp2(score - maximum); -1e30 and 0 without a key
-// token   int (1,)                        1; orders later writes behind this launch
+// token   int (1,)                        1; orders later accesses behind this launch
 //
 // Rows of an item are (token, head of the group), R at a time per threadgroup: they share each load of K and V. Token i
 // of n sees keys [end - window, end) with end = keys of the last token - (n - 1 - i).
 //
+// With STORE a sequence has one token, whose own key is the last that it sees. The threadgroups that see it take it from
+// own_k and own_v, while one of them stores it in the pool: nobody else reads that row, or writes any.
+//
 // template: T, D, BS, HK, G, R (rows, a power of two), LANES (per key), U (keys in flight per lane), NSG (simdgroups),
-//           CAP (bool: soft-cap)
+//           CAP (bool: soft-cap), STORE (bool)
 // grid (32 * NSG * HK * row chunks, items, 1), threadgroup (32 * NSG, 1, 1)
 //
 // LANES lanes hold a key, each W or a few times W of its elements; 32 / LANES keys stand side by side ("subs") and U come
@@ -36,6 +41,7 @@ constexpr int SPREAD = U / UL;
 constexpr int LOG_LANES = LANES == 32 ? 5 : LANES == 16 ? 4 : LANES == 8 ? 3 : LANES == 4 ? 2 : 1;
 constexpr int RB = NSG * R * D <= 4096 ? R : NSG * R * D <= 8192 ? (R + 1) / 2 : NSG * R * D <= 16384 ? (R + 3) / 4 : 1;
 constexpr float LOWEST = -1e30f;
+constexpr uint OWN = 0xffffffffu;
 
 threadgroup float s_max[NSG * R];
 threadgroup float s_sum[NSG * R];
@@ -65,6 +71,18 @@ if (item == 0 && first_row == 0 && kv_head == 0 && thread_index_in_threadgroup =
 }
 if (rows <= 0) {
   return;
+}
+const int own = STORE ? seen - 1 : -1;
+const device T* head_k = own_k + (size_t(first_token) * HK + kv_head) * D;
+const device T* head_v = own_v + (size_t(first_token) * HK + kv_head) * D;
+if (STORE && first_row == 0 && k1 == seen) {
+  const size_t to = (size_t(tables[table + own / BS]) * HK + kv_head) * BS + own % BS;
+  device uint4* k_to = reinterpret_cast<device uint4*>(const_cast<device T*>(keys)) + to * LOADS;
+  device uint4* v_to = reinterpret_cast<device uint4*>(const_cast<device T*>(values)) + to * LOADS;
+  for (int x = int(thread_index_in_threadgroup); x < LOADS; x += 32 * NSG) {
+    k_to[x] = reinterpret_cast<const device uint4*>(head_k)[x];
+    v_to[x] = reinterpret_cast<const device uint4*>(head_v)[x];
+  }
 }
 
 float query[R][E];
@@ -100,7 +118,7 @@ for (int j = 0; j < RL; j++) {
 }
 const int own_key = (part / REP * M) % U * SUBS + sub;
 
-// The pool's row of each key of a tile. Keys behind the last are read as the last one again, and masked.
+// The pool's row of each key of a tile, or OWN. Keys behind the last are read as the last one again, and masked.
 uint at[U];
 uint4 k_raw[U][C];
 uint4 v_raw[U][C];
@@ -108,11 +126,12 @@ const int start = k0 + sg * TILE;
 #pragma unroll
 for (int u = 0; u < U; u++) {
   const int key = metal::min(start + u * SUBS + sub, k1 - 1);
-  at[u] = (uint(tables[table + key / BS]) * HK + uint(kv_head)) * BS + uint(key % BS);
+  at[u] = STORE && key == own ? OWN : (uint(tables[table + key / BS]) * HK + uint(kv_head)) * BS + uint(key % BS);
+  const device T* from = STORE && at[u] == OWN ? head_k : keys + size_t(at[u]) * D;
 #pragma unroll
   for (int c = 0; c < C; c++) {
     const int chunk = metal::min(c * LANES + part, LOADS - 1);
-    k_raw[u][c] = *reinterpret_cast<const device uint4*>(keys + size_t(at[u]) * D + chunk * W);
+    k_raw[u][c] = *reinterpret_cast<const device uint4*>(from + chunk * W);
   }
 }
 for (int base = start; base < k1; base += NSG * TILE) {
@@ -120,10 +139,11 @@ for (int base = start; base < k1; base += NSG * TILE) {
 #pragma unroll
   for (int u = 0; u < U; u++) {
     block[u] = tables[table + metal::min(base + NSG * TILE + u * SUBS + sub, k1 - 1) / BS];
+    const device T* from = STORE && at[u] == OWN ? head_v : values + size_t(at[u]) * D;
 #pragma unroll
     for (int c = 0; c < C; c++) {
       const int chunk = metal::min(c * LANES + part, LOADS - 1);
-      v_raw[u][c] = *reinterpret_cast<const device uint4*>(values + size_t(at[u]) * D + chunk * W);
+      v_raw[u][c] = *reinterpret_cast<const device uint4*>(from + chunk * W);
     }
   }
   float score[N];
@@ -147,11 +167,12 @@ for (int base = start; base < k1; base += NSG * TILE) {
 #pragma unroll
     for (int u = 0; u < U; u++) {
       const int key = metal::min(base + NSG * TILE + u * SUBS + sub, k1 - 1);
-      at[u] = (uint(block[u]) * HK + uint(kv_head)) * BS + uint(key % BS);
+      at[u] = STORE && key == own ? OWN : (uint(block[u]) * HK + uint(kv_head)) * BS + uint(key % BS);
+      const device T* from = STORE && at[u] == OWN ? head_k : keys + size_t(at[u]) * D;
 #pragma unroll
       for (int c = 0; c < C; c++) {
         const int chunk = metal::min(c * LANES + part, LOADS - 1);
-        k_raw[u][c] = *reinterpret_cast<const device uint4*>(keys + size_t(at[u]) * D + chunk * W);
+        k_raw[u][c] = *reinterpret_cast<const device uint4*>(from + chunk * W);
       }
     }
   }

@@ -15,10 +15,12 @@ class CountingLauncher:
 
     Attributes:
         rows: of each launch, the kernel's name and the length of its first input, of a kernel that attends its queries.
+        stores: launches that stored a layer's K and V, by the kernel for it or by attention.
     """
 
     inner: EmulatedLauncher = field(default_factory=EmulatedLauncher)
     rows: list[tuple[str, int]] = field(default_factory=list)
+    stores: int = 0
 
     @property
     def launches(self) -> Counter[str]:
@@ -28,4 +30,5 @@ class CountingLauncher:
     def launch(self, source: KernelSource, launch: Launch) -> list[mx.array]:
         """See Launcher."""
         self.rows.append((source.name, launch.inputs[0].shape[0]))
+        self.stores += source.name == "reshape_and_cache" or ("STORE", True) in launch.template
         return self.inner.launch(source, launch)

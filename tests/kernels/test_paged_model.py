@@ -1,7 +1,6 @@
 """Tiny models served through the emulated attention kernels give the tokens of the MLX-operation path."""
 
 import logging
-from collections import Counter
 from functools import cache
 
 import mlx.core as mx
@@ -16,7 +15,7 @@ from wrapper_models import build_text
 from pomarium.kernels.gpu_family import H100, Family, Gpu
 from pomarium.worker.attention.choose import attention_backend
 from pomarium.worker.attention.gathered import GatheredAttention
-from pomarium.worker.attention.kernels import KernelAttention, group_rows, paged_pool
+from pomarium.worker.attention.kernels import KernelAttention, group_rows, paged_pool, row_slots
 from pomarium.worker.attention.mla import LatentKernelAttention
 from pomarium.worker.batch import Batch, Sequence
 from pomarium.worker.device import Device, GpuBackend
@@ -59,7 +58,7 @@ def through_kernels(paged: PagedModel, launcher: CountingLauncher, gpu: Gpu) -> 
 )
 def test_the_kernels_give_the_operations_tokens(name: str, gpu: Gpu) -> None:
     """Prompts of four lengths in chunks, beside decoding sequences, one of them preempted."""
-    assert launches_with_equal_results(model(name), gpu, BOUND).keys() == KERNELS
+    assert launches_with_equal_results(model(name), gpu, BOUND).launches.keys() == KERNELS
 
 
 @pytest.mark.parametrize(("name", "writers"), [("gemma4_small", 4), ("gemma4_dense", 6)])
@@ -70,12 +69,12 @@ def test_layers_that_share_keys_and_values_and_heads_of_two_sizes(name: str, wri
     and so is their rounding: the bound is that much wider.
     """
     paged = prepare(build_text(name, head_dim=64, global_head_dim=128), "gemma4_text")
-    launches = launches_with_equal_results(paged, Gpu(Family.APPLE, 4), 8 * BOUND)
-    assert launches.keys() == KERNELS
-    assert launches["reshape_and_cache"] == writers * STEPS
+    launcher = launches_with_equal_results(paged, Gpu(Family.APPLE, 4), 8 * BOUND)
+    assert launcher.launches.keys() == KERNELS
+    assert launcher.stores == writers * STEPS
 
 
-def launches_with_equal_results(paged: PagedModel, gpu: Gpu, bound: float) -> Counter[str]:
+def launches_with_equal_results(paged: PagedModel, gpu: Gpu, bound: float) -> CountingLauncher:
     """Serve through MLX operations and through kernels: the same tokens, and logits within `bound` of the largest."""
     launcher = CountingLauncher()
     want = Driver(paged, block_size=8)
@@ -90,7 +89,7 @@ def launches_with_equal_results(paged: PagedModel, gpu: Gpu, bound: float) -> Co
         for position, row in logits.items():
             scale = np.abs(row).max()
             assert np.abs(got.recorder.logits[request][position] - row).max() / scale < bound
-    return launcher.launches
+    return launcher
 
 
 def test_a_shape_that_the_kernels_do_not_take_goes_to_operations_and_is_logged_once(
@@ -149,8 +148,12 @@ def test_a_table_that_does_not_hold_its_sequence_is_refused_when_the_step_is_pre
         rows = np.arange(3, dtype=np.int32)
         return Batch((Sequence("r", 6, 3, (blocks,)),), rows, rows + 6, rows, rows, ("r",), {})
 
-    assert group_rows(batch((5, 2)), group, 6).slots.tolist() == [46, 47, 16]
+    def slots(blocks: tuple[int, ...]) -> list[int]:
+        step = batch(blocks)
+        return row_slots(group_rows(step, group), step.positions, group, 6).tolist()
+
+    assert slots((5, 2)) == [46, 47, 16]
     with pytest.raises(ValueError, match=r"context of 9 tokens is longer than its block table: 1 blocks of 8"):
-        group_rows(batch((5,)), group, 6)
+        slots((5,))
     with pytest.raises(ValueError, match=r"names block 6 at \[0, 1\], outside a pool of 6"):
-        group_rows(batch((5, 6)), group, 6)
+        slots((5, 6))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from sampling_rows import sampling_row
 from vllm import SamplingParams as VllmParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.outputs import SamplerOutput
@@ -171,7 +172,7 @@ def batches(draw: Callable, filters: bool) -> tuple[np.ndarray, list[SamplingRow
         )
         if params.greedy:
             params = SamplingParams(**{**vars(params), "top_k": 0, "min_p": 0.0})
-        rows.append(SamplingRow(f"r{i}", params, draw(tokens) or (0,), output))
+        rows.append(sampling_row(f"r{i}", params, draw(tokens) or (0,), output))
     return random_logits(draw(st.integers(0, 2**32)), len(rows), vocab_size), rows
 
 
@@ -283,7 +284,7 @@ def test_ties_keep_as_many_of_each_likelihood_as_vllm(top_k: int, top_p: float) 
 def test_logprobs_modes_equal_vllm(mode: str, k: int) -> None:
     logits = random_logits(3, 3, 211)
     params = SamplingParams(temperature=0.7, top_k=1, num_logprobs=k, frequency_penalty=0.5)
-    rows = [SamplingRow(f"r{i}", params, (1, 2), (int(np.argmax(logits[i])),) * 40) for i in range(3)]
+    rows = [sampling_row(f"r{i}", params, (1, 2), (int(np.argmax(logits[i])),) * 40) for i in range(3)]
     theirs = vllm_sample(logits, rows, mode).logprobs_tensors
     ours = Sampler(211, 0, mode).sample(mx.array(logits), rows, None, None).logprobs
     assert ours is not None
@@ -297,8 +298,8 @@ def test_logprobs_modes_equal_vllm(mode: str, k: int) -> None:
 def test_named_logprobs_equal_vllm() -> None:
     logits = random_logits(4, 2, 97)
     rows = [
-        SamplingRow("a", SamplingParams(temperature=0, logprob_token_ids=(5, 90, 5)), (1,), ()),
-        SamplingRow("b", SamplingParams(temperature=0, logprob_token_ids=(7,)), (1,), ()),
+        sampling_row("a", SamplingParams(temperature=0, logprob_token_ids=(5, 90, 5)), (1,), ()),
+        sampling_row("b", SamplingParams(temperature=0, logprob_token_ids=(7,)), (1,), ()),
     ]
     theirs = vllm_sample(logits, rows, "raw_logprobs").logprobs_tensors
     ours = Sampler(97, 0).sample(mx.array(logits), rows, None, None).logprobs
@@ -322,7 +323,7 @@ def test_prompt_logprobs_equal_vllm() -> None:
 def test_ranks_count_ties_as_vllm(tied: bool) -> None:
     logits = np.zeros((1, 40), dtype=np.float32)
     logits[0, 7] = 0.0 if tied else 1.0
-    rows = [SamplingRow("a", SamplingParams(temperature=0, num_logprobs=2), (1,), ())]
+    rows = [sampling_row("a", SamplingParams(temperature=0, num_logprobs=2), (1,), ())]
     theirs = vllm_sample(logits, rows, "raw_logprobs")
     ours = Sampler(40, 0).sample(mx.array(logits), rows, None, None)
     assert ours.logprobs is not None
@@ -338,7 +339,7 @@ def test_min_tokens_spares_the_only_token_of_a_grammar_as_vllm(stops: set[int]) 
     logits = random_logits(2, 1, 60)
     masked = np.where(np.arange(60) == 3, logits, -np.inf).astype(np.float32)
     params = SamplingParams(temperature=0, min_tokens=5, stop_token_ids=frozenset(stops))
-    row = SamplingRow("a", params, (1,), ())
+    row = sampling_row("a", params, (1,), ())
     theirs = vllm_sample(masked, [row], "raw_logprobs", structured=["a"])
     ours = Sampler(60, 0).sample(mx.array(logits), [row], Grammar({"a": words}), None)
     assert ours.token_ids == theirs.sampled_token_ids[:, 0].tolist() == [3]
@@ -349,7 +350,7 @@ def test_nothing_left_to_draw_gives_token_0_as_vllm(temperature: float) -> None:
     params = SamplingParams(temperature=temperature, allowed_token_ids=(5,), bad_words=((5,),), top_k=3, top_p=0.9)
     if params.greedy:
         params = SamplingParams(temperature=0, allowed_token_ids=(5,), bad_words=((5,),))
-    row = SamplingRow("a", params, (1,), ())
+    row = sampling_row("a", params, (1,), ())
     logits = random_logits(2, 1, 60)
     theirs = vllm_sample(logits, [row], "raw_logprobs")
     assert Sampler(60, 0).sample(mx.array(logits), [row], None, None).token_ids == [0]

@@ -18,7 +18,6 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from pomarium.kernels.cache_writes import slot_indices
 from pomarium.kernels.paged_attention import DecodePlan, plan_decode
 from pomarium.kernels.paged_plan import room
 from pomarium.kernels.paged_tuning import DecodeVariant
@@ -77,11 +76,10 @@ class BucketArrays:
     """All that changes from step to step beside the model's inputs.
 
     Attributes:
-        positions: int32 (rows,). slots: of each cache group. plans: tables, work, reduce and ints of each plan.
+        positions: int32 (rows,). plans: tables, work, reduce and ints of each plan.
     """
 
     positions: mx.array
-    slots: list[mx.array]
     plans: list[list[mx.array]]
 
 
@@ -89,16 +87,13 @@ def bucket_of(kernels: Kernels, batch: Batch) -> tuple[Bucket, BucketArrays]:
     """Of a batch of one row per sequence, for the plans that layers have asked for.
 
     Raises:
-        ValueError: as `group_rows` does.
+        ValueError: as `plan_decode` does.
     """
     pool, rows = kernels.pool, room(len(batch.sequences))
     groups = pool.layout.groups
-    found = [group_rows(batch, group, pool.layout.num_blocks) for group in groups]
-    slots = [
-        slot_indices(_padded(taken.slots, rows, -1), pool.layout.num_blocks * group.block_size)
-        for group, taken in zip(groups, found, strict=True)
-    ]
-    positions = mx.array(_padded(batch.positions, rows, 0))
+    found = [group_rows(batch, group) for group in groups]
+    positions = np.zeros(rows, np.int32)
+    positions[: len(batch.positions)] = batch.positions
     rooms, arrays = [], []
     for key in kernels.asked:
         group_index, shape, _ = key
@@ -107,20 +102,13 @@ def bucket_of(kernels: Kernels, batch: Batch) -> tuple[Bucket, BucketArrays]:
         plan = plan_decode(spans, tables, shape, group.window, kernels.gpu, padded=True)
         rooms.append(PlanRoom(key, plan.variant, plan.items, plan.tables.size // rows))
         arrays.append([plan.tables, plan.work, plan.reduce, plan.ints])
-    return Bucket(rows, tuple(rooms)), BucketArrays(positions, slots, arrays)
-
-
-def _padded(values: np.ndarray, count: int, filler: int) -> np.ndarray:
-    padded = np.full(count, filler, np.int32)
-    padded[: len(values)] = values
-    return padded
+    return Bucket(rows, tuple(rooms)), BucketArrays(mx.array(positions), arrays)
 
 
 class _GivenPlans:
     """StepPlans whose arrays are a graph's inputs."""
 
-    def __init__(self, bucket: Bucket, slots: Sequence[mx.array], plans: Sequence[Sequence[mx.array]]) -> None:
-        self._slots = slots
+    def __init__(self, bucket: Bucket, plans: Sequence[Sequence[mx.array]]) -> None:
         self._plans = {
             place.key: AttentionPlan(
                 (DecodePlan(place.key[1], place.variant, bucket.rows, bucket.rows, 1, place.partitions, *arrays),),
@@ -130,8 +118,8 @@ class _GivenPlans:
         }
 
     def slots(self, group: int) -> mx.array:
-        """See StepPlans.slots."""
-        return self._slots[group]
+        """Raises RuntimeError."""
+        raise RuntimeError("where each sequence has one row, attention stores it")
 
     def attention(self, key: PlanKey) -> AttentionPlan:
         """See StepPlans.attention."""
@@ -194,7 +182,7 @@ class DecodeGraphs:
             padding = mx.zeros((bucket.rows - count, *inputs.shape[1:]), inputs.dtype)
             inputs = mx.concatenate([inputs, padding])
         tokens = [ordered.token for ordered in kernels.ordered.values()]
-        given = inputs, arrays.positions, arrays.slots, arrays.plans, tokens
+        given = inputs, arrays.positions, arrays.plans, tokens
         graph = self._graphs.get(bucket)
         if graph is None:
             ran = self._first(bucket, given)
@@ -230,7 +218,6 @@ class DecodeGraphs:
         def graph(
             inputs: mx.array,
             positions: mx.array,
-            slots: list[mx.array],
             plans: list[list[mx.array]],
             tokens: list[mx.array],
         ) -> tuple[mx.array, list[mx.array]]:
@@ -238,7 +225,7 @@ class DecodeGraphs:
                 number: ordered.branch(token)
                 for (number, ordered), token in zip(kernels.ordered.items(), tokens, strict=True)
             }
-            step = KernelStep(kernels, _GivenPlans(bucket, slots, plans), branches, starts=False)
+            step = KernelStep(kernels, _GivenPlans(bucket, plans), branches, starts=False)
             output = model(inputs, positions, step, rows)
             return output, [branch.token for branch in branches.values()]
 

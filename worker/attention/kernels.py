@@ -1,9 +1,10 @@
 """Paged attention by kernels: the backend of a GPU.
 
     Batch --KernelAttention.prepare--> spans, block tables, slots (host, checked once per step)
-          --KernelStep.attend, per layer--> reshape_and_cache into the pool, in place
-                |-- sequences of one row, and those of few rows: paged_attention_decode
-                `-- prompt chunks: paged_attention_prefill, or MLX's attention where that is faster (paged_tuning)
+          --KernelStep.attend, per layer--> every sequence has one row: paged_attention_decode, which stores K and V too
+                `-- else reshape_and_cache into the pool, in place, and behind it
+                    |-- sequences of one row, and those of few rows: paged_attention_decode
+                    `-- prompt chunks: paged_attention_prefill, or MLX's attention where that is faster (paged_tuning)
 
 Kernels write the pool in place, so each of its buffers belongs to an `Ordered` that puts every access behind the one
 before. Layers that the kernels do not take attend as in `gathered`, over the same pool; one log line says why. All
@@ -63,12 +64,11 @@ class GroupRows:
     """The rows of a step as one cache group sees them; host data.
 
     Attributes:
-        spans: of the sequences, in row order. tables: int32 (blocks,) of each. slots: of every row, for `slot_indices`.
+        spans: of the sequences, in row order. tables: int32 (blocks,) of each; whoever plans with them checks them.
     """
 
     spans: tuple[Span, ...]
     tables: tuple[np.ndarray, ...]
-    slots: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -82,23 +82,39 @@ class AttentionPlan:
     parts: tuple[DecodePlan | PrefillPlan | ContiguousPlan, ...]
     order: mx.array | None
 
+    @property
+    def stores(self) -> bool:
+        """Whether attention stores the step's K and V: every sequence has one row."""
+        first = self.parts[0]
+        return len(self.parts) == 1 and isinstance(first, DecodePlan) and first.most_tokens == 1
 
-def group_rows(batch: Batch, group: CacheGroup, num_blocks: int) -> GroupRows:
-    """The step's rows for `group`.
 
-    Raises:
-        ValueError: if a block table does not hold its sequence, or names a block outside the pool.
-    """
+def group_rows(batch: Batch, group: CacheGroup) -> GroupRows:
+    """The step's rows for `group`."""
     first_rows = np.cumsum([0, *(sequence.length for sequence in batch.sequences)])
     spans = tuple(
         Span(int(first), sequence.length, sequence.start + sequence.length)
         for first, sequence in zip(first_rows[:-1], batch.sequences, strict=True)
     )
-    tables = tuple(np.array(sequence.block_tables[group.table], np.int32) for sequence in batch.sequences)
-    stacked = checked_tables(spans, tables, num_blocks, group.block_size, group.window)
-    row_of = np.repeat(np.arange(len(spans)), [span.tokens for span in spans])
-    block, offset = np.divmod(batch.positions, group.block_size)
-    return GroupRows(spans, tables, stacked[row_of, block] * group.block_size + offset)
+    return GroupRows(
+        spans, tuple(np.array(sequence.block_tables[group.table], np.int32) for sequence in batch.sequences)
+    )
+
+
+def row_slots(rows: GroupRows, positions: np.ndarray, group: CacheGroup, num_blocks: int) -> np.ndarray:
+    """Where K and V of every row go, int32 (T,), for `slot_indices`.
+
+    Args:
+        positions: int32 (T,), of the rows in their sequences.
+
+    Raises:
+        ValueError: if a block table does not hold its sequence, or names a block outside the pool.
+    """
+    stacked = checked_tables(rows.spans, rows.tables, num_blocks, group.block_size, group.window)
+    row_of = np.repeat(np.arange(len(rows.spans)), [span.tokens for span in rows.spans])
+    block, offset = np.divmod(positions, group.block_size)
+    slots: np.ndarray = stacked[row_of, block] * group.block_size + offset
+    return slots
 
 
 _Part = DecodePlan | PrefillPlan | ContiguousPlan
@@ -176,14 +192,18 @@ class BatchPlans:
     """Plans of a step, each made when a layer first asks for it."""
 
     def __init__(self, kernels: Kernels, batch: Batch) -> None:
-        """Raises ValueError as `group_rows` does."""
+        """Raises ValueError as `row_slots` does."""
         self._kernels = kernels
         self._batch = batch
         layout = kernels.pool.layout
-        self._rows = [group_rows(batch, group, layout.num_blocks) for group in layout.groups]
-        self._slots = [
-            slot_indices(rows.slots, layout.num_blocks * group.block_size)
+        self._rows = [group_rows(batch, group) for group in layout.groups]
+        slots = [
+            row_slots(rows, batch.positions, group, layout.num_blocks)
             for rows, group in zip(self._rows, layout.groups, strict=True)
+        ]
+        self._slots = [
+            slot_indices(wanted, layout.num_blocks * group.block_size)
+            for wanted, group in zip(slots, layout.groups, strict=True)
         ]
         self._made: dict[PlanKey, AttentionPlan] = {}
         self._gathered: GatheredStep | None = None
@@ -228,10 +248,13 @@ class KernelStep:
         blocks = self._kernels.blocks.get(layer)
         if blocks is None:
             return self._plans.by_operations().attend(layer, queries, keys, values, scoring)
-        dtype, slots = self._kernels.pool.dtype, self._plans.slots(self._group_index[layer])
-        stored = keys.astype(dtype), values.astype(dtype)
-        reshape_and_cache(self._kernels.launcher, self._buffer(layer), blocks, *stored, slots)
-        return self._attend_stored(layer, blocks, queries, *stored, scoring)
+        dtype = self._kernels.pool.dtype
+        own = keys.astype(dtype), values.astype(dtype)
+        plan = self._plan(layer, blocks, queries, scoring)
+        if not plan.stores:
+            slots = self._plans.slots(self._group_index[layer])
+            reshape_and_cache(self._kernels.launcher, self._buffer(layer), blocks, *own, slots)
+        return self._attend(layer, plan, queries, own, scoring, store=plan.stores)
 
     def attend_shared(
         self, layer: int, queries: mx.array, keys: mx.array, values: mx.array, scoring: Scoring
@@ -240,22 +263,32 @@ class KernelStep:
         blocks = self._kernels.blocks.get(layer)
         if blocks is None:
             return self._plans.by_operations().attend_shared(layer, queries, keys, values, scoring)
-        return self._attend_stored(layer, blocks, queries, keys, values, scoring)
+        dtype, plan = self._kernels.pool.dtype, self._plan(layer, blocks, queries, scoring)
+        return self._attend(layer, plan, queries, (keys.astype(dtype), values.astype(dtype)), scoring, store=False)
 
-    def _attend_stored(
-        self, layer: int, blocks: BlockShape, queries: mx.array, keys: mx.array, values: mx.array, scoring: Scoring
-    ) -> mx.array:
-        """Attend over the pool, which holds the step's K and V already; `keys` and `values` are the same once more."""
-        launcher, dtype = self._kernels.launcher, self._kernels.pool.dtype
-        rows = queries.astype(dtype), keys.astype(dtype), values.astype(dtype)
+    def _plan(self, layer: int, blocks: BlockShape, queries: mx.array, scoring: Scoring) -> AttentionPlan:
         shape = attention_shape(blocks, queries.shape[1])
-        plan = self._plans.attention((self._group_index[layer], shape, scoring.softcap))
+        return self._plans.attention((self._group_index[layer], shape, scoring.softcap))
+
+    def _attend(
+        self,
+        layer: int,
+        plan: AttentionPlan,
+        queries: mx.array,
+        own: tuple[mx.array, mx.array],
+        scoring: Scoring,
+        *,
+        store: bool,
+    ) -> mx.array:
+        """Attend over the pool. own: K and V of the step's rows, of the pool's dtype. store: they are not in it yet."""
+        launcher = self._kernels.launcher
+        rows = queries.astype(self._kernels.pool.dtype), *own
 
         def read(arrays: tuple[mx.array, ...], token: mx.array) -> tuple[mx.array, mx.array]:
             outputs = []
             for part in plan.parts:
                 if isinstance(part, DecodePlan):
-                    output, token = decode(launcher, part, rows[0], arrays, scoring, token)
+                    output, token = decode(launcher, part, rows[0], arrays, scoring, token, own if store else None)
                 elif isinstance(part, PrefillPlan):
                     output, token = prefill(launcher, part, rows[0], arrays, scoring, token)
                 else:

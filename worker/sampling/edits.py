@@ -58,7 +58,7 @@ def hold_back_stops(logits: mx.array, rows: Sequence[SamplingRow], structured: C
     A grammar may admit nothing but a stop token; requests named in `structured` then keep it, as in vLLM, for otherwise
     nothing would be left to draw.
     """
-    short = [(i, row) for i, row in enumerate(rows) if len(row.output_token_ids) < row.params.min_tokens]
+    short = [(i, row) for i, row in enumerate(rows) if row.num_output_tokens < row.params.min_tokens]
     stops = cells(((i, row.params.stop_token_ids) for i, row in short), logits.shape[-1])
     masked = _bar(logits, stops)
     if not any(row.request_id in structured for _, row in short):

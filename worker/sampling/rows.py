@@ -14,19 +14,34 @@ class SamplingRow:
     """One row of logits: the request it belongs to and the tokens before it.
 
     Attributes:
-        prompt_token_ids: the whole prompt.
-        output_token_ids: the tokens sampled so far. Ids outside the vocabulary are ignored.
+        token_ids: the whole prompt, then the tokens sampled so far; ids outside the vocabulary are ignored. Often the
+            request's own list, which grows when this row has been sampled.
     """
 
     request_id: str
     params: SamplingParams
-    prompt_token_ids: Sequence[int]
-    output_token_ids: Sequence[int]
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
 
     @property
     def position(self) -> int:
         """Index in the sequence of the token to be drawn."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def prompt_token_ids(self) -> Sequence[int]:
+        """A copy: few stages look at tokens, and not for each row."""
+        return self.token_ids[: self.num_prompt_tokens]
+
+    @property
+    def output_token_ids(self) -> Sequence[int]:
+        """A copy, likewise."""
+        return self.token_ids[self.num_prompt_tokens :]
 
 
 class LogitsProcessor(Protocol):

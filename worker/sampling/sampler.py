@@ -126,11 +126,15 @@ class Sampler:
         )
 
     def _random_bits(self, rows: Sequence[SamplingRow]) -> np.ndarray:
-        seeds = [
-            request_seed(self.engine_seed, row.request_id) if row.params.seed is None else row.params.seed
-            for row in rows
-        ]
-        return random_bits(seeds, [row.position for row in rows])
+        """uint64 (R,); 0 for rows that are not drawn."""
+        drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+        bits = np.zeros(len(rows), np.uint64)
+        if drawn:
+            bits[drawn] = random_bits([self._seed(rows[i]) for i in drawn], [rows[i].position for i in drawn])
+        return bits
+
+    def _seed(self, row: SamplingRow) -> int:
+        return request_seed(self.engine_seed, row.request_id) if row.params.seed is None else row.params.seed
 
 
 def _on_host(logits: mx.array, rows: Sequence[SamplingRow], processors: LogitsProcessor) -> mx.array:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from sampling_rows import sampling_row
 
 from pomarium.worker.sampling.rows import SamplingRow
 from pomarium.worker.sampling.sampler import Sampler
@@ -54,7 +55,7 @@ def rejected(counts: np.ndarray, p: np.ndarray) -> bool:
 
 def drawn(logits: np.ndarray, params: SamplingParams, seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
     rows = [
-        SamplingRow(f"r{seed}", replace(params, seed=seed), range(position), ())
+        sampling_row(f"r{seed}", replace(params, seed=seed), range(position), ())
         for seed, position in zip(seeds, positions, strict=True)
     ]
     batch = mx.broadcast_to(mx.array(logits), (len(rows), len(logits)))
@@ -98,7 +99,7 @@ def test_nucleus_longer_than_the_shortlist() -> None:
 def mixed_rows() -> list[SamplingRow]:
     params = [*FILTERS.values(), SamplingParams(temperature=0), SamplingParams(top_p=0.999, temperature=3.0)]
     return [
-        SamplingRow(f"r{i}", replace(p, seed=(None, i, -(2**63))[i % 3]), range(5 + i), range(i))
+        sampling_row(f"r{i}", replace(p, seed=(None, i, -(2**63))[i % 3]), range(5 + i), range(i))
         for i, p in enumerate(params * 2)
     ]
 
@@ -132,8 +133,8 @@ def test_a_resumed_request_draws_the_same_token() -> None:
     """After preemption or on another replica the same tokens may come as prompt: only the position counts."""
     logits = mx.array((np.random.default_rng(1).standard_normal((1, 400))).astype(np.float32))
     params = SamplingParams(seed=5)
-    before = Sampler(400, 1).sample(logits, [SamplingRow("a", params, (1, 2), (3, 4))], None, None)
-    after = Sampler(400, 2).sample(logits, [SamplingRow("b", params, (1, 2, 3, 4), ())], None, None)
+    before = Sampler(400, 1).sample(logits, [sampling_row("a", params, (1, 2), (3, 4))], None, None)
+    after = Sampler(400, 2).sample(logits, [sampling_row("b", params, (1, 2, 3, 4), ())], None, None)
     assert before.token_ids == after.token_ids
 
 
@@ -141,7 +142,7 @@ def test_requests_without_a_seed_differ_by_id_and_engine_seed() -> None:
     logits = np.zeros((1, 4000), dtype=np.float32)
 
     def token(engine_seed: int, request_id: str) -> int:
-        row = SamplingRow(request_id, SamplingParams(), (1,), ())
+        row = sampling_row(request_id, SamplingParams(), (1,), ())
         return Sampler(4000, engine_seed).sample(mx.array(logits), [row], None, None).token_ids[0]
 
     assert token(0, "a") == token(0, "a")

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling_rows import sampling_row
 
 from pomarium.worker.sampling.draw import pick, pick_in_blocks
 from pomarium.worker.sampling.full_row import keep
 from pomarium.worker.sampling.grammar import bars_of
-from pomarium.worker.sampling.rows import SamplingRow
 from pomarium.worker.sampling.sampler import Sampler
 from pomarium.worker.sampling.shortlist import most_likely
 from pomarium.worker.sampling.weights import exp_shifted, log_softmax
@@ -20,7 +20,7 @@ from pomarium.worker.step import Grammar
 
 
 def sample(logits: np.ndarray, params: Sequence[SamplingParams], grammar: Grammar | None = None) -> list[int]:
-    rows = [SamplingRow(f"r{i}", p, (1, 2), (3,)) for i, p in enumerate(params)]
+    rows = [sampling_row(f"r{i}", p, (1, 2), (3,)) for i, p in enumerate(params)]
     return Sampler(logits.shape[1], 0).sample(mx.array(logits), rows, grammar, None).token_ids
 
 
@@ -108,7 +108,7 @@ def test_greedy_takes_the_first_of_equals() -> None:
 def test_padded_logits_are_cut() -> None:
     logits = np.zeros((1, 128), dtype=np.float32)
     logits[0, 100:] = 50
-    rows = [SamplingRow("a", SamplingParams(temperature=0, num_logprobs=-1), (1,), ())]
+    rows = [sampling_row("a", SamplingParams(temperature=0, num_logprobs=-1), (1,), ())]
     sampled = Sampler(100, 0).sample(mx.array(logits), rows, None, None)
     assert sampled.token_ids == [0]
     assert sampled.logprobs is not None
@@ -118,7 +118,7 @@ def test_padded_logits_are_cut() -> None:
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_half_precision_logits(dtype: mx.Dtype) -> None:
     logits = mx.array(noise(4, 300)).astype(dtype)
-    rows = [SamplingRow("a", SamplingParams(temperature=0), (1,), ())] * 4
+    rows = [sampling_row("a", SamplingParams(temperature=0), (1,), ())] * 4
     assert Sampler(300, 0).sample(logits, rows, None, None).token_ids == (
         np.argmax(np.array(logits.astype(mx.float32)), axis=1).tolist()
     )
@@ -131,7 +131,7 @@ def test_ids_outside_the_vocabulary_are_ignored() -> None:
         logit_bias={-2: 100.0, 50: 100.0}, repetition_penalty=1.5, frequency_penalty=0.1,
         logprob_token_ids=(49, 50), allowed_token_ids=(-1, 7, 50),
     )  # fmt: skip
-    row = SamplingRow("a", params, strange, strange)
+    row = sampling_row("a", params, strange, strange)
     sampled = Sampler(50, 0).sample(mx.array(noise(1, 50)), [row], None, None)
     assert sampled.token_ids == [7]
     assert sampled.logprobs is not None
@@ -153,7 +153,7 @@ def test_grammar_bits(vocab_size: int, data: st.DataObject) -> None:
 def test_a_grammar_binds_its_own_request_and_the_raw_logprobs() -> None:
     logits = noise(3, 70)
     words = np.array([0, 1 << 4, 0], dtype=np.uint32)
-    rows = [SamplingRow(name, SamplingParams(temperature=0, num_logprobs=1), (1,), ()) for name in "abc"]
+    rows = [sampling_row(name, SamplingParams(temperature=0, num_logprobs=1), (1,), ()) for name in "abc"]
     sampled = Sampler(70, 0).sample(mx.array(logits), rows, Grammar({"b": words, "gone": words}), None)
     best = np.argmax(logits, axis=1)
     assert sampled.token_ids == [best[0], 36, best[2]]
@@ -165,7 +165,7 @@ def test_a_grammar_binds_its_own_request_and_the_raw_logprobs() -> None:
 def test_mixed_logprobs_share_the_widest_table() -> None:
     logits = noise(4, 90)
     asked = [{"num_logprobs": 2}, {}, {"logprob_token_ids": (8, 9, 10)}, {"num_logprobs": 0}]
-    rows = [SamplingRow(f"r{i}", SamplingParams(temperature=0, **a), (1,), ()) for i, a in enumerate(asked)]
+    rows = [sampling_row(f"r{i}", SamplingParams(temperature=0, **a), (1,), ()) for i, a in enumerate(asked)]
     table = Sampler(90, 0).sample(mx.array(logits), rows, None, None).logprobs
     assert table is not None
     assert table.token_ids.shape == table.logprobs.shape == (4, 4)

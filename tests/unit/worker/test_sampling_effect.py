@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from sampling_rows import sampling_row
 
 from pomarium.worker.sampling.rows import SamplingRow
 from pomarium.worker.sampling.sampler import Sampler
@@ -58,7 +59,7 @@ class Boost:
 
 def outcome(params: SamplingParams) -> tuple[list[int], np.ndarray]:
     """Tokens over 40 positions, and the processed logits of the first (V,)."""
-    rows = [SamplingRow("a", params, (1, 10, *[2] * i), (10, 10, 8)) for i in range(40)]
+    rows = [sampling_row("a", params, (1, 10, *[2] * i), (10, 10, 8)) for i in range(40)]
     sampler = Sampler(VOCAB_SIZE, 0, "processed_logits")
     sampled = sampler.sample(mx.array(np.repeat(LOGITS, 40, axis=0)), rows, None, Boost())
     assert sampled.logprobs is not None
@@ -90,7 +91,7 @@ def test_each_parameter_of_the_draw_changes_tokens(name: str) -> None:
         alone = SamplingParams(**{"seed": 1, name: strict[name]})
         tokens = [
             Sampler(vocab_size, 0)
-            .sample(mx.array(logits), [SamplingRow("a", p, range(i), ()) for i in range(300)], None, None)
+            .sample(mx.array(logits), [sampling_row("a", p, range(i), ()) for i in range(300)], None, None)
             .token_ids
             for p in (alone, SamplingParams(seed=1))
         ]
@@ -99,7 +100,7 @@ def test_each_parameter_of_the_draw_changes_tokens(name: str) -> None:
 
 def test_logprobs_parameters() -> None:
     def reported(params: SamplingParams) -> Any:
-        rows = [SamplingRow("a", params, (1,), ())]
+        rows = [sampling_row("a", params, (1,), ())]
         return Sampler(VOCAB_SIZE, 0).sample(mx.array(LOGITS), rows, None, None).logprobs
 
     assert reported(SamplingParams(temperature=0)) is None
@@ -117,7 +118,7 @@ def test_custom_processors_come_before_penalties_and_invariant_ones_after_temper
             return logits
 
     params = SamplingParams(temperature=0.5, min_p=0.2, presence_penalty=0.5, logit_bias={3: 1.0})
-    rows = [SamplingRow("a", params, (1,), (10,)), SamplingRow("b", SamplingParams(temperature=0), (1,), ())]
+    rows = [sampling_row("a", params, (1,), (10,)), sampling_row("b", SamplingParams(temperature=0), (1,), ())]
     logits = np.repeat(LOGITS, 2, axis=0)
     Sampler(VOCAB_SIZE, 0).sample(mx.array(logits), rows, None, Spy(), Spy())
     first, second = seen
@@ -136,8 +137,8 @@ def test_an_invariant_processor_decides_for_random_rows_only() -> None:
             return only
 
     rows = [
-        SamplingRow("a", SamplingParams(temperature=2.0), (1,), ()),
-        SamplingRow("b", SamplingParams(temperature=0), (1,), ()),
+        sampling_row("a", SamplingParams(temperature=2.0), (1,), ()),
+        sampling_row("b", SamplingParams(temperature=0), (1,), ()),
     ]
     tokens = Sampler(VOCAB_SIZE, 0).sample(mx.array(np.repeat(LOGITS, 2, axis=0)), rows, None, None, Only7()).token_ids
     assert tokens == [7, int(np.argmax(LOGITS))]
