@@ -123,11 +123,11 @@ def engine_end(way: str, address: str) -> End:
         for one, port in zip((sender, receiver), address.split(), strict=True):
             one.connect(port)
         return _zmq_end(context, sender, receiver)
-    from pomarium.cluster.executor.wire import End as Side
     from pomarium.cluster.executor.wire import Wire
+    from pomarium.cluster.http.sealing import End as Side
 
     host, port = address.split(":")
-    wire = Wire(_no_delay(socket.create_connection((host, int(port)))), KEY, Side.ENGINE)
+    wire = Wire(_no_delay(socket.create_connection((host, int(port)))), KEY, Side.DIALLED)
     return End(wire.send, _resolved(wire.receive) if way == BOTH else wire.receive, wire.cut)
 
 
@@ -144,12 +144,12 @@ def worker_end(way: str, tell: Callable[[str], None]) -> End:
             one.bind(f"tcp://{HOST}:0")
         tell(" ".join(one.getsockopt(zmq.LAST_ENDPOINT).decode() for one in (receiver, sender)))
         return _zmq_end(context, sender, receiver)
-    from pomarium.cluster.executor.wire import End as Side
     from pomarium.cluster.executor.wire import Wire
+    from pomarium.cluster.http.sealing import End as Side
 
     with socket.create_server((HOST, 0)) as listener:
         tell(f"{HOST}:{listener.getsockname()[1]}")
-        wire = Wire(_no_delay(listener.accept()[0]), KEY, Side.WORKER)
+        wire = Wire(_no_delay(listener.accept()[0]), KEY, Side.LISTENED)
     if way == NONE:
         return End(wire.send, wire.receive, wire.cut)
     calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()

@@ -12,7 +12,8 @@ import threading
 import time
 from concurrent.futures import Future
 
-from pomarium.cluster.executor.wire import End, Wire
+from pomarium.cluster.executor.wire import Wire
+from pomarium.cluster.http.sealing import End
 
 ADMIT_S = 10.0
 """For the engine to connect and to show the key: it was told where a moment ago."""
@@ -49,7 +50,7 @@ def _examine(connection: socket.socket, key: bytes, admitted: "Future[Wire]") ->
     try:
         connection.settimeout(ADMIT_S)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        wire = Wire(connection, key, End.WORKER)
+        wire = Wire(connection, key, End.LISTENED)
         wire.receive(most=0)
         connection.settimeout(None)
     except OSError:
@@ -63,6 +64,6 @@ def dial(host: str, port: int, key: bytes, timeout_s: float) -> Wire:
     connection = socket.create_connection((host, port), timeout_s)
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    wire = Wire(connection, key, End.ENGINE)
+    wire = Wire(connection, key, End.DIALLED)
     wire.send(b"")
     return wire

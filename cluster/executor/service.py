@@ -24,7 +24,8 @@ import grpc
 
 from pomarium.cluster.executor.channel import SERVER_OPTIONS
 from pomarium.cluster.executor.entrance import Entrance
-from pomarium.cluster.executor.wire import KEY_BYTES, Wire
+from pomarium.cluster.executor.wire import Wire
+from pomarium.cluster.http.sealing import KEY_BYTES
 from pomarium.proto import control_pb2 as pb
 from pomarium.proto import control_pb2_grpc as pb_grpc
 from pomarium.worker.address import authority

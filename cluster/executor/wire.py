@@ -1,10 +1,9 @@
 """Whole messages over one TCP connection, sealed: how calls and reports pass between an engine and a worker.
 
-    message --AES-256-GCM--> length, sealed message --socket--> opened --> message
+    message --http/sealing.py--> length, sealed message --socket--> opened --> message
 
-Both ends have the key from the control stream, where TLS carried it. Each counts what it seals and opens, and the
-count is the nonce: what is altered, lost, repeated or of another connection does not open. Sending and receiving share
-nothing, so a thread may wait for a message while another one sends.
+Both ends have the key from the control stream, where TLS carried it. Sending and receiving share nothing, so a thread
+may wait for a message while another one sends.
 
 A socket and not a stream of gRPC's: between the thread that calls and the one that executes it takes no thread of
 Python's but the one that receives. A step's two calls and answer take 90 us of processor time at both ends together,
@@ -13,33 +12,15 @@ and 606 over a stream (benchmarks/hops.py, two cores of an EPYC).
 
 import contextlib
 import socket
-import struct
 import threading
-from enum import IntEnum
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from pomarium.cluster.http.sealing import LENGTH, End, Seal, WireError, checked_length
 
-KEY_BYTES = 32
 MAX_MESSAGE_BYTES = 1 << 30
 """A pickled call or result. Requests of 1 M tokens take 5 MB; anything near this limit is a fault."""
 
-_LENGTH = struct.Struct(">Q")
-_TAG_BYTES = 16
-_COUNT_BYTES = 11
 _PIECE, _MOST_AT_ONCE = 1 << 16, 1 << 20
 """Bytes asked of the socket at a time: memory for a message is taken as it comes, not as it is announced."""
-
-
-class End(IntEnum):
-    """Which end of a wire, the first byte of its nonces."""
-
-    ENGINE = 0
-    WORKER = 1
-
-
-class WireError(ConnectionError):
-    """The connection is over, what came was not sealed by the other end, or a message is too large."""
 
 
 class Wire:
@@ -48,10 +29,8 @@ class Wire:
     def __init__(self, connection: socket.socket, key: bytes, end: End) -> None:
         """`key`: KEY_BYTES, of this connection alone."""
         self._socket = connection
-        self._cipher = AESGCM(key)
-        self._near, self._far = bytes([end]), bytes([1 - end])
+        self._seal = Seal(key, end)
         self._sending = threading.Lock()
-        self._sent = self._received = 0
         self._buffer = bytearray()
 
     def send(self, message: bytes) -> None:
@@ -62,26 +41,16 @@ class Wire:
         if len(message) > MAX_MESSAGE_BYTES:
             raise WireError(f"a message of {len(message)} bytes is not sent: {MAX_MESSAGE_BYTES} are the most")
         with self._sending:
-            sealed = self._cipher.encrypt(self._near + self._sent.to_bytes(_COUNT_BYTES), message, None)
-            self._sent += 1
-            self._socket.sendall(_LENGTH.pack(len(sealed)) + sealed)
+            self._socket.sendall(self._seal.sealed(message))
 
     def receive(self, most: int = MAX_MESSAGE_BYTES) -> bytes:
         """The next message, of at most `most` bytes. Raises OSError: no more can be received."""
-        self._fill(_LENGTH.size)
-        length = _LENGTH.unpack_from(self._buffer)[0]
-        if length > most + _TAG_BYTES:
-            raise WireError(f"it sent a message of {length} bytes where {most} are the most")
-        end = _LENGTH.size + length
+        self._fill(LENGTH.size)
+        end = LENGTH.size + checked_length(self._buffer, most)
         self._fill(end)
-        sealed = bytes(memoryview(self._buffer)[_LENGTH.size : end])
+        sealed = bytes(memoryview(self._buffer)[LENGTH.size : end])
         del self._buffer[:end]
-        try:
-            message = self._cipher.decrypt(self._far + self._received.to_bytes(_COUNT_BYTES), sealed, None)
-        except InvalidTag:
-            raise WireError("what it sent was altered on the way") from None
-        self._received += 1
-        return message
+        return self._seal.opened(sealed)
 
     def cut(self) -> None:
         """End the connection, from any thread: who sends or receives raises."""

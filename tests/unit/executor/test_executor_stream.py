@@ -27,7 +27,8 @@ from pomarium.cluster.executor.codec import (
 )
 from pomarium.cluster.executor.link import Reply, WorkerLink
 from pomarium.cluster.executor.service import ControlService, serve
-from pomarium.cluster.executor.wire import KEY_BYTES, End, Wire
+from pomarium.cluster.executor.wire import Wire
+from pomarium.cluster.http.sealing import KEY_BYTES, End
 from pomarium.proto import control_pb2 as pb
 from pomarium.worker.errors import CheckpointError
 from pomarium.worker.settings import STEP_TIMEOUT, step_timeout
@@ -337,7 +338,7 @@ def test_who_sends_to_a_worker_that_takes_nothing_is_released_by_its_loss(
 ) -> None:
     """As to a frozen one, whose pings end the stream."""
     near, far = socket.socketpair()
-    monkeypatch.setattr(link, "_wire", Wire(near, bytes(KEY_BYTES), End.ENGINE))
+    monkeypatch.setattr(link, "_wire", Wire(near, bytes(KEY_BYTES), End.DIALLED))
     sent: Future[Reply] = Future()
 
     def send() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pomarium.cluster.executor import entrance, wire
 from pomarium.cluster.executor.entrance import Entrance, dial
-from pomarium.cluster.executor.wire import KEY_BYTES, End, Wire, WireError
+from pomarium.cluster.executor.wire import Wire
+from pomarium.cluster.http.sealing import KEY_BYTES, End, WireError
 
 KEY, OTHER = bytes(KEY_BYTES), bytes([1]) * KEY_BYTES
 WAIT_S = 10.0
@@ -26,7 +27,7 @@ class Ends:
         near, self._out = socket.socketpair()
         self._in, far = socket.socketpair()
         self._ends = (near, self._out, self._in, far)
-        self.engine, self.worker = Wire(near, KEY, End.ENGINE), Wire(far, KEY, End.WORKER)
+        self.engine, self.worker = Wire(near, KEY, End.DIALLED), Wire(far, KEY, End.LISTENED)
 
     def take(self) -> bytes:
         """What the engine's end has sent since."""
@@ -70,7 +71,7 @@ def test_messages_arrive_whole_and_in_order_however_they_are_cut(messages: list[
 
 def test_a_message_of_many_pieces() -> None:
     near, far = socket.socketpair()
-    engine, worker = Wire(near, KEY, End.ENGINE), Wire(far, KEY, End.WORKER)
+    engine, worker = Wire(near, KEY, End.DIALLED), Wire(far, KEY, End.LISTENED)
     message = bytes(range(256)) * (20 << 12)
     threading.Thread(target=engine.send, args=(message,)).start()
     assert worker.receive() == message
@@ -115,7 +116,7 @@ def test_what_is_left_out_ends_the_wire(ends: Ends) -> None:
 
 def test_what_an_end_sent_is_not_taken_back_by_it() -> None:
     near, far = socket.socketpair()
-    engine = Wire(near, KEY, End.ENGINE)
+    engine = Wire(near, KEY, End.DIALLED)
     engine.send(PROMPT)
     far.sendall(far.recv(1 << 16))
     with pytest.raises(WireError, match="altered"):
@@ -156,7 +157,7 @@ def test_the_end_of_the_connection_is_an_error(ends: Ends, sent: int) -> None:
 
 def test_who_waits_is_released_when_the_wire_is_cut() -> None:
     near, far = socket.socketpair()
-    engine = Wire(near, KEY, End.ENGINE)
+    engine = Wire(near, KEY, End.DIALLED)
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(engine.receive)
         engine.cut()
