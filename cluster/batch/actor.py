@@ -19,7 +19,8 @@ from pomarium.cluster import faults
 from pomarium.cluster.batch.dispatch import EngineLostError
 from pomarium.cluster.batch.lines import Answer, Request, answer_of
 from pomarium.cluster.executor import bundles
-from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.http.answer_frames import Asked
+from pomarium.cluster.http.asgi_bridge import Collected
 from pomarium.cluster.node.worker_environment import Secrets, parted
 from pomarium.cluster.replica import patience
 from pomarium.cluster.replica.hosting import Hosted, Name, as_text
@@ -56,19 +57,15 @@ class EngineActor:
         Raises:
             EngineLostError: the engine is dead.
         """
-        status, pieces = 500, []
+        collected = Collected(body)
         try:
             with as_text():
-                async for item in self._hosted.answer("POST", url, body, HEADERS):
-                    if isinstance(item, Head):
-                        status = item.status
-                    else:
-                        pieces.append(item)
+                await self._hosted.answer(Asked("POST", url, HEADERS), collected)
         except EngineFaultError as error:
             await self._hosted.check_health()
             logger.exception("A request failed.")
             return 500, json.dumps({"error": {"message": str(error), "type": "server_error", "code": 500}}).encode()
-        return status, b"".join(pieces)
+        return collected.status, collected.answer
 
 
 class RayEngine:

@@ -1,6 +1,7 @@
 """The HTTP endpoint: authorises, finds the model, hands the request to one of its engines and relays the answer.
 
-    client --HTTP--> Serve proxy --> Ingress --Serve handle--> EngineReplica (vLLM's OpenAI application)
+    client --HTTP--> Serve proxy --> Ingress --Serve handle: which replica, and that it is busy--> EngineReplica
+                                             <--answers.py: the request, vLLM's answer-----------'
 
 Bodies pass through unread but for `model`, so that everything vLLM accepts works and its own error bodies arrive.
 door.py bounds them, here once more for a Ray whose proxy has no door. The process stays small: it imports no vLLM. No
@@ -11,10 +12,11 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
 from fastapi import FastAPI, Request
 from ray import serve
 from ray.exceptions import RayActorError
@@ -27,15 +29,19 @@ from pomarium.cluster import faults
 from pomarium.cluster.batch.api import routes
 from pomarium.cluster.batch.api.store import BatchStore
 from pomarium.cluster.endpoint import cards, holding, metrics_page, reasons, watch
+from pomarium.cluster.endpoint.answers import Answers
 from pomarium.cluster.endpoint.cards import Served
 from pomarium.cluster.endpoint.holding import SILENT
 from pomarium.cluster.endpoint.reasons import Reasons
 from pomarium.cluster.endpoint.relay import Relay
-from pomarium.cluster.endpoint.routing import NoReplicaError
+from pomarium.cluster.endpoint.routing import NoReplicaError, keys_of
 from pomarium.cluster.http import bodies, openai_errors
+from pomarium.cluster.http.answer_frames import Asked
 from pomarium.cluster.http.door import Door
 from pomarium.cluster.http.openai_errors import RefusalError
+from pomarium.cluster.replica.answering import ReplyTo
 from pomarium.cluster.replica.loss import EngineLostError
+from pomarium.cluster.replica.replica import Routing
 from pomarium.cluster.replica.serve_plan import Batches
 
 logger = logging.getLogger(__name__)
@@ -84,12 +90,20 @@ async def _answer_fault(request: Request, fault: Exception) -> Response:
     return JSONResponse(body, status)
 
 
+async def _listen() -> Answers:
+    """Where other machines of the rack reach this one."""
+    answers = Answers(ray.util.get_node_ip_address())
+    await answers.start()
+    return answers
+
+
 class Ingress:
     """Serve deployment class of the endpoint.
 
     `engines`: one handle per model name. `api_keys`: accepted bearer tokens; empty admits everybody. `batches`: where
     uploaded files and batches are kept; None: there are none. `served`: what is known of each model.
-    `head_answers`: whether Ray's head does. `shortage`: a sentence on a disk that is full, if one is.
+    `head_answers`: whether Ray's head does. `shortage`: a sentence on a disk that is full, if one is. `listen`: for
+    answers.
     """
 
     def __init__(
@@ -100,6 +114,7 @@ class Ingress:
         served: Mapping[str, Served] | None = None,
         head_answers: Callable[[], bool] = watch.head_answers,
         shortage: Callable[[], str | None] = watch.shortage,
+        listen: Callable[[], Awaitable[Answers]] = _listen,
     ) -> None:
         self._engines = dict(engines)
         self._served = {name: (served or {}).get(name, Served(name)) for name in engines}
@@ -110,6 +125,8 @@ class Ingress:
         self._head_answers, self._shortage = head_answers, shortage
         self._batches = batches
         self._store = None if batches is None else BatchStore(Path(batches.folder))
+        self._listen = listen
+        self._listening: asyncio.Future[Answers] | None = None
         self._runner: Any = None
         if self._store is not None and any(not batch.status.over for batch in self._store.batches()):
             self._start_runner()
@@ -171,16 +188,21 @@ class Ingress:
     async def generate(self, request: Request) -> Response:
         """Everything that an engine answers."""
         self._authorise(request)
-        body = await request.body()
+        body, path = await request.body(), request.url.path
         # Beside the loop that streams use, as far as Python's lock lets it.
-        name = await asyncio.to_thread(self._model_of, body) if len(body) > LARGE else self._model_of(body)
-        headers = [(k, v) for k, v in request.headers.items() if k.lower() in PASSED_HEADERS]
-        engine = self._engines[name]
-        call = engine.options(stream=True).request
-        items = call.remote(request.method, request.url.path, body, headers)
-        deployment = engine.deployment_name
-        state = (lambda: self._reasons.state(deployment)) if self._served[name].sleeps else None
-        relay = Relay(name, items, lambda: self._reasons.why(deployment), state)
+        read = asyncio.to_thread(self._read, path, body) if len(body) > LARGE else None
+        name, routing = self._read(path, body) if read is None else await read
+        headers = tuple((k, v) for k, v in request.headers.items() if k.lower() in PASSED_HEADERS)
+        engine, answers = self._engines[name], await self._answers()
+        deployment, sleeps = engine.deployment_name, self._served[name].sleeps
+
+        def call(reply: ReplyTo) -> Any:
+            return engine.request.remote(routing, reply)
+
+        answer = answers.ask(call, Asked(request.method, path, headers), body, patient=sleeps)
+        del body  # an answer may take minutes
+        state = (lambda: self._reasons.state(deployment)) if sleeps else None
+        relay = Relay(name, answer, lambda: self._reasons.why(deployment), state)
         try:
             head = await relay.head()
             if head.media_type.startswith("text/event-stream"):
@@ -261,8 +283,14 @@ class Ingress:
         if scheme.lower() != "bearer" or not any(hmac.compare_digest(given, key) for key in self._keys):
             raise RefusalError(*openai_errors.unauthorized())
 
-    def _model_of(self, body: bytes) -> str:
-        """The model that `body` asks for; the only one if it names none."""
+    async def _answers(self) -> Answers:
+        """Where replicas answer; made at the first request, on the loop of all of them."""
+        if self._listening is None:
+            self._listening = asyncio.ensure_future(self._listen())
+        return await asyncio.shield(self._listening)
+
+    def _read(self, path: str, body: bytes) -> tuple[str, Routing]:
+        """The model that `body` asks for, the only one if it names none, and what a replica is chosen by."""
         try:
             fields = bodies.parsed(body)
         except bodies.BodyError as error:
@@ -270,8 +298,10 @@ class Ingress:
         if fields.get("model") is None:
             if len(self._engines) > 1:
                 raise RefusalError(*openai_errors.model_required(list(self._engines)))
-            return next(iter(self._engines))
-        return self._known(fields["model"])
+            name = next(iter(self._engines))
+        else:
+            name = self._known(fields["model"])
+        return name, Routing(keys_of(path, fields))
 
     def _known(self, name: object) -> str:
         if isinstance(name, str) and name in self._engines:

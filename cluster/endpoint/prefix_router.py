@@ -7,7 +7,7 @@
 Ray Serve LLM's PrefixCacheAffinityRouter keeps its tree in an actor of its own, which it asks three times per request
 with a blocking `ray.get` on the loop that routes everything: with the actor on a machine that has lost its power all
 requests would hang. It also fails for an empty prompt, evicts nothing by default, and reads `request.prompt`, where
-ours has the body's bytes. There is one ingress, so a table in its memory knows as much.
+ours has the keys of one. There is one ingress, so a table in its memory knows as much.
 
 Serve pickles this module's classes by value: whatever is compared by identity elsewhere must not be defined here.
 """
@@ -24,7 +24,7 @@ from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve._private.request_router.request_router import RequestRouter
 
-from pomarium.cluster.endpoint.routing import Candidate, NoReplicaError, PrefixTable, Prompts, rank
+from pomarium.cluster.endpoint.routing import Candidate, NoReplicaError, PrefixTable, rank
 
 FIRST_NEWS_S = 2.0
 """How long the first request waits for the controller to say which replicas there are."""
@@ -58,7 +58,6 @@ class PrefixRouter(RequestRouter):
         self._unanswered: dict[ReplicaID, float] = {}
         self._told = asyncio.Event()
         self._random = Random()
-        self._prompts = Prompts()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -139,9 +138,8 @@ class PrefixRouter(RequestRouter):
         return SILENT_S < waited <= SILENT_NO_MORE_S
 
     def _keys(self, request: PendingRequest | None) -> tuple[int, ...]:
-        """Of a call of `EngineReplica.request`: (method, path, body, headers). None of its other methods has a
-        prompt."""
+        """Of a call of `EngineReplica.request`: (Routing, ReplyTo). None of its other methods has a prompt."""
         if request is None or request.metadata.call_method != "request":
             return ()
-        _, path, body, _ = request.args
-        return self._prompts.keys_of(path, body)
+        keys: tuple[int, ...] = request.args[0].keys
+        return keys

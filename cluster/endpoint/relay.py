@@ -1,4 +1,4 @@
-"""An engine's answer on its way to the client: the items of `EngineReplica.request` as a response, losses included.
+"""An engine's answer on its way to the client: the items of an `Answer` (answers.py) as a response, losses included.
 
 Nothing here waits for ever: a request that no replica is there for is refused at once, and one whose replica falls
 silent (frozen, or its machine without power or cable) is given up after heartbeat.SILENCE_S.
@@ -13,6 +13,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from pomarium.cluster import faults
 from pomarium.cluster.endpoint import holding
+from pomarium.cluster.endpoint.answers import Accepted, CutError
 from pomarium.cluster.endpoint.holding import HopelessError, State
 from pomarium.cluster.endpoint.routing import NoReplicaError
 from pomarium.cluster.http import openai_errors
@@ -21,7 +22,6 @@ from pomarium.cluster.http.openai_errors import RefusalError
 from pomarium.cluster.replica import heartbeat
 from pomarium.cluster.replica.heartbeat import SilentError
 from pomarium.cluster.replica.loss import EngineLostError
-from pomarium.cluster.replica.replica import Accepted
 
 LOST = "it was lost under way"
 SILENT = f"it has not answered for {heartbeat.SILENCE_S:g} s"
@@ -55,11 +55,11 @@ class Relay:
         """
         try:
             accepted = await self._accepted()
-            head = await heartbeat.next_item(self._iterator)
+            head = await anext(self._iterator)
         except (NoReplicaError, DeploymentUnavailableError):
             self._refused = True
             raise self._unavailable(await self._why()) from None
-        except (RayActorError, StopAsyncIteration, EngineLostError) as lost:
+        except (RayActorError, CutError, StopAsyncIteration, EngineLostError) as lost:
             raise self._unavailable(_lost(lost)) from None
         except SilentError:
             raise self._unavailable(SILENT) from None
@@ -74,17 +74,17 @@ class Relay:
     async def _accepted(self) -> Any:
         """A replica has taken the request."""
         if self._state is None:
-            return await heartbeat.next_item(self._iterator)
+            return await anext(self._iterator)
         return await holding.held(anext(self._iterator), self._state)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body. Raises RefusalError (503) if the engine is lost or falls silent."""
         try:
             while True:
-                yield await heartbeat.next_item(self._iterator)
+                yield await anext(self._iterator)
         except StopAsyncIteration:
             return
-        except (RayActorError, EngineLostError) as lost:
+        except (RayActorError, CutError, EngineLostError) as lost:
             raise self._unavailable(_lost(lost)) from None
         except SilentError:
             raise self._unavailable(SILENT) from None

@@ -1,18 +1,17 @@
 """Which replica gets a request: the one whose prefix cache knows most of the prompt, unless it is too busy.
 
-    body --http/prompts.py--> text --prefix_keys--> keys --PrefixTable.matched--> Candidate --rank--> replicas to try
+    fields --http/prompts.py--> text --prefix_keys--> keys --PrefixTable.matched--> Candidate --rank--> replicas to try
 
 A key stands for a piece of PIECE characters and all that come before it, so two prompts have as many leading keys in
 common as whole pieces. The table remembers which keys each replica was sent: it guesses what vLLM's cache holds and
 asks nobody. Everything here is pure but the table; `prefix_router.py` is Serve's side of it.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pomarium.cluster.http.prompts import prompt_text
 
@@ -118,36 +117,9 @@ class PrefixTable(Generic[R]):
         self._sent.pop(replica, None)
 
 
-class Prompts:
-    """The keys of requests that were asked for of late: each is asked for when it is sent and when it has arrived.
-
-    Requests are told apart by a hash, which no client can foresee: a body that was kept would lie here until others
-    come.
-    """
-
-    def __init__(self, most: int = 16) -> None:
-        self._most = most
-        self._known: OrderedDict[tuple[str, int, int], tuple[int, ...]] = OrderedDict()
-
-    def keys_of(self, path: str, body: bytes) -> tuple[int, ...]:
-        """As the function of this name."""
-        request = (path, len(body), hash(body))
-        if request not in self._known:
-            self._known[request] = keys_of(path, body)
-            if len(self._known) > self._most:
-                self._known.popitem(last=False)
-        return self._known[request]
-
-
-def keys_of(path: str, body: bytes) -> tuple[int, ...]:
-    """Keys of the prompt in a request's `body`; none if `path` generates nothing or the body is not understood."""
-    if not path.startswith("/v1/"):
-        return ()
-    try:
-        fields = json.loads(body)
-    except ValueError:
-        return ()
-    return prefix_keys(prompt_text(fields)) if isinstance(fields, dict) else ()
+def keys_of(path: str, fields: dict[str, Any]) -> tuple[int, ...]:
+    """Keys of the prompt in a request's body, `fields`; none if `path` generates nothing."""
+    return prefix_keys(prompt_text(fields)) if path.startswith("/v1/") else ()
 
 
 def prefix_keys(text: str) -> tuple[int, ...]:

@@ -1,15 +1,16 @@
-"""Runs one HTTP request through an ASGI application without a server, as a stream that can cross a Serve handle.
+"""Runs one HTTP request through an ASGI application without a server.
 
-    ingress --(path, body, headers)--> replica: call(app, ...) --> Head, bytes, bytes, ... --> ingress
+    Exchange.body --> application --Exchange.head, Exchange.piece--> whoever asked
 
-Closing the stream early is the client's disconnect: the application sees `http.disconnect` and is then cancelled, which
-is how vLLM comes to abort the request and free its blocks.
+Once nobody waits (Exchange.gone) the application sees `http.disconnect` and is then cancelled, which is how vLLM comes
+to abort the request and free its blocks.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from pomarium.cluster.http.asgi import App, Message
 
@@ -23,6 +24,66 @@ class Head:
 
     status: int
     media_type: str
+
+
+class Exchange(Protocol):
+    """Who asks an application.
+
+    Attributes:
+        gone: set once nobody waits for the answer any more.
+    """
+
+    gone: asyncio.Event
+
+    async def body(self) -> tuple[bytes, bool] | None:
+        """The next piece of the request's body, and whether more follow; None once nobody waits."""
+        ...
+
+    async def head(self, head: Head) -> None:
+        """The answer begins."""
+        ...
+
+    async def piece(self, piece: bytes) -> None:
+        """More of its body. Waits while whoever asked does not keep up."""
+        ...
+
+    def give_up(self) -> None:
+        """Nobody waits any more: `piece` drops what it gets and does not wait."""
+        ...
+
+
+class Collected:
+    """An Exchange for a body that is there, whose answer is kept whole.
+
+    Attributes:
+        status: 500 until the answer has begun.
+    """
+
+    def __init__(self, body: bytes) -> None:
+        self.gone = asyncio.Event()
+        self.status = 500
+        self._body = body
+        self._pieces: list[bytes] = []
+
+    async def body(self) -> tuple[bytes, bool] | None:
+        """See Exchange."""
+        return self._body, False
+
+    async def head(self, head: Head) -> None:
+        """See Exchange."""
+        self.status = head.status
+
+    async def piece(self, piece: bytes) -> None:
+        """See Exchange."""
+        self._pieces.append(piece)
+
+    def give_up(self) -> None:
+        """See Exchange."""
+
+    @property
+    def answer(self) -> bytes:
+        """So far."""
+        return b"".join(self._pieces)
 
 
 def scope(method: str, path: str, headers: Sequence[tuple[str, str]]) -> Message:
@@ -43,57 +104,47 @@ def scope(method: str, path: str, headers: Sequence[tuple[str, str]]) -> Message
     }
 
 
-async def call(app: App, request: Message, body: bytes) -> AsyncGenerator[Head | bytes, None]:
-    """Head, then the body in pieces. Pieces that wait together leave together.
+async def run(app: App, request: Message, exchange: Exchange) -> None:
+    """Have `app` answer; returns when it has, or when nobody waits and it has ended.
 
     Raises:
-        whatever `app` raises before it has begun its response.
+        whatever `app` raises.
     """
-    answers: asyncio.Queue[Message | None] = asyncio.Queue()
-    gone = asyncio.Event()
-    pending_body = [body]
+    whole, over = False, asyncio.Event()
 
     async def receive() -> Message:
-        if pending_body:
-            return {"type": "http.request", "body": pending_body.pop(), "more_body": False}
-        await gone.wait()
+        nonlocal whole
+        if not whole and (part := await exchange.body()) is not None:
+            whole = not part[1]
+            return {"type": "http.request", "body": part[0], "more_body": part[1]}
+        await over.wait()
         return {"type": "http.disconnect"}
 
-    async def run() -> None:
-        try:
-            await app(request, receive, answers.put)
-        finally:
-            await answers.put(None)
+    async def leave() -> None:
+        await exchange.gone.wait()
+        over.set()
 
-    task = asyncio.create_task(run())
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await exchange.head(Head(message["status"], _media_type(message["headers"])))
+        elif piece := message.get("body", b""):
+            await exchange.piece(piece)
+
+    answering: asyncio.Future[None] = asyncio.ensure_future(app(request, receive, send))
+    left = asyncio.create_task(leave())
     try:
-        while (message := await answers.get()) is not None:
-            if message["type"] == "http.response.start":
-                yield Head(message["status"], _media_type(message["headers"]))
-                continue
-            piece, ended = _drain(answers, message["body"])
-            if piece:
-                yield piece
-            if ended:
-                break
-        await task
+        await asyncio.wait({answering, left}, return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            await answering
     finally:
-        gone.set()
-        await _leave(task)
+        left.cancel()
+        # In this order: cancelled while it waits to send, a stream would not close what it streams from.
+        exchange.give_up()
+        over.set()
+        await _leave(answering)
 
 
-def _drain(answers: "asyncio.Queue[Message | None]", first: bytes) -> tuple[bytes, bool]:
-    """`first` and all body pieces that already wait; True if the end waits behind them."""
-    pieces = [first]
-    while not answers.empty():
-        message = answers.get_nowait()
-        if message is None:
-            return b"".join(pieces), True
-        pieces.append(message["body"])
-    return b"".join(pieces), False
-
-
-async def _leave(task: "asyncio.Task[None]") -> None:
+async def _leave(task: "asyncio.Future[None]") -> None:
     """Wait for an application that was told of a disconnect; cancel it if it does not notice."""
     if task.done():
         return

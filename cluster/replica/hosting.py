@@ -1,6 +1,6 @@
 """An engine in this process: its workers placed and started, itself started over them, watched, and asked over HTTP.
 
-    ModelPlan, Found --Hosted.start: patience, executor.team, llm_server--> Hosted --answer--> Head, bytes, bytes, ...
+    ModelPlan, Found --Hosted.start: patience, executor.team, llm_server--> Hosted --answer--> head, pieces
                                                                                 `--the engine dies--> the process ends
 
 What Serve's replicas (replica.py) and the actors of batch jobs (batch/actor.py) have in common. The process ends with
@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 from pomarium.cluster import faults
 from pomarium.cluster.executor.lean_import import import_vllm, without_collections
 from pomarium.cluster.http import asgi_bridge
-from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.http.answer_frames import Asked
+from pomarium.cluster.http.asgi_bridge import Exchange
 from pomarium.cluster.machine import disk
 from pomarium.cluster.node.ray_folder import session_folder
 from pomarium.cluster.rack import reports
@@ -120,17 +121,20 @@ class Hosted:
             raise
         return cls(plan.name, name.replica, team, server, fault_file)
 
-    def answer(
-        self, method: str, path: str, body: bytes, headers: Sequence[tuple[str, str]]
-    ) -> AsyncGenerator[Head | bytes, None]:
-        """One HTTP request to vLLM's OpenAI application: `Head`, then the body in pieces.
+    async def answer(self, asked: Asked, exchange: Exchange) -> None:
+        """Have vLLM's OpenAI application answer one HTTP request.
 
         Raises:
             EngineLostError: the engine is dead, before the answer was whole.
             Exception: what the application raises.
         """
-        request = asgi_bridge.scope(method, path, headers)
-        return loss.honest(asgi_bridge.call(self._server.app, request, body), self.check_health)
+        honest = loss.Honest(exchange, self.check_health)
+        try:
+            await asgi_bridge.run(self._server.app, asgi_bridge.scope(asked.method, asked.path, asked.headers), honest)
+        except Exception:
+            await self.check_health()
+            raise
+        honest.raise_loss()
 
     @property
     def context(self) -> int:

@@ -1,16 +1,17 @@
 """An engine that dies while it answers: what vLLM's application says then is not what a client is to read.
 
-    vLLM's application --Head, bytes, ...--> honest --the same, or EngineLostError with the reason--> relay.py: 503
+    vLLM's application --head, pieces--> Honest --the same, up to where it tells of a dead engine--> whoever asked
+                                           `--raise_loss--> EngineLostError with the reason --> relay.py: 503
 
 vLLM answers what an engine was working on when it died with status 500, or with a last event of that code where a
 stream had begun, and "See stack trace (above)" (vllm/entrypoints/serve/exception_handling, generate/base/serving.py).
 """
 
 import signal
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 from pomarium.cluster.faults import Loss
-from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.http.asgi_bridge import Exchange, Head
 from pomarium.worker.errors import PomariumError
 
 EVENT_STREAM = "text/event-stream"
@@ -26,39 +27,56 @@ class EngineLostError(EngineFaultError):
     """The engine is dead. The text is the reason, a clause."""
 
 
-async def honest(
-    answer: AsyncGenerator[Head | bytes, None], confirm: Callable[[], Awaitable[None]]
-) -> AsyncGenerator[Head | bytes, None]:
-    """`answer`, up to where it tells of a dead engine. Closing it closes `answer`.
+class Honest:
+    """An Exchange that passes an answer on to `exchange`, up to where it tells of a dead engine.
 
-    Args:
-        confirm: raises EngineLostError if the engine is dead.
-
-    Raises:
-        EngineLostError: instead of an answer of status 5xx, of an error event, or of what `answer` raises.
+    Attributes:
+        gone: of `exchange`.
     """
-    streamed = False
-    try:
-        async for item in answer:
-            if isinstance(item, Head):
-                if item.status >= 500:
-                    await confirm()
-                streamed = item.media_type.startswith(EVENT_STREAM)
-            elif streamed and (at := error_event(item)) is not None:
-                try:
-                    await confirm()
-                except EngineLostError:
-                    if at:
-                        yield item[:at]
-                    raise
-            yield item
-    except EngineLostError:
-        raise
-    except Exception:
-        await confirm()
-        raise
-    finally:
-        await answer.aclose()
+
+    def __init__(self, exchange: Exchange, confirm: Callable[[], Awaitable[None]]) -> None:
+        """`confirm`: raises EngineLostError if the engine is dead."""
+        self.gone = exchange.gone
+        self._exchange = exchange
+        self._confirm = confirm
+        self._streamed = False
+        self._lost: EngineLostError | None = None
+
+    async def body(self) -> tuple[bytes, bool] | None:
+        """See Exchange."""
+        return await self._exchange.body()
+
+    async def head(self, head: Head) -> None:
+        """See Exchange."""
+        if head.status >= 500 and await self._is_dead():
+            return
+        self._streamed = head.media_type.startswith(EVENT_STREAM)
+        await self._exchange.head(head)
+
+    async def piece(self, piece: bytes) -> None:
+        """See Exchange."""
+        if self._lost is not None:
+            return
+        if self._streamed and (at := error_event(piece)) is not None and await self._is_dead():
+            piece = piece[:at]
+        if piece:
+            await self._exchange.piece(piece)
+
+    def give_up(self) -> None:
+        """See Exchange."""
+        self._exchange.give_up()
+
+    async def _is_dead(self) -> bool:
+        try:
+            await self._confirm()
+        except EngineLostError as lost:
+            self._lost = lost
+        return self._lost is not None
+
+    def raise_loss(self) -> None:
+        """Raises EngineLostError if the answer ended with its engine."""
+        if self._lost is not None:
+            raise self._lost
 
 
 def error_event(piece: bytes) -> int | None:

@@ -1,4 +1,7 @@
-"""One Serve replica: an engine of one model (hosting.py), and the HTTP surface that the ingress reaches by handle.
+"""One Serve replica: an engine of one model (hosting.py), and the requests that the ingress hands it.
+
+    ingress --request(Routing, ReplyTo), a Serve call--> replica --answering.Line: the request, its answer--> ingress
+            <----------------- the call's end ----------'
 
 The command line and the ingress import this module, so it imports neither vLLM nor Ray Serve LLM before it runs.
 """
@@ -6,18 +9,17 @@ The command line and the ingress import this module, so it imports neither vLLM 
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from ray import serve
 
 from pomarium.cluster import faults
-from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.http.answer_frames import Kind
 from pomarium.cluster.node.worker_environment import Secrets
-from pomarium.cluster.replica import heartbeat, patience
-from pomarium.cluster.replica.heartbeat import Alive
+from pomarium.cluster.replica import patience
+from pomarium.cluster.replica.answering import Line, LineError, Lines, ReplyTo
 from pomarium.cluster.replica.hosting import Hosted, Name, as_text
-from pomarium.cluster.replica.loss import EngineFaultError
+from pomarium.cluster.replica.loss import EngineFaultError, EngineLostError
 from pomarium.cluster.replica.model_check import Found
 from pomarium.cluster.replica.serve_plan import ENDPOINT, ModelPlan
 
@@ -25,8 +27,17 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Accepted:
-    """First item of every answer: the request has reached a replica."""
+class Routing:
+    """What the router of the caller's process chooses a replica by; none of it travels.
+
+    Attributes:
+        keys: of the prompt (endpoint/routing.py).
+    """
+
+    keys: tuple[int, ...] = ()
+
+    def __reduce__(self) -> tuple[type["Routing"], tuple[()]]:
+        return Routing, ()
 
 
 class EngineReplica:
@@ -45,6 +56,7 @@ class EngineReplica:
             faults.StartError: with the sentence to show, whichever process failed.
         """
         secrets.enter(os.environ)
+        self._lines = Lines()
         replica = str(serve.get_replica_context().replica_id.unique_id)
         try:
             self._hosted = await Hosted.start(plan, found, Name(replica, ENDPOINT))
@@ -54,21 +66,38 @@ class EngineReplica:
                 await asyncio.to_thread(patience.start_failed, plan.name, replica, reason)
             raise
 
-    async def request(
-        self, method: str, path: str, body: bytes, headers: Sequence[tuple[str, str]]
-    ) -> AsyncGenerator[Accepted | Alive | Head | bytes, None]:
-        """One HTTP request to vLLM's OpenAI application: `Accepted`, then `Head`, then the body in pieces."""
-        yield Accepted()
-        answer = heartbeat.beating(self._hosted.answer(method, path, body, headers))
+    async def request(self, _: Routing, reply: ReplyTo) -> None:
+        """Answer one HTTP request by vLLM's OpenAI application. Returns when the ingress has the whole answer, or when
+        nobody waits for it.
+
+        Raises:
+            EngineLostError: the ingress cannot be reached, which the ingress is to tell.
+        """
+        try:
+            line = await self._lines.take(reply)
+        except LineError as error:
+            raise EngineLostError(str(error)) from None
+        free = False
+        try:
+            free = await self._answer(line, reply.ticket)
+        except LineError:
+            pass  # the client left before its request was here
+        finally:
+            self._lines.give_back(reply, line, free=free)
+
+    async def _answer(self, line: Line, ticket: bytes) -> bool:
+        """Whether the line is free for another request. Raises LineError: nobody waits for an answer."""
+        asked = await line.begin(ticket)
         try:
             with as_text():
-                async for item in answer:
-                    yield item
-        except EngineFaultError:
-            logger.exception("%s %s failed", method, path)
-            raise
-        finally:
-            await answer.aclose()
+                await self._hosted.answer(asked, line)
+        except EngineLostError as lost:
+            logger.exception("%s %s failed", asked.method, asked.path)
+            return await line.end(Kind.LOST, str(lost))
+        except EngineFaultError as fault:
+            logger.exception("%s %s failed", asked.method, asked.path)
+            return await line.end(Kind.FAILED, str(fault))
+        return await line.end(Kind.END)
 
     async def healthy(self) -> str:
         """`ok` if a request would be served now, followed by what is to be said of it, if anything.

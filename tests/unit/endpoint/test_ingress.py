@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import pickle
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -15,24 +16,24 @@ from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 from pomarium.cluster import faults
 from pomarium.cluster.endpoint import holding, reasons
 from pomarium.cluster.endpoint import ingress as ingress_module
+from pomarium.cluster.endpoint.answers import Accepted, CutError
 from pomarium.cluster.endpoint.cards import Served
 from pomarium.cluster.endpoint.holding import State
 from pomarium.cluster.endpoint.ingress import Ingress
 from pomarium.cluster.endpoint.reasons import Reasons
 from pomarium.cluster.endpoint.relay import RefusalError, Relay
 from pomarium.cluster.endpoint.routing import NoReplicaError
-from pomarium.cluster.http import asgi_bridge, openai_errors
+from pomarium.cluster.http import answer_frames, asgi_bridge, openai_errors
 from pomarium.cluster.http.asgi_bridge import Head
-from pomarium.cluster.replica import heartbeat
-from pomarium.cluster.replica.heartbeat import Alive, beating
+from pomarium.cluster.replica.heartbeat import SilentError
 from pomarium.cluster.replica.loss import EngineLostError
-from pomarium.cluster.replica.replica import Accepted
+from pomarium.cluster.replica.replica import Routing
 
 SSE = "text/event-stream"
 
 
 class Items:
-    """What a Serve handle returns for a streamed call: an async iterator with `cancel`."""
+    """What Answers.ask gives for a request: an async iterator with `cancel`."""
 
     def __init__(self, *items: Any) -> None:
         self._items = self._iterate(items)
@@ -43,10 +44,7 @@ class Items:
         for item in items:
             if isinstance(item, Exception):
                 raise item
-            if callable(item):
-                await item()
-            else:
-                yield item
+            yield item
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self._items
@@ -58,21 +56,35 @@ class Items:
 
 
 class Handle:
-    """A Serve handle whose engine answers with `items`."""
+    """A Serve handle whose engine answers with `items`.
+
+    Attributes:
+        calls: of the engine. asked: what each was asked, and its body.
+    """
 
     def __init__(self, items: Items) -> None:
         self._items = items
         self.request = self.healthy = self
         self.deployment_name = "engine:m"
         self.calls: list[tuple[Any, ...]] = []
+        self.asked: list[tuple[answer_frames.Asked, bytes]] = []
 
-    def options(self, *, stream: bool) -> "Handle":
-        assert stream
+    def remote(self, *arguments: Any) -> None:
+        self.calls.append(arguments)
+
+    async def listen(self) -> Any:
         return self
 
-    def remote(self, *arguments: Any) -> Items:
-        self.calls.append(arguments)
+    def ask(self, call: Callable[[Any], Any], asked: answer_frames.Asked, body: bytes, *, patient: bool) -> Items:
+        """Answers.ask."""
+        assert not patient
+        call("where")
+        self.asked.append((asked, body))
         return self._items
+
+
+def ingress_of(handle: Handle) -> Ingress:
+    return Ingress({"m": handle}, listen=handle.listen)
 
 
 def dual(error: Exception) -> Exception:
@@ -206,16 +218,20 @@ def test_the_only_model_needs_no_name_and_the_body_passes_unread() -> None:
     headers = {"Content-Type": "application/json", "Authorization": "Bearer secret"}
 
     async def ask() -> tuple[int, str]:
-        answer = await Ingress({"m": handle}).generate(request(body, headers))
+        answer = await ingress_of(handle).generate(request(body, headers))
         return answer.status_code, await text(answer)
 
     assert asyncio.run(ask()) == (400, '{"a":1}')
-    assert handle.calls == [("POST", "/v1/completions", body, [("content-type", "application/json")])]
+    assert handle.asked == [
+        (answer_frames.Asked("POST", "/v1/completions", (("content-type", "application/json"),)), body)
+    ]
+    ((routing, where),) = handle.calls
+    assert (pickle.loads(pickle.dumps(routing)), where) == (Routing(), "where"), "a prompt's keys do not travel"
 
 
 def test_an_engine_lost_before_its_answer_is_a_503() -> None:
     items = Items(Accepted(), ActorDiedError())
-    error = refusal(lambda: Ingress({"m": Handle(items)}).generate(request(b"{}")))
+    error = refusal(lambda: ingress_of(Handle(items)).generate(request(b"{}")))
     assert error.status == 503
     assert "lost" in error.body["error"]["message"]
     assert items.cancelled
@@ -225,7 +241,7 @@ def test_an_engine_lost_in_a_stream_is_a_last_event() -> None:
     items = Items(Accepted(), Head(200, SSE), b"data: 1\n\n", ActorDiedError())
 
     async def ask() -> str:
-        return await text(await Ingress({"m": Handle(items)}).generate(request(b"{}")))
+        return await text(await ingress_of(Handle(items)).generate(request(b"{}")))
 
     first, error, end, _ = asyncio.run(ask()).split("\n\n")
     assert (first, end) == ("data: 1", "data: [DONE]")
@@ -239,12 +255,12 @@ def test_an_engine_lost_in_a_stream_is_a_last_event() -> None:
 def test_what_an_engine_died_of_reaches_the_client(lost: Exception) -> None:
     """Also as Ray hands it on: an exception whose own text is the replica's traceback."""
     expected = "The engine of `m` is not available: it was lost under way: its worker was killed. Try again shortly."
-    error = refusal(lambda: Ingress({"m": Handle(Items(Accepted(), lost))}).generate(request(b"{}")))
+    error = refusal(lambda: ingress_of(Handle(Items(Accepted(), lost))).generate(request(b"{}")))
     assert (error.status, error.body["error"]["message"]) == (503, expected)
 
     async def ask() -> str:
         items = Items(Accepted(), Head(200, SSE), b"data: 1\n\n", lost)
-        return await text(await Ingress({"m": Handle(items)}).generate(request(b"{}")))
+        return await text(await ingress_of(Handle(items)).generate(request(b"{}")))
 
     event = asyncio.run(ask()).split("\n\n")[1]
     assert json.loads(event.removeprefix("data: "))["error"]["message"] == expected
@@ -270,99 +286,32 @@ def relayed(*items: Any) -> Relay:
     return Relay("m", Items(*items), lambda: reasons_of("").why("engine:m"))
 
 
-def silent() -> Any:
-    return lambda: asyncio.sleep(10)
-
-
 def test_a_request_without_a_replica_is_refused_with_the_reason() -> None:
     message = f"A replica failed to start with exception. Retrying. Error:\n{faults.StartError(MISSING)}"
-    ingress = Ingress({"m": Handle(Items(NoReplicaError()))})
+    ingress = ingress_of(Handle(Items(NoReplicaError())))
     ingress._reasons = reasons_of(message)
     error = refusal(lambda: ingress.generate(request(b"{}")))
     assert (error.status, MISSING in error.body["error"]["message"]) == (503, True)
 
 
-@pytest.mark.parametrize("before", [(), (Accepted(),), (Accepted(), Alive())])
-def test_a_silent_engine_is_given_up(monkeypatch: pytest.MonkeyPatch, before: tuple[Any, ...]) -> None:
-    monkeypatch.setattr(heartbeat, "SILENCE_S", 0.05)
-    error = refusal(lambda: relayed(*before, silent()).head())
-    assert (error.status, "has not answered" in error.body["error"]["message"]) == (503, True)
+@pytest.mark.parametrize("before", [(), (Accepted(),)])
+@pytest.mark.parametrize(("fault", "says"), [(SilentError(), "has not answered"), (CutError(), "lost under way")])
+def test_an_engine_that_is_given_up_is_a_503(before: tuple[Any, ...], fault: Exception, says: str) -> None:
+    error = refusal(lambda: relayed(*before, fault).head())
+    assert (error.status, says in error.body["error"]["message"]) == (503, True)
 
 
-def test_an_engine_that_falls_silent_in_a_stream_is_a_last_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "SILENCE_S", 0.05)
-    items = Items(Accepted(), Head(200, SSE), b"data: 1\n\n", Alive(), silent())
+@pytest.mark.parametrize(("fault", "says"), [(SilentError(), "has not answered"), (CutError(), "lost under way")])
+def test_an_engine_that_is_given_up_in_a_stream_is_a_last_event(fault: Exception, says: str) -> None:
+    items = Items(Accepted(), Head(200, SSE), b"data: 1\n\n", fault)
 
     async def ask() -> str:
-        return await text(await Ingress({"m": Handle(items)}).generate(request(b"{}")))
+        return await text(await ingress_of(Handle(items)).generate(request(b"{}")))
 
     first, error, end, _ = asyncio.run(ask()).split("\n\n")
     assert (first, end) == ("data: 1", "data: [DONE]")
-    assert "has not answered" in json.loads(error.removeprefix("data: "))["error"]["message"]
+    assert says in json.loads(error.removeprefix("data: "))["error"]["message"]
     assert items.cancelled
-
-
-def test_signs_of_life_keep_a_slow_answer_and_do_not_reach_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "SILENCE_S", 1.0)
-    closed = []
-
-    async def slow() -> Any:
-        try:
-            yield Head(200, "text/plain")
-            await asyncio.sleep(1.5)
-            yield b"late"
-        finally:
-            closed.append(True)
-
-    async def replica() -> Any:
-        yield Accepted()
-        async for item in beating(slow(), 0.1):
-            yield item
-
-    class Stream:
-        def __aiter__(self) -> Any:
-            return replica()
-
-    async def ask() -> bytes:
-        relay = Relay("m", Stream(), lambda: reasons_of("").why("engine:m"))
-        await relay.head()
-        return b"".join([piece async for piece in relay.pieces()])
-
-    assert asyncio.run(ask()) == b"late"
-    assert closed == [True]
-
-
-def test_closing_a_beating_answer_closes_what_is_behind_it() -> None:
-    closed = []
-
-    async def endless() -> Any:
-        try:
-            yield 1
-            await asyncio.sleep(60)
-        finally:
-            closed.append(True)
-
-    async def leave() -> list[Any]:
-        answer = beating(endless(), 0.01)
-        items = [await anext(answer), await anext(answer)]
-        await answer.aclose()
-        return items
-
-    assert asyncio.run(leave()) == [1, Alive()]
-    assert closed == [True]
-
-
-def test_what_the_answer_raises_passes_the_heartbeat() -> None:
-    async def broken() -> Any:
-        yield 1
-        raise KeyError("x")
-
-    async def drain() -> None:
-        async for _ in beating(broken()):
-            pass
-
-    with pytest.raises(KeyError):
-        asyncio.run(drain())
 
 
 class Health:

@@ -10,12 +10,31 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from pomarium.cluster.http import asgi_bridge
-from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.http.asgi_bridge import Collected, Head
 
 
-async def collect(app: Starlette, path: str, body: bytes = b"") -> list[Head | bytes]:
+class Kept(Collected):
+    """Keeps the head, and tells of pieces as they come."""
+
+    def __init__(self, body: bytes = b"") -> None:
+        super().__init__(body)
+        self.kept: Head | None = None
+        self.came = asyncio.Event()
+
+    async def head(self, head: Head) -> None:
+        self.kept = head
+        await super().head(head)
+
+    async def piece(self, piece: bytes) -> None:
+        await super().piece(piece)
+        self.came.set()
+
+
+async def collect(app: Starlette, path: str, body: bytes = b"") -> Kept:
     scope = asgi_bridge.scope("POST", path, [("Content-Type", "application/json"), ("X-Request-Id", "r1")])
-    return [item async for item in asgi_bridge.call(app, scope, body)]
+    kept = Kept(body)
+    await asgi_bridge.run(app, scope, kept)
+    return kept
 
 
 def application(ended: list[str]) -> Starlette:
@@ -48,30 +67,37 @@ def application(ended: list[str]) -> Starlette:
 
 
 def test_head_and_body_arrive() -> None:
-    head, *pieces = asyncio.run(collect(application([]), "/echo", b"hello"))
-    assert head == Head(201, "application/json")
-    assert b"".join(p for p in pieces if isinstance(p, bytes)) == b'{"got":"hello","id":"r1"}'
+    kept = asyncio.run(collect(application([]), "/echo", b"hello"))
+    assert (kept.kept, kept.status) == (Head(201, "application/json"), 201)
+    assert kept.answer == b'{"got":"hello","id":"r1"}'
 
 
 def test_an_unknown_path_is_the_applications_answer() -> None:
-    head, *_ = asyncio.run(collect(application([]), "/none"))
-    assert isinstance(head, Head)
-    assert head.status == 404
+    assert asyncio.run(collect(application([]), "/none")).status == 404
 
 
-def test_leaving_a_stream_ends_the_application_at_once() -> None:
+@pytest.mark.parametrize("way", ["gone", "cancelled"])
+def test_leaving_a_stream_ends_the_application_at_once(way: str) -> None:
     ended: list[str] = []
 
-    async def leave_early() -> bytes:
-        answer = asgi_bridge.call(application(ended), asgi_bridge.scope("POST", "/stream", []), b"")
-        head = await anext(answer)
-        assert head == Head(200, "text/event-stream; charset=utf-8")
-        first = await anext(answer)
-        assert isinstance(first, bytes)
-        await asyncio.wait_for(answer.aclose(), 2)
-        return first
+    async def leave_early() -> Kept:
+        kept = Kept()
+        running = asyncio.ensure_future(
+            asgi_bridge.run(application(ended), asgi_bridge.scope("POST", "/stream", []), kept)
+        )
+        await kept.came.wait()
+        if way == "gone":
+            kept.gone.set()
+            await asyncio.wait_for(running, 2)
+        else:
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(running, 2)
+        return kept
 
-    assert asyncio.run(leave_early()).startswith(b"data: 0\n\n")
+    kept = asyncio.run(leave_early())
+    assert kept.kept == Head(200, "text/event-stream; charset=utf-8")
+    assert kept.answer.startswith(b"data: 0\n\n")
     assert ended == ["stream"]
 
 
@@ -80,12 +106,9 @@ def test_leaving_before_any_answer_cancels_the_handler(monkeypatch: pytest.Monke
     ended: list[str] = []
 
     async def leave_early() -> None:
-        answer = asgi_bridge.call(application(ended), asgi_bridge.scope("POST", "/silent", []), b"")
-        waiting = asyncio.ensure_future(anext(answer))
-        await asyncio.sleep(0.05)
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
+        kept = Kept()
+        kept.gone.set()
+        await asgi_bridge.run(application(ended), asgi_bridge.scope("POST", "/silent", []), kept)
 
     asyncio.run(leave_early())
     assert ended == ["silent"]

@@ -1,0 +1,95 @@
+"""What an ingress and a replica say to each other of one request, over a sealed connection of the two.
+
+    replica: BEGUN(ticket) --> ingress: ASKED, BODY ..., ASKED_ALL --> replica: HEAD, PIECE ..., END --> ingress: TAKEN
+                                                                            `-- ALIVE each second
+                                                                            `-- LOST or FAILED instead of END
+
+A message is a byte that says its kind, and the rest. After TAKEN the connection is free for another request.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+from pomarium.cluster.http.asgi_bridge import Head
+
+PIECE_BYTES = 1 << 16
+"""Of a body or an answer in one message, at most."""
+TICKET_BYTES = 16
+
+_STATUS = struct.Struct(">H")
+
+
+class Kind(IntEnum):
+    """Kinds of messages."""
+
+    BEGUN = 1
+    ASKED = 2
+    BODY = 3
+    ASKED_ALL = 4
+    ALIVE = 5
+    HEAD = 6
+    PIECE = 7
+    END = 8
+    LOST = 9
+    FAILED = 10
+    TAKEN = 11
+
+
+ENDS = frozenset({Kind.END, Kind.LOST, Kind.FAILED})
+"""Of an answer."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request without its body. headers: those that an engine is told."""
+
+    method: str
+    path: str
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def frame(kind: Kind, rest: bytes = b"") -> bytes:
+    """A message."""
+    return bytes([kind]) + rest
+
+
+def parted(message: bytes) -> tuple[Kind, bytes]:
+    """Its kind and the rest. Raises ValueError for one that is none of ours."""
+    if not message:
+        raise ValueError("an empty message")
+    return Kind(message[0]), message[1:]
+
+
+def in_pieces(kind: Kind, content: bytes) -> Iterator[bytes]:
+    """Messages of at most PIECE_BYTES of `content` each; none for nothing."""
+    if len(content) <= PIECE_BYTES:
+        if content:
+            yield frame(kind, content)
+        return
+    view = memoryview(content)
+    for start in range(0, len(content), PIECE_BYTES):
+        yield frame(kind, bytes(view[start : start + PIECE_BYTES]))
+
+
+def packed_asked(asked: Asked) -> bytes:
+    """For ASKED."""
+    return json.dumps([asked.method, asked.path, asked.headers]).encode()
+
+
+def unpacked_asked(rest: bytes) -> Asked:
+    """Of ASKED."""
+    method, path, headers = json.loads(rest)
+    return Asked(method, path, tuple((name, value) for name, value in headers))
+
+
+def packed_head(head: Head) -> bytes:
+    """For HEAD."""
+    return _STATUS.pack(head.status) + head.media_type.encode("latin-1")
+
+
+def unpacked_head(rest: bytes) -> Head:
+    """Of HEAD."""
+    return Head(_STATUS.unpack_from(rest)[0], rest[_STATUS.size :].decode("latin-1"))

@@ -1,0 +1,198 @@
+"""A replica's end of its answers: lines to the ingresses that ask, kept for the next request.
+
+    ReplyTo (in the call, from an ingress) --Lines.take--> Line: a connection of this request alone, dialled or idle
+    Line: BEGUN --> the request and its body --> HEAD, PIECE ... --> END, LOST or FAILED --> TAKEN: idle again
+    Lines, each BEAT_S: ALIVE on every line in use
+
+Ray carries the call and its end, which is how Serve counts, drains and cancels requests. What is said in between goes
+over TCP: as items of a Serve handle each token cost two Ray objects and some six tasks (benchmarks/endpoint.py). A
+line has one request at a time, so the socket's own flow control holds up an answer whose client reads slowly, and it
+alone: vLLM then joins what it has not sent yet.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from dataclasses import dataclass
+
+from pomarium.cluster.http import sealed_stream
+from pomarium.cluster.http.answer_frames import (
+    Asked,
+    Kind,
+    frame,
+    in_pieces,
+    packed_head,
+    parted,
+    unpacked_asked,
+)
+from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.http.sealed_stream import SealedStream
+from pomarium.cluster.http.sealing import End
+from pomarium.cluster.replica.heartbeat import BEAT_S, SILENCE_S
+
+MOST_IDLE = 64
+"""Lines kept for later requests, of all ingresses together."""
+
+
+@dataclass(frozen=True)
+class ReplyTo:
+    """Where an answer goes.
+
+    Attributes:
+        host, port: where the ingress listens. secret: of its lines. ticket: of the request, TICKET_BYTES.
+    """
+
+    host: str
+    port: int
+    secret: bytes
+    ticket: bytes
+
+
+class LineError(ConnectionError):
+    """The ingress cannot be reached, or has gone."""
+
+
+class Line:
+    """The Exchange of one request after another.
+
+    Attributes:
+        gone: nobody waits for the answer: the connection is over.
+    """
+
+    def __init__(self, reply: ReplyTo) -> None:
+        self.gone = asyncio.Event()
+        self._stream = SealedStream(reply.secret, End.DIALLED, self._received, self._lost)
+        self._came: deque[tuple[Kind, bytes]] = deque()
+        self._waiting: asyncio.Future[None] | None = None
+        self._given_up = False
+
+    @classmethod
+    async def dial(cls, reply: ReplyTo) -> "Line":
+        """A line to whoever listens there. Raises LineError."""
+        line = cls(reply)
+        try:
+            async with asyncio.timeout(SILENCE_S):
+                await sealed_stream.dial(line._stream, reply.host, reply.port)
+        except (OSError, TimeoutError) as error:
+            line.close()
+            raise LineError(f"the endpoint at {reply.host}:{reply.port} cannot be reached: {error}") from None
+        return line
+
+    async def begin(self, ticket: bytes) -> Asked:
+        """Say that the request of `ticket` has arrived; what it asks. Raises LineError: nobody waits for it."""
+        self._given_up = False
+        self._stream.send(frame(Kind.BEGUN, ticket))
+        kind, rest = await self._next()
+        if kind is not Kind.ASKED:
+            raise LineError(f"the endpoint began a request with {kind.name}")
+        return unpacked_asked(rest)
+
+    async def body(self) -> tuple[bytes, bool] | None:
+        """See Exchange."""
+        try:
+            kind, rest = await self._next()
+        except LineError:
+            return None
+        return rest, kind is Kind.BODY
+
+    async def head(self, head: Head) -> None:
+        """See Exchange."""
+        self._stream.send(frame(Kind.HEAD, packed_head(head)))
+
+    async def piece(self, piece: bytes) -> None:
+        """See Exchange."""
+        for message in in_pieces(Kind.PIECE, piece):
+            if not self._given_up:
+                self._stream.send(message)
+                await self._stream.drain()
+
+    def give_up(self) -> None:
+        """See Exchange."""
+        self._given_up = True
+        self._stream.go_on()
+
+    def alive(self) -> None:
+        """A sign of life."""
+        self._stream.send(frame(Kind.ALIVE))
+
+    async def end(self, kind: Kind, reason: str = "") -> bool:
+        """Say how the answer ended; whether the line is free for another one."""
+        self._stream.send(frame(kind, reason.encode()))
+        with contextlib.suppress(LineError):
+            while True:
+                kind, _ = await self._next()
+                if kind is Kind.TAKEN:
+                    return True  # a body that was not read to its end lay before it
+        return False
+
+    def close(self) -> None:
+        """End the connection."""
+        self._stream.close()
+
+    def _received(self, message: bytes) -> None:
+        try:
+            self._came.append(parted(message))
+        except ValueError:
+            self._stream.close()
+        self._wake()
+
+    def _lost(self) -> None:
+        self.gone.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def _next(self) -> tuple[Kind, bytes]:
+        """What came next. Raises LineError."""
+        while not self._came:
+            if self.gone.is_set():
+                raise LineError("the endpoint has gone")
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        return self._came.popleft()
+
+
+class Lines:
+    """A replica's lines."""
+
+    def __init__(self) -> None:
+        self._idle: dict[tuple[str, int, bytes], list[Line]] = {}
+        self._used: set[Line] = set()
+        self._beating: asyncio.Task[None] | None = None
+
+    async def take(self, reply: ReplyTo) -> Line:
+        """A line to there, for one request. Raises LineError."""
+        if self._beating is None:
+            self._beating = asyncio.create_task(self._beat())
+        idle = self._idle.get((reply.host, reply.port, reply.secret), [])
+        while idle:
+            line = idle.pop()
+            if not line.gone.is_set():
+                break
+        else:
+            line = await Line.dial(reply)
+        self._used.add(line)
+        return line
+
+    def give_back(self, reply: ReplyTo, line: Line, *, free: bool) -> None:
+        """The request is over. free: the line serves another one."""
+        self._used.discard(line)
+        if free and not line.gone.is_set() and self._make_room():
+            self._idle.setdefault((reply.host, reply.port, reply.secret), []).append(line)
+        else:
+            line.close()
+
+    def _make_room(self) -> bool:
+        """Drop idle lines whose ingress has gone; whether one more may be kept."""
+        self._idle = {
+            place: kept for place, lines in self._idle.items() if (kept := [x for x in lines if not x.gone.is_set()])
+        }
+        return sum(map(len, self._idle.values())) < MOST_IDLE
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            for line in self._used:
+                line.alive()
