@@ -120,7 +120,13 @@ def test_a_level_holds_while_streams_keep_up() -> None:
 
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("words", [["--sides", "pomarium", "vllm"], ["--stub", "--sides", "pomarium"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(["--sides", "pomarium", "vllm"], id="sides"),
+        pytest.param(["--stub", "--sides", "pomarium"], id="stub", marks=pytest.mark.full),
+    ],
+)
 def test_it_runs_and_leaves_nothing(words: list[str]) -> None:
     before = {process.pid for process in leftovers.marked(lambda mark: mark == os.environ[leftovers.RUN])}
     command = [sys.executable, str(BENCHMARKS / "endpoint.py"), "--quick", *words]
