@@ -1,6 +1,7 @@
 """HOST:PORT as gRPC and URLs take it, an IPv6 address in brackets (RFC 3986, `authority`); in whose network it is."""
 
 import ipaddress
+import socket
 from urllib.parse import quote
 
 LOCAL_NAMES = (".local", ".localhost", ".home.arpa")
@@ -15,6 +16,11 @@ def authority(host: str, port: int) -> str:
 def http_url(host: str, port: int) -> str:
     """`http://host:port`, without a path; the zone of an IPv6 address escaped (RFC 6874)."""
     return f"http://{authority(quote(host, safe=':'), port)}"
+
+
+def family(host: str) -> socket.AddressFamily:
+    """Of sockets for `host`, an address without brackets or a name that has an IPv4 one."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def host_of(address: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import psutil
 
 from pomarium.worker import local_network
-from pomarium.worker.address import authority
+from pomarium.worker.address import authority, family
 from pomarium.worker.errors import PomariumError
 
 DISCARD_PORT = 9
@@ -136,9 +136,8 @@ def _resolve(address: str) -> tuple[str, ...]:
 
 def _send_to(packet: bytes, place: Destination) -> str | None:
     """Why the system would not send it; None if it did."""
-    family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_DGRAM) as sender:
+        with socket.socket(family(place[0]), socket.SOCK_DGRAM) as sender:
             sender.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
             sender.sendto(packet, place)
     except OSError as error:

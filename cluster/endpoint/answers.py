@@ -67,7 +67,6 @@ class Answer:
     def __init__(self, asked: Asked, body: bytes, *, patient: bool) -> None:
         """`patient`: however long no replica takes it."""
         self.heard = time.monotonic()
-        self.begun = False
         self.over = False
         self._asked, self._body = asked, body
         self._patient = patient
@@ -80,6 +79,11 @@ class Answer:
         self._line: ReplicaLine | None = None
         self._call: Any = None
         self._watch: asyncio.Future[Any] | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a replica is answering it."""
+        return self._line is not None
 
     def __aiter__(self) -> "Answer":
         return self
@@ -130,15 +134,15 @@ class Answer:
     def called(self, call: Any) -> None:
         """`call`: of the replica, on its way."""
         self._call = call
-        self._watch = asyncio.ensure_future(_awaited(call))
+        self._watch = asyncio.ensure_future(call)
         self._watch.add_done_callback(self._returned)
 
     def _returned(self, watch: "asyncio.Future[Any]") -> None:
-        if watch.cancelled() or self.over:
-            if not watch.cancelled():
-                watch.exception()
+        if watch.cancelled():
             return
-        error = watch.exception()
+        error = watch.exception()  # asked for also where nobody waits any more, or asyncio complains
+        if self.over:
+            return
         failure = error if isinstance(error, Exception) else CutError()
         if self._line is None:
             self.fail(failure)
@@ -147,15 +151,12 @@ class Answer:
 
     def begin(self, line: "ReplicaLine") -> None:
         """A replica has taken it: it is told what is asked."""
-        self.begun, self._line, self.heard = True, line, time.monotonic()
+        self._line, self.heard = line, time.monotonic()
         line.stream.send(frame(Kind.ASKED, packed_asked(self._asked)))
-        body, self._body = self._body, b""
+        line.sending = asyncio.ensure_future(_send(line.stream, self._body))
+        self._body = b""
         self._came.append(Accepted())
         self._wake()
-        if len(body) <= MOST_WAITING:
-            _send_body(line, body)
-        else:
-            line.sending = asyncio.ensure_future(_send_slowly(line, body))
 
     def take(self, kind: Kind, rest: bytes) -> None:
         """A message on its line."""
@@ -188,13 +189,17 @@ class Answer:
 
 
 class ReplicaLine:
-    """One replica's connection, of one answer at a time."""
+    """One replica's connection.
+
+    Attributes:
+        answer: that it brings now. sending: the request's body.
+    """
 
     def __init__(self, answers: "Answers") -> None:
         self.stream = SealedStream(answers.secret, End.LISTENED, self._received, self._lost)
         self.sending: asyncio.Future[None] | None = None
         self._answers = answers
-        self._answer: Answer | None = None
+        self.answer: Answer | None = None
         self._known = False
         asyncio.get_running_loop().call_later(ADMIT_S, self._shut_out)
 
@@ -210,19 +215,19 @@ class ReplicaLine:
             self.stream.abort()
             return
         if kind is Kind.BEGUN:
-            self._answer = self._answers.claimed(rest)
-            if self._answer is None:
+            self.answer = self._answers.claimed(rest)
+            if self.answer is None:
                 self.stream.abort()  # nobody waits for it any more
             else:
-                self._answer.begin(self)
-        elif self._answer is not None:
-            self._answer.heard = time.monotonic()
-            self._answer.take(kind, rest)
+                self.answer.begin(self)
+        elif self.answer is not None:
+            self.answer.heard = time.monotonic()
+            self.answer.take(kind, rest)
             if kind in ENDS:
                 self._free()
 
     def _free(self) -> None:
-        self._answer = None
+        self.answer = None
         self.stream.resume_reading()
         if self.sending is not None and not self.sending.done():
             self.stream.abort()  # it was answered before all of it was asked
@@ -233,8 +238,8 @@ class ReplicaLine:
         self._answers.lines.discard(self)
         if self.sending is not None:
             self.sending.cancel()
-        if self._answer is not None:
-            self._answer.fail(CutError())
+        if self.answer is not None:
+            self.answer.fail(CutError())
 
 
 class Answers:
@@ -251,7 +256,6 @@ class Answers:
         self._host = host
         self._port = 0
         self._open: dict[bytes, Answer] = {}
-        self._begun: set[Answer] = set()
         self._server: asyncio.Server | None = None
         self._looking: asyncio.Task[None] | None = None
 
@@ -276,10 +280,7 @@ class Answers:
     def claimed(self, ticket: bytes) -> Answer | None:
         """The request of `ticket`, once; None if nobody waits for it."""
         answer = self._open.pop(ticket, None)
-        if answer is None or answer.over:
-            return None
-        self._begun.add(answer)
-        return answer
+        return None if answer is None or answer.over else answer
 
     async def close(self) -> None:
         """End it all."""
@@ -299,26 +300,16 @@ class Answers:
         while True:
             await asyncio.sleep(LOOK_S)
             now = time.monotonic()
-            for answer in (*self._open.values(), *self._begun):
+            brought = [line.answer for line in self.lines if line.answer is not None]
+            for answer in (*self._open.values(), *brought):
                 if answer.silent_for(now) > heartbeat.SILENCE_S:
                     answer.fail(SilentError())
             self._open = {ticket: answer for ticket, answer in self._open.items() if not answer.over}
-            self._begun = {answer for answer in self._begun if not answer.over}
 
 
-async def _awaited(call: Any) -> Any:
-    return await call
-
-
-def _send_body(line: ReplicaLine, body: bytes) -> None:
-    for message in in_pieces(Kind.BODY, body):
-        line.stream.send(message)
-    line.stream.send(frame(Kind.ASKED_ALL))
-
-
-async def _send_slowly(line: ReplicaLine, body: bytes) -> None:
+async def _send(stream: SealedStream, body: bytes) -> None:
     """As the replica takes it."""
     for message in in_pieces(Kind.BODY, body):
-        line.stream.send(message)
-        await line.stream.drain()
-    line.stream.send(frame(Kind.ASKED_ALL))
+        stream.send(message)
+        await stream.drain()
+    stream.send(frame(Kind.ASKED_ALL))

@@ -188,10 +188,10 @@ class Ingress:
     async def generate(self, request: Request) -> Response:
         """Everything that an engine answers."""
         self._authorise(request)
-        body, path = await request.body(), request.url.path
+        path = request.url.path
+        body = b"".join([piece async for piece in request.stream()])  # body() would keep it as long as the request
         # Beside the loop that streams use, as far as Python's lock lets it.
-        read = asyncio.to_thread(self._read, path, body) if len(body) > LARGE else None
-        name, routing = self._read(path, body) if read is None else await read
+        name, routing = await asyncio.to_thread(self._read, path, body) if len(body) > LARGE else self._read(path, body)
         headers = tuple((k, v) for k, v in request.headers.items() if k.lower() in PASSED_HEADERS)
         engine, answers = self._engines[name], await self._answers()
         deployment, sleeps = engine.deployment_name, self._served[name].sleeps
@@ -345,17 +345,13 @@ async def _health(engine: DeploymentHandle, known: Reasons) -> tuple[bool, str]:
 async def _asked(method: Any) -> "asyncio.Future[Any] | None":
     """An engine's answer, or what it raised; None after HEALTH_S."""
     answer = method.remote()
-    asked = asyncio.ensure_future(_answer_of(answer))
+    asked: asyncio.Future[Any] = asyncio.ensure_future(answer)
     await asyncio.wait({asked}, timeout=HEALTH_S)  # not wait_for, which would wait for the cancellation as well
     if asked.done():
         return asked
     answer.cancel()
     asked.cancel()
     return None
-
-
-async def _answer_of(answer: Any) -> Any:
-    return await answer
 
 
 IngressDeployment = serve.ingress(api)(Ingress)

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 
 from pomarium.cluster.executor.wire import Wire
 from pomarium.cluster.http.sealing import End
+from pomarium.worker.address import family
 
 ADMIT_S = 10.0
 """For the engine to connect and to show the key: it was told where a moment ago."""
@@ -25,8 +26,7 @@ class Entrance:
     """Listens on a free port of `host`, and nowhere else, until `admit` is over. Raises OSError."""
 
     def __init__(self, host: str) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family)
+        self._listener = socket.create_server((host, 0), family=family(host))
         self.port: int = self._listener.getsockname()[1]
 
     def admit(self, key: bytes) -> Wire:

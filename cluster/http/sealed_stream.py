@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import cast
 
 from pomarium.cluster.http.sealing import SALT_BYTES, End, Seal, SealedBuffer, WireError, connection_key
+from pomarium.worker.address import family
 
 MOST_BYTES = 1 << 20
 """Of a message: what is longer is sent in pieces, and a stranger makes nobody keep more."""
@@ -121,7 +122,7 @@ class SealedStream(asyncio.Protocol):
 
 async def dial(stream: SealedStream, host: str, port: int) -> None:
     """Connect `stream` to whoever listens there, and agree on a key. Raises OSError."""
-    connection = _bounded(socket.socket(_family(host), socket.SOCK_STREAM))
+    connection = _bounded(socket.socket(family(host), socket.SOCK_STREAM))
     try:
         connection.setblocking(False)
         await asyncio.get_running_loop().sock_connect(connection, (host, port))
@@ -138,7 +139,7 @@ async def listen(made: Callable[[], SealedStream], host: str) -> tuple[asyncio.S
     Args:
         made: the end for a connection that comes.
     """
-    listener = _bounded(socket.create_server((host, 0), family=_family(host), backlog=BACKLOG))
+    listener = _bounded(socket.create_server((host, 0), family=family(host), backlog=BACKLOG))
     return await asyncio.get_running_loop().create_server(made, sock=listener), listener.getsockname()[1]
 
 
@@ -147,7 +148,3 @@ def _bounded(one: socket.socket) -> socket.socket:
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         one.setsockopt(socket.SOL_SOCKET, option, SYSTEM_BYTES)
     return one
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -12,7 +12,8 @@ alone: vLLM then joins what it has not sent yet.
 
 import asyncio
 import contextlib
-from collections import deque
+import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from pomarium.cluster.http import sealed_stream
@@ -29,6 +30,9 @@ from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.http.sealed_stream import SealedStream
 from pomarium.cluster.http.sealing import End
 from pomarium.cluster.replica.heartbeat import BEAT_S, SILENCE_S
+from pomarium.cluster.replica.loss import EngineFaultError, EngineLostError
+
+logger = logging.getLogger(__name__)
 
 MOST_IDLE = 64
 """Lines kept for later requests, of all ingresses together."""
@@ -62,8 +66,7 @@ class Line:
     def __init__(self, reply: ReplyTo) -> None:
         self.gone = asyncio.Event()
         self._stream = SealedStream(reply.secret, End.DIALLED, self._received, self._lost)
-        self._came: deque[tuple[Kind, bytes]] = deque()
-        self._waiting: asyncio.Future[None] | None = None
+        self._came: asyncio.Queue[tuple[Kind, bytes] | None] = asyncio.Queue()
         self._given_up = False
 
     @classmethod
@@ -131,27 +134,21 @@ class Line:
 
     def _received(self, message: bytes) -> None:
         try:
-            self._came.append(parted(message))
+            self._came.put_nowait(parted(message))
         except ValueError:
             self._stream.close()
-        self._wake()
 
     def _lost(self) -> None:
         self.gone.set()
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+        self._came.put_nowait(None)
 
     async def _next(self) -> tuple[Kind, bytes]:
         """What came next. Raises LineError."""
-        while not self._came:
-            if self.gone.is_set():
-                raise LineError("the endpoint has gone")
-            self._waiting = asyncio.get_running_loop().create_future()
-            await self._waiting
-        return self._came.popleft()
+        came = await self._came.get()
+        if came is None:
+            self._came.put_nowait(None)  # for whoever asks again
+            raise LineError("the endpoint has gone")
+        return came
 
 
 class Lines:
@@ -161,6 +158,24 @@ class Lines:
         self._idle: dict[tuple[str, int, bytes], list[Line]] = {}
         self._used: set[Line] = set()
         self._beating: asyncio.Task[None] | None = None
+
+    async def serve(self, reply: ReplyTo, answer: Callable[[Asked, Line], Awaitable[None]]) -> None:
+        """Have the request of `reply` answered; returns when its ingress has the whole answer, or nobody waits for it.
+
+        Args:
+            answer: over the line. What it raises, EngineLostError or EngineFaultError, the ingress is told.
+
+        Raises:
+            LineError: the ingress cannot be reached.
+        """
+        line = await self.take(reply)
+        free = False
+        try:
+            free = await _served(line, reply.ticket, answer)
+        except LineError:
+            pass  # the client left before its request was here
+        finally:
+            self.give_back(reply, line, free=free)
 
     async def take(self, reply: ReplyTo) -> Line:
         """A line to there, for one request. Raises LineError."""
@@ -196,3 +211,14 @@ class Lines:
             await asyncio.sleep(BEAT_S)
             for line in self._used:
                 line.alive()
+
+
+async def _served(line: Line, ticket: bytes, answer: Callable[[Asked, Line], Awaitable[None]]) -> bool:
+    """Whether the line is free for another request. Raises LineError: nobody waits for an answer."""
+    asked = await line.begin(ticket)
+    try:
+        await answer(asked, line)
+    except EngineFaultError as fault:
+        logger.exception("%s %s failed", asked.method, asked.path)
+        return await line.end(Kind.LOST if isinstance(fault, EngineLostError) else Kind.FAILED, str(fault))
+    return await line.end(Kind.END)

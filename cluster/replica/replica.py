@@ -7,23 +7,20 @@ The command line and the ingress import this module, so it imports neither vLLM 
 """
 
 import asyncio
-import logging
 import os
 from dataclasses import dataclass
 
 from ray import serve
 
 from pomarium.cluster import faults
-from pomarium.cluster.http.answer_frames import Kind
+from pomarium.cluster.http.answer_frames import Asked
 from pomarium.cluster.node.worker_environment import Secrets
 from pomarium.cluster.replica import patience
 from pomarium.cluster.replica.answering import Line, LineError, Lines, ReplyTo
 from pomarium.cluster.replica.hosting import Hosted, Name, as_text
-from pomarium.cluster.replica.loss import EngineFaultError, EngineLostError
+from pomarium.cluster.replica.loss import EngineLostError
 from pomarium.cluster.replica.model_check import Found
 from pomarium.cluster.replica.serve_plan import ENDPOINT, ModelPlan
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,31 +70,15 @@ class EngineReplica:
         Raises:
             EngineLostError: the ingress cannot be reached, which the ingress is to tell.
         """
-        try:
-            line = await self._lines.take(reply)
-        except LineError as error:
-            raise EngineLostError(str(error)) from None
-        free = False
-        try:
-            free = await self._answer(line, reply.ticket)
-        except LineError:
-            pass  # the client left before its request was here
-        finally:
-            self._lines.give_back(reply, line, free=free)
 
-    async def _answer(self, line: Line, ticket: bytes) -> bool:
-        """Whether the line is free for another request. Raises LineError: nobody waits for an answer."""
-        asked = await line.begin(ticket)
-        try:
+        async def answer(asked: Asked, line: Line) -> None:
             with as_text():
                 await self._hosted.answer(asked, line)
-        except EngineLostError as lost:
-            logger.exception("%s %s failed", asked.method, asked.path)
-            return await line.end(Kind.LOST, str(lost))
-        except EngineFaultError as fault:
-            logger.exception("%s %s failed", asked.method, asked.path)
-            return await line.end(Kind.FAILED, str(fault))
-        return await line.end(Kind.END)
+
+        try:
+            await self._lines.serve(reply, answer)
+        except LineError as error:
+            raise EngineLostError(str(error)) from None
 
     async def healthy(self) -> str:
         """`ok` if a request would be served now, followed by what is to be said of it, if anything.

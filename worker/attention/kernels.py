@@ -197,13 +197,10 @@ class BatchPlans:
         self._batch = batch
         layout = kernels.pool.layout
         self._rows = [group_rows(batch, group) for group in layout.groups]
-        slots = [
-            row_slots(rows, batch.positions, group, layout.num_blocks)
-            for rows, group in zip(self._rows, layout.groups, strict=True)
-        ]
+        count = layout.num_blocks
         self._slots = [
-            slot_indices(wanted, layout.num_blocks * group.block_size)
-            for wanted, group in zip(slots, layout.groups, strict=True)
+            slot_indices(row_slots(rows, batch.positions, group, count), count * group.block_size)
+            for rows, group in zip(self._rows, layout.groups, strict=True)
         ]
         self._made: dict[PlanKey, AttentionPlan] = {}
         self._gathered: GatheredStep | None = None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import grpc
 
-from pomarium.worker.address import host_of, is_loopback
+from pomarium.worker.address import family, host_of, is_loopback
 from pomarium.worker.errors import SettingsError
 from pomarium.worker.handoff.errors import CredentialsError, PlaintextRefusedError
 from pomarium.worker.handoff.settings import GrpcOptions, HandoffSettings
@@ -143,7 +143,7 @@ def open_channel(address: str, tls: Tls | None, options: GrpcOptions) -> grpc.Ch
 def _check_free(address: str) -> None:
     host, port = host_of(address), int(address.rpartition(":")[2])
     try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+        with socket.create_server((host, port), family=family(host)):
             pass
     except OSError as error:
         raise OSError(f"cannot listen on {address}: {error.strerror}") from None

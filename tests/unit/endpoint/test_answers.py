@@ -21,7 +21,7 @@ from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.http.sealed_stream import SealedStream, dial
 from pomarium.cluster.http.sealing import KEY_BYTES, End
 from pomarium.cluster.replica import answering, heartbeat
-from pomarium.cluster.replica.answering import LineError, Lines, ReplyTo
+from pomarium.cluster.replica.answering import Line, LineError, Lines, ReplyTo
 from pomarium.cluster.replica.heartbeat import SilentError
 from pomarium.cluster.replica.loss import EngineFaultError, EngineLostError
 
@@ -30,7 +30,7 @@ SSE = "text/event-stream; charset=utf-8"
 
 
 class Replica:
-    """As EngineReplica, but with any application and without Ray: its calls are tasks here.
+    """As EngineReplica, but with an application of ours and without Ray: its calls are tasks here.
 
     Attributes:
         produced: pieces that `/endless` has made. came, left: paths whose handler began; that ended before its answer.
@@ -46,27 +46,12 @@ class Replica:
         self.app = self._application()
 
     def call(self, reply: ReplyTo) -> "asyncio.Task[None]":
-        self.calls.append(asyncio.ensure_future(self._request(reply)))
+        self.calls.append(asyncio.ensure_future(self.lines.serve(reply, self._answer)))
         return self.calls[-1]
 
-    async def _request(self, reply: ReplyTo) -> None:
-        line = await self.lines.take(reply)
+    async def _answer(self, asked: Asked, line: Line) -> None:
         self.dialled.add(id(line))
-        free = False
-        try:
-            asked = await line.begin(reply.ticket)
-            try:
-                await asgi_bridge.run(self.app, asgi_bridge.scope(asked.method, asked.path, asked.headers), line)
-            except EngineLostError as lost:
-                free = await line.end(Kind.LOST, str(lost))
-            except EngineFaultError as fault:
-                free = await line.end(Kind.FAILED, str(fault))
-            else:
-                free = await line.end(Kind.END)
-        except LineError:
-            pass
-        finally:
-            self.lines.give_back(reply, line, free=free)
+        await asgi_bridge.run(self.app, asgi_bridge.scope(asked.method, asked.path, asked.headers), line)
 
     def _application(self) -> Starlette:
         async def echo(request: Request) -> Response:
@@ -289,10 +274,15 @@ def test_what_the_call_raises_ends_the_answer_but_not_before_the_reason_on_the_l
     played(scene)
 
 
-def test_a_replica_that_falls_silent_is_given_up_and_one_that_beats_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "SILENCE_S", 1.0)
+def hurry(monkeypatch: pytest.MonkeyPatch, silence_s: float) -> None:
+    """Signs of life come and are looked for more often, and are missed after so long."""
+    monkeypatch.setattr(heartbeat, "SILENCE_S", silence_s)
     monkeypatch.setattr(answers_module, "LOOK_S", 0.05)
     monkeypatch.setattr(answering, "BEAT_S", 0.1)
+
+
+def test_a_replica_that_falls_silent_is_given_up_and_one_that_beats_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch, 1.0)
 
     async def scene(both: Both) -> None:
         beating = both.ask("/quiet")
@@ -312,9 +302,7 @@ def test_a_replica_that_falls_silent_is_given_up_and_one_that_beats_is_not(monke
 
 
 def test_a_reader_that_takes_its_time_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "SILENCE_S", 0.5)
-    monkeypatch.setattr(answers_module, "LOOK_S", 0.05)
-    monkeypatch.setattr(answering, "BEAT_S", 0.1)
+    hurry(monkeypatch, 0.5)
 
     async def scene(both: Both) -> None:
         slow = both.ask("/endless")
@@ -340,8 +328,7 @@ def test_an_endpoint_that_cannot_be_reached_is_named() -> None:
 
 
 def test_a_patient_request_waits_for_its_replica(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "SILENCE_S", 0.2)
-    monkeypatch.setattr(answers_module, "LOOK_S", 0.05)
+    hurry(monkeypatch, 0.2)
 
     async def scene(both: Both) -> tuple[Head, bytes]:
         async def woken(reply: ReplyTo) -> None:
