@@ -132,11 +132,13 @@ def run(args: argparse.Namespace) -> int:
         phase = phases(terminal, interrupts, own_ray=not os.environ.get("RAY_ADDRESS"))
         with interrupts.held(), lifecycle.serving(plan, phase):
             interrupts.check()
-            terminal.say(f"ready    {time.monotonic() - started:5.1f} s\n\n{welcome(plan)}\n")
             from pomarium.cluster.endpoint import watch
 
+            watched = watch.Watch(terminal.say, watch.look, watch.head_answers)
+            watched.step()  # what is lost right after "ready" is told too
+            terminal.say(f"ready    {time.monotonic() - started:5.1f} s\n\n{welcome(plan)}\n")
             with suppress(KeyboardInterrupt), interrupts.raising():
-                _wait(watch.Watch(terminal.say, watch.look, watch.head_answers))
+                _wait(watched)
         terminal.say("stopped")
     return 0
 

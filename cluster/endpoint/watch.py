@@ -166,16 +166,21 @@ def look(since: float) -> Status:
     if not any(actor.alive for actor in actors if actor.kind == CONTROLLER):
         return Status(False, CONTROLLER_LOST)
     known = serve.status().applications.get(APP_NAME)
+    restarts = _restarts(serve_actors.read())
+    if restarts != _restarts(actors):  # it came back while `serve.status` waited for it
+        return Status(False, CONTROLLER_LOST)
     if known is None:
         return Status(False, "Serve does not know the endpoint any more: somebody has removed it")
     full = shortage()
     if known.status == "RUNNING":
-        # It may have come back while `serve.status` waited for it.
-        restarts = max((actor.restarts for actor in serve_actors.read() if actor.kind == CONTROLLER), default=0)
         return Status(True, f"{full} What is lost does not start again before" if full else "", restarts)
     messages = {name: deployment.message for name, deployment in known.deployments.items()}
     said = told(messages, actors, reports.read_losses(), since)
     return Status(False, f"{said}. {full}" if full else said)
+
+
+def _restarts(actors: Sequence[ServeActor]) -> int:
+    return max((actor.restarts for actor in actors if actor.kind == CONTROLLER), default=0)
 
 
 def told(messages: Mapping[str, str], actors: Sequence[ServeActor], losses: Sequence[LossReport], since: float) -> str:

@@ -4,6 +4,7 @@ import errno
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,7 @@ from pomarium.cluster import faults
 from pomarium.cluster.endpoint import watch
 from pomarium.cluster.endpoint.local_ray import HeadLostError
 from pomarium.cluster.endpoint.watch import Status, Watch
+from pomarium.cluster.rack import serve_actors
 from pomarium.cluster.rack.reports import LossReport
 from pomarium.cluster.rack.serve_actors import CONTROLLER, ENGINE, INGRESS, PROXY, ServeActor
 
@@ -67,6 +69,19 @@ def test_a_controller_that_is_back_before_a_look_is_told_of() -> None:
     assert endpoint.steps(4) == lost, "those before this endpoint are not its own"
     seen = Endpoint(Status(True, restarts=0), Status(False, watch.CONTROLLER_LOST), Status(True, restarts=1))
     assert seen.steps(4) == lost, "told once"
+
+
+def test_a_controller_that_is_back_within_a_look_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the first look, which has nothing to compare with: it waits while Ray starts the controller again."""
+    from ray import serve
+
+    seen = [replace(OTHERS[0], restarts=count) for count in (3, 4, 4, 4)]
+    running = SimpleNamespace(applications={watch.APP_NAME: SimpleNamespace(status="RUNNING", deployments={})})
+    monkeypatch.setattr(serve_actors, "read", lambda: (seen.pop(0),))
+    monkeypatch.setattr(watch, "shortage", lambda: None)
+    monkeypatch.setattr(serve, "status", lambda: running)
+    assert watch.look(0.0) == Status(False, watch.CONTROLLER_LOST)
+    assert watch.look(0.0) == Status(True, restarts=4)
 
 
 def test_a_look_that_fails_ends_nothing() -> None:
