@@ -10,7 +10,7 @@ from ray.serve.deployment import Application
 
 from pomarium.cluster.endpoint import replica_scaling
 from pomarium.cluster.endpoint.cards import Served, root_of
-from pomarium.cluster.endpoint.ingress import IngressDeployment
+from pomarium.cluster.endpoint.ingress_replica import IngressReplica
 from pomarium.cluster.machine.state import state_folder
 from pomarium.cluster.node.ray_names import deployment_name
 from pomarium.cluster.node.ray_node import MOST_STARTS
@@ -61,10 +61,9 @@ def build(
     # Of an endpoint's own: two on one machine have different ports.
     batches = Batches(str(state_folder(os.environ) / f"batches-{plan.port}"), plan.url)
     ingress = serve.deployment(
-        IngressDeployment,
+        IngressReplica,
         name="ingress",
         num_replicas=1,
-        max_ongoing_requests=MAX_REQUESTS,
         ray_actor_options={"num_cpus": INGRESS_CPUS, "resources": {HEAD: 0.001}},
         max_constructor_retry_count=MOST_STARTS,
         graceful_shutdown_timeout_s=1,
@@ -73,7 +72,7 @@ def build(
         m.name: Served(root_of(m.source, f.folder), m.engine_args.get("max_model_len"), m.sleeps)
         for m, f in zip(plan.models, found, strict=True)
     }
-    return ingress.bind(engines, plan.api_keys, batches, served)
+    return ingress.bind(plan.host, plan.port, engines, plan.api_keys, batches, served)
 
 
 def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str], on_head: bool) -> Application:

@@ -69,7 +69,7 @@ class EndpointArgs(_Strict):
         models: at least one.
         api_key_file: a file on the head with the keys that requests may carry, one a line; None for none.
         api_key_variable: an environment variable with such a key. Without either, everybody is admitted.
-        host, port: as in the file's http_options, where Serve itself reads them.
+        host, port: where the endpoint listens, on the head.
         rack: a rack.yaml on the head, whose links placement then knows.
     """
 

@@ -1,11 +1,12 @@
 """The HTTP endpoint: authorises, finds the model, hands the request to one of its engines and relays the answer.
 
-    client --HTTP--> Serve proxy --> Ingress --Serve handle: which replica, and that it is busy--> EngineReplica
-                                             <--answers.py: the request, vLLM's answer-----------'
+    client --http_server.py--> Ingress --Serve handle: which replica, and that it is busy--> EngineReplica
+                                       <--answers.py: the request, vLLM's answer-----------'
 
-Bodies pass through unread but for `model`, so that everything vLLM accepts works and its own error bodies arrive.
-door.py bounds them, here once more for a Ray whose proxy has no door. The process stays small: it imports no vLLM. No
-CORS headers are sent: browsers of other origins are kept out.
+Bodies pass through unread but for `model`, so that everything vLLM accepts works and its own error bodies arrive. What
+engines answer passes below the framework of the other routes, which would cost each piece of a stream as much again as
+all else here. The process stays small: it imports no vLLM. No CORS headers are sent: browsers of other origins are kept
+out.
 """
 
 import asyncio
@@ -17,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from fastapi import FastAPI, Request
-from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from pomarium.cluster import faults
 from pomarium.cluster.batch.api import routes
@@ -35,9 +34,10 @@ from pomarium.cluster.endpoint.holding import SILENT
 from pomarium.cluster.endpoint.reasons import Reasons
 from pomarium.cluster.endpoint.relay import Relay
 from pomarium.cluster.endpoint.routing import NoReplicaError, keys_of
-from pomarium.cluster.http import bodies, openai_errors
+from pomarium.cluster.http import bodies, openai_app, openai_errors
 from pomarium.cluster.http.answer_frames import Asked
-from pomarium.cluster.http.door import Door
+from pomarium.cluster.http.asgi import Message, Receive, Send, while_there
+from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.http.openai_errors import RefusalError
 from pomarium.cluster.replica.answering import ReplyTo
 from pomarium.cluster.replica.loss import EngineLostError
@@ -57,37 +57,8 @@ LARGE = 256 << 10
 
 PASSED_HEADERS = frozenset({"content-type", "x-request-id", "traceparent", "tracestate"})
 
-CLIENT_LEFT = 499
-"""Status that nobody gets to see, after nginx."""
-
-api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-api.add_middleware(Door)
-
-
-@api.exception_handler(RefusalError)
-async def _answer_refusal(_: Request, refusal: RefusalError) -> Response:
-    return JSONResponse(refusal.body, refusal.status, headers=openai_errors.headers(refusal.status))
-
-
-@api.exception_handler(HTTPException)
-async def _answer_http(request: Request, error: HTTPException) -> Response:
-    path = openai_errors.shown(request.url.path)
-    status, body = openai_errors.http(error.status_code, f"{request.method} {path}: {error.detail}.")
-    return JSONResponse(body, status, headers=error.headers)
-
-
-@api.exception_handler(ClientDisconnect)
-async def _answer_nobody(_: Request, __: ClientDisconnect) -> Response:
-    """The client left, or its body was refused (door.py), before all of it was there."""
-    return Response(status_code=CLIENT_LEFT)
-
-
-@api.exception_handler(Exception)
-async def _answer_fault(request: Request, fault: Exception) -> Response:
-    request_id = request.headers.get("x-request-id", "?")
-    logger.error("request %s failed", request_id, exc_info=fault)
-    status, body = openai_errors.internal(request_id)
-    return JSONResponse(body, status)
+GENERATED = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
+"""Paths that an engine answers."""
 
 
 async def _listen() -> Answers:
@@ -98,7 +69,7 @@ async def _listen() -> Answers:
 
 
 class Ingress:
-    """Serve deployment class of the endpoint.
+    """The endpoint as an ASGI application.
 
     `engines`: one handle per model name. `api_keys`: accepted bearer tokens; empty admits everybody. `batches`: where
     uploaded files and batches are kept; None: there are none. `served`: what is known of each model.
@@ -128,11 +99,41 @@ class Ingress:
         self._listen = listen
         self._listening: asyncio.Future[Answers] | None = None
         self._runner: Any = None
+        self._others = openai_app.application(
+            [
+                Route("/health", self.health),
+                Route("/metrics", self.prometheus),
+                Route("/v1/models", self.models),
+                Route("/v1/models/{model:path}", self.model),
+                *routes.mounted(self._stored, self._batch_begun),
+                # For other methods, and a slash behind the path.
+                *(Route(path, _passes_below, methods=["POST"]) for path in GENERATED),
+            ]
+        )
         if self._store is not None and any(not batch.status.over for batch in self._store.batches()):
             self._start_runner()
 
-    @api.get("/health")
-    async def health(self) -> Response:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in GENERATED:
+            await self._others(scope, receive, send)
+            return
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        request = Request(scope, receive)
+        try:
+            await self.generate(request, sending)
+        except Exception as error:
+            if begun:
+                raise
+            await openai_app.response(request, error)(scope, receive, send)
+
+    async def health(self, _: Request) -> Response:
         """200 if each model would serve a request, else 503 with the reason per model. 503, too, once Ray's head has
         ended: what still serves ends within a minute."""
         found, head = await asyncio.gather(
@@ -161,32 +162,30 @@ class Ingress:
         hopeless = holding.verdict(state, holding.GRACE_S, 0.0)
         return hopeless is None, hopeless or "asleep"
 
-    @api.get("/metrics")
     async def prometheus(self, request: Request) -> Response:
         """Prometheus text of all machines: Ray's, vLLM's and our own series."""
         self._authorise(request)
         return PlainTextResponse(await metrics_page.collect(), media_type="text/plain; version=0.0.4")
 
-    @api.get("/v1/models")
     async def models(self, request: Request) -> Response:
         """The models served here."""
         self._authorise(request)
         return JSONResponse({"object": "list", "data": await asyncio.gather(*map(self._card, self._engines))})
 
-    @api.get("/v1/models/{model:path}")
-    async def model(self, request: Request, model: str) -> Response:
+    async def model(self, request: Request) -> Response:
         """One model; all for a path that ends with the slash."""
-        if not model:
+        if not (model := request.path_params["model"]):
             return await self.models(request)
         self._authorise(request)
         return JSONResponse(await self._card(self._known(model)))
 
-    @api.post("/v1/chat/completions")
-    @api.post("/v1/completions")
-    @api.post("/tokenize")
-    @api.post("/detokenize")
-    async def generate(self, request: Request) -> Response:
-        """Everything that an engine answers."""
+    async def generate(self, request: Request, send: Send) -> None:
+        """Everything that an engine answers.
+
+        Raises, before anything is sent:
+            RefusalError: the request is none, or no engine could answer it.
+            ClientDisconnect: the client left.
+        """
         self._authorise(request)
         path = request.url.path
         body = b"".join([piece async for piece in request.stream()])  # body() would keep it as long as the request
@@ -203,68 +202,17 @@ class Ingress:
         del body  # an answer may take minutes
         state = (lambda: self._reasons.state(deployment)) if sleeps else None
         relay = Relay(name, answer, lambda: self._reasons.why(deployment), state)
-        try:
-            head = await relay.head()
-            if head.media_type.startswith("text/event-stream"):
-                return StreamingResponse(relay.events(), head.status, media_type=head.media_type)
-            return Response(b"".join([p async for p in relay.pieces()]), head.status, media_type=head.media_type)
-        except BaseException:
-            relay.cancel()
-            raise
-
-    @api.post("/v1/files")
-    async def upload_file(self, request: Request) -> Response:
-        """Keep a file for batches."""
-        return await routes.upload(self._stored(request), request)
-
-    @api.get("/v1/files")
-    async def list_files(self, request: Request) -> Response:
-        """All files."""
-        return await routes.files(self._stored(request), request)
-
-    @api.get("/v1/files/{name}")
-    async def file(self, request: Request, name: str) -> Response:
-        """One file."""
-        return await routes.file(self._stored(request), name)
-
-    @api.get("/v1/files/{name}/content")
-    async def file_content(self, request: Request, name: str) -> Response:
-        """What is in it."""
-        return await routes.content(self._stored(request), name)
-
-    @api.delete("/v1/files/{name}")
-    async def delete_file(self, request: Request, name: str) -> Response:
-        """Forget it."""
-        return await routes.delete(self._stored(request), name)
-
-    @api.post("/v1/batches")
-    async def create_batch(self, request: Request) -> Response:
-        """Have a file's requests answered."""
-        created = await routes.create(self._stored(request), request)
-        if self._runner is None:
-            self._start_runner()
-        return created
-
-    @api.get("/v1/batches")
-    async def list_batches(self, request: Request) -> Response:
-        """All batches."""
-        return await routes.batches(self._stored(request), request)
-
-    @api.get("/v1/batches/{name}")
-    async def batch(self, request: Request, name: str) -> Response:
-        """One batch."""
-        return await routes.batch(self._stored(request), name)
-
-    @api.post("/v1/batches/{name}/cancel")
-    async def cancel_batch(self, request: Request, name: str) -> Response:
-        """End it; what is answered is kept."""
-        return await routes.cancel(self._stored(request), name)
+        await while_there(request.receive, _relayed(relay, send))
 
     def _stored(self, request: Request) -> BatchStore:
         self._authorise(request)
         if self._store is None:
             raise RefusalError(*openai_errors.http(404, f"{request.method} {request.url.path}: there are no batches."))
         return self._store
+
+    def _batch_begun(self) -> None:
+        if self._runner is None:
+            self._start_runner()
 
     def _start_runner(self) -> None:
         from pomarium.cluster.batch.api import runner
@@ -326,6 +274,32 @@ class Ingress:
         return self._contexts[name]
 
 
+async def _passes_below(_: Request) -> Response:
+    raise AssertionError("Ingress.__call__ answers these")
+
+
+async def _relayed(relay: Relay, send: Send) -> None:
+    """Send the answer as it comes; what is no stream, as a whole."""
+    try:
+        head = await relay.head()
+        if head.media_type.startswith("text/event-stream"):
+            await send(_begin(head))
+            async for piece in relay.events():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+            return
+        whole = b"".join([piece async for piece in relay.pieces()])
+        await send(_begin(head, (b"content-length", str(len(whole)).encode())))
+        await send({"type": "http.response.body", "body": whole})
+    finally:
+        relay.cancel()
+
+
+def _begin(head: Head, *more: tuple[bytes, bytes]) -> Message:
+    headers = [(b"content-type", head.media_type.encode("latin-1")), *more]
+    return {"type": "http.response.start", "status": head.status, "headers": headers}
+
+
 async def _health(engine: DeploymentHandle, known: Reasons) -> tuple[bool, str]:
     """Whether a request would be served, and what the engine says, or why it would not. Takes at most 2 s."""
     asked = await _asked(engine.healthy)
@@ -352,7 +326,3 @@ async def _asked(method: Any) -> "asyncio.Future[Any] | None":
     answer.cancel()
     asked.cancel()
     return None
-
-
-IngressDeployment = serve.ingress(api)(Ingress)
-"""`Ingress` bound to its routes. Last in the module: Serve copies the routes' functions and the names known by then."""

@@ -54,7 +54,7 @@ def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.envir
         stack.enter_context(ray_running(plan, phase, environ))
         if not joined:  # an own Ray takes Serve with it, should a model turn out to be faulty
             with phase("serve"):
-                _start_serve(plan)
+                _start_serve()
         with phase("model"):
             found = check.found()
         try:
@@ -95,11 +95,11 @@ def ray_running(plan: ServePlan, phase: Phase, environ: Mapping[str, str]) -> It
         local_ray.stop(local)
 
 
-def _start_serve(plan: ServePlan) -> None:
+def _start_serve() -> None:
     """Changes nothing where Serve runs."""
     from ray import serve
 
-    serve.start(proxy_location="HeadOnly", http_options={"host": plan.host, "port": plan.port})
+    serve.start(proxy_location="Disabled")  # the ingress listens by itself
 
 
 def _deploy(plan: ServePlan, found: Sequence[Found], environ: Mapping[str, str]) -> None:
@@ -109,10 +109,10 @@ def _deploy(plan: ServePlan, found: Sequence[Found], environ: Mapping[str, str])
     from pomarium.cluster.rack import power_states
     from pomarium.cluster.replica import patience
 
-    _start_serve(plan)
+    _start_serve()
     patience.starts(ENDPOINT)
     built = app.build(plan, found, app.passed_environment(environ), macs_sleep=bool(power_states.read_all()))
-    target = serve.RunTarget(target=built, name=APP_NAME, route_prefix="/")
+    target = serve.RunTarget(target=built, name=APP_NAME, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)
     while not _is_up(serve.status().applications[APP_NAME]):
         time.sleep(START_LOOK_S)
@@ -137,7 +137,7 @@ def _remove(joined: bool) -> None:
         serve.delete(APP_NAME, _blocking=False)
         _end_engines(APP_NAME)
         serve.delete(APP_NAME)
-        if serve.status().applications:  # others use the proxy
+        if serve.status().applications:  # others run there
             return
     serve.shutdown()
 

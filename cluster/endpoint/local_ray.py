@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pomarium.cluster import faults
-from pomarium.cluster.http import door
 from pomarium.cluster.node import kin, ray_address, ray_node, starting
 from pomarium.cluster.node.direct import straight
 from pomarium.cluster.node.kin import Kin
@@ -74,7 +73,6 @@ def environment(session: str) -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
-        door.CALLBACK: door.IMPORT_PATH,
     }
 
 

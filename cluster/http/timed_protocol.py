@@ -1,4 +1,4 @@
-"""Connections of Serve's proxy that do not wait for ever: uvicorn's HTTP protocol with a bound on heads.
+"""Connections that do not wait for ever: uvicorn's HTTP protocol with a bound on heads.
 
     bytes --> TimedProtocol: is a head whole in time, is it small enough? --> uvicorn's HttpToolsProtocol --> Door
 
@@ -10,7 +10,6 @@ that was refused: it is read so that the answer arrives, and no longer than a he
 import asyncio
 from enum import Enum
 
-from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MOST_HEAD_BYTES = 64 << 10
@@ -29,10 +28,13 @@ class Part(Enum):
 
 
 class TimedProtocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection.
+
+    Attributes:
+        head_timeout: seconds. uvicorn makes connections by their class, so it is a class's own.
+    """
 
     head_timeout = 30.0
-    """Seconds."""
 
     _part = Part.NONE
     _head_bytes = 0
@@ -104,13 +106,3 @@ class TimedProtocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             self.transport.write(answer)
             self.transport.close()
-
-
-def install(head_timeout: float) -> None:
-    """Let each uvicorn server that this process starts from now on speak by TimedProtocol.
-
-    Args:
-        head_timeout: seconds.
-    """
-    TimedProtocol.head_timeout = head_timeout
-    auto.AutoHTTPProtocol = TimedProtocol

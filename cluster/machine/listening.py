@@ -8,6 +8,7 @@ and nobody is told. So it is also asked whether somebody answers there.
 import errno
 import os
 import socket
+from typing import Any
 
 ANSWER_S = 1.0
 """This machine answers itself, or refuses, at once; a firewall may do neither."""
@@ -15,8 +16,9 @@ ANSWER_S = 1.0
 
 def check(host: str, port: int) -> None:
     """Raises OSError unless one can listen there; "" is all IPv4 addresses. socket.gaierror: `host` is none."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
-    _bind(family, kind, protocol, address)
+    family, kind, protocol, _, address = _resolved(host, port)
+    with socket.socket(family, kind, protocol) as probe:
+        _bind(probe, address)
     if _is_answered(family, kind, protocol, address):
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
@@ -30,11 +32,28 @@ def is_free(host: str, port: int) -> bool:
     return True
 
 
-def _bind(family: int, kind: int, protocol: int, address: tuple[object, ...]) -> None:
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(address)
-        probe.listen()
+def listener(host: str, port: int, backlog: int = 2048) -> socket.socket:
+    """A socket that listens there. Raises as `check`."""
+    family, kind, protocol, _, address = _resolved(host, port)
+    if _is_answered(family, kind, protocol, address):
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    bound = socket.socket(family, kind, protocol)
+    try:
+        _bind(bound, address, backlog)
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def _resolved(host: str, port: int) -> tuple[Any, ...]:
+    return socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
+
+
+def _bind(bound: socket.socket, address: tuple[object, ...], backlog: int = 1) -> None:
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(address)
+    bound.listen(backlog)
 
 
 def _is_answered(family: int, kind: int, protocol: int, address: tuple[object, ...]) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pomarium.cluster.http import door
 from pomarium.cluster.node import kin
 from pomarium.cluster.node.direct import straight
 from pomarium.cluster.node.kin import Kin
@@ -183,7 +182,6 @@ def environment(spec: NodeSpec, membership: Membership, base: Mapping[str, str])
         **SERVE_VARIABLES,
         MARKER: marker(membership.session, spec.name),
         "RAY_START_HOOK": START_HOOK,
-        door.CALLBACK: door.IMPORT_PATH,
         # `python` in a job's command line is the rack's.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)]),
     }

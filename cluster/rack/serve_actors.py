@@ -22,7 +22,7 @@ READ_S = 5.0
 MESSAGE = 200
 """Characters of a message of Ray's that are shown."""
 
-CONTROLLER, PROXY, INGRESS, ENGINE = "controller", "proxy", "ingress", "engine"
+CONTROLLER, INGRESS, ENGINE = "controller", "ingress", "engine"
 """Kinds of parts, in the order in which they are told."""
 
 _NAME = re.compile(r"SERVE_REPLICA::(?P<app>[^#]*)#(?P<deployment>[^#]*)#(?P<replica>[^#]*)")
@@ -36,7 +36,7 @@ class ServeActor:
     """A process of Serve's.
 
     Attributes:
-        kind: CONTROLLER, PROXY, INGRESS or ENGINE. deployment: Serve's name, of the latter two.
+        kind: CONTROLLER, INGRESS or ENGINE. deployment: Serve's name, of the latter two.
         replica: Serve's name, unique.
         alive: it runs. coming: it is being started, for the first time or again.
         end: what it ended of, a clause, if it did and nobody had asked it to.
@@ -112,7 +112,7 @@ def missing(actors: Sequence[ServeActor], serving: Collection[str]) -> tuple[Par
     found = []
     for (kind, deployment), ones in sorted(pieces.items(), key=lambda piece: _order(piece[0])):
         there = any(one.alive and (kind != ENGINE or one.replica in serving) for one in ones)
-        if there or not (_meant(ones) or kind in (CONTROLLER, PROXY)):
+        if there or not (_meant(ones) or kind == CONTROLLER):
             continue
         what = f"{kind} of {deployment.removeprefix(_ENGINE_DEPLOYMENT)}" if kind == ENGINE else kind
         why = next((one.end for one in reversed(ones) if one.end), None)
@@ -126,7 +126,7 @@ def _meant(ones: Sequence[ServeActor]) -> bool:
 
 
 def _order(piece: tuple[str, str]) -> tuple[int, str]:
-    return (CONTROLLER, PROXY, INGRESS, ENGINE).index(piece[0]), piece[1]
+    return (CONTROLLER, INGRESS, ENGINE).index(piece[0]), piece[1]
 
 
 def _serve_actor(entry: ActorTableData) -> ServeActor | None:
@@ -136,8 +136,6 @@ def _serve_actor(entry: ActorTableData) -> ServeActor | None:
         if deployment != _INGRESS_DEPLOYMENT and not deployment.startswith(_ENGINE_DEPLOYMENT):
             return None
         kind = INGRESS if deployment == _INGRESS_DEPLOYMENT else ENGINE
-    elif entry.name.startswith("SERVE_PROXY_ACTOR"):
-        kind = PROXY
     elif entry.name != "SERVE_CONTROLLER_ACTOR":
         return None
     dead = entry.state == ActorTableData.DEAD

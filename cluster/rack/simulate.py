@@ -4,8 +4,8 @@
         .kill(name), .freeze(name), .thaw(name), .rejoin(name): what befalls a Mac
     with `sleep`: the head has an autoscaler, and each Mac is a process that sleeps until a magic packet wakes it
 
-The head runs no workers and sits in the root network namespace, so that drivers and Serve's proxy on this machine reach
-it: a head without an accelerator. Macs have loopback addresses, or namespaces of their own (netns.py).
+The head runs no workers and sits in the root network namespace, so that drivers and clients on this machine reach it: a
+head without an accelerator. Macs have loopback addresses, or namespaces of their own (netns.py).
 """
 
 import os

@@ -142,7 +142,7 @@ def test_ray_s_own_commands(reader: Reader) -> None:
     file = reader.folder / "serve.yaml"
     config = yaml.safe_load(file.read_text())
     args = config["applications"][0]["args"]
-    config["http_options"]["port"] = args["port"] = port_of(reader)
+    args["port"] = port_of(reader)
     args["models"][0] |= {"source": str(reader.folder / "my-mlx-model")}
     file.write_text(yaml.safe_dump(config))
     reader.run(page, "serve deploy")

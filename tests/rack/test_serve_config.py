@@ -53,8 +53,8 @@ class Deployed:
 
     @property
     def address(self) -> str:
-        options = self.config["http_options"]
-        return f"{options['host']}:{options['port']}"
+        args = self.config["applications"][0]["args"]
+        return f"{args['host']}:{args['port']}"
 
     def serve(self, *arguments: str) -> str:
         """Ray's `serve ARGUMENTS`: what it prints."""
@@ -122,7 +122,7 @@ def configured(example: dict[str, Any], model: str, keys: Path) -> dict[str, Any
         "args": args,
         "deployments": [ingress, engine | {"name": "engine:tiny"}],
     }
-    return example | {"http_options": example["http_options"] | {"port": port}, "applications": [changed]}
+    return example | {"applications": [changed]}
 
 
 def told_of_failure(deployed: Deployed) -> bool:
@@ -159,7 +159,7 @@ def test_it_answers_whoever_has_the_key(deployed: Deployed) -> None:
         complete(deployed.client("another"))
 
 
-def test_a_rack_s_proxy_has_the_door(deployed: Deployed) -> None:
+def test_serve_s_own_paths_are_not_there(deployed: Deployed) -> None:
     answer = httpx.get(f"http://{deployed.address}/-/routes", timeout=30)
     assert (answer.status_code, answer.json()["error"]["type"]) == (404, "NotFoundError")
 

@@ -9,12 +9,13 @@ its error file, and do not fail the batch. What clients write (file names, metad
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request
 from starlette.responses import FileResponse, Response
+from starlette.routing import Route
 
 from pomarium.cluster.batch.api.store import (
     Batch,
@@ -36,6 +37,41 @@ MOST_METADATA, MOST_KEY, MOST_VALUE = 16, 64, 512
 """OpenAI's limits of `metadata`: pairs, and characters of a key and of a value."""
 MOST_FILENAME = 1024
 """Characters; file systems take 255 bytes."""
+
+
+Handler = Callable[[BatchStore, Request], Awaitable[Response]]
+
+
+def mounted(store_of: Callable[[Request], BatchStore], begun: Callable[[], None]) -> list[Route]:
+    """The routes.
+
+    Args:
+        store_of: of whoever sent a request; raises RefusalError if it may not ask.
+        begun: called when there is one more batch to run.
+    """
+
+    def on(method: str, path: str, handler: Handler) -> Route:
+        async def endpoint(request: Request) -> Response:
+            return await handler(store_of(request), request)
+
+        return Route(path, endpoint, methods=[method], name=handler.__name__)
+
+    async def begin(store: BatchStore, request: Request) -> Response:
+        created = await create(store, request)
+        begun()
+        return created
+
+    return [
+        on("POST", "/v1/files", upload),
+        on("GET", "/v1/files", files),
+        on("GET", "/v1/files/{name}", file),
+        on("GET", "/v1/files/{name}/content", content),
+        on("DELETE", "/v1/files/{name}", delete),
+        on("POST", "/v1/batches", begin),
+        on("GET", "/v1/batches", batches),
+        on("GET", "/v1/batches/{name}", batch),
+        on("POST", "/v1/batches/{name}/cancel", cancel),
+    ]
 
 
 def refuse(message: str, param: str | None = None) -> RefusalError:
@@ -78,19 +114,19 @@ async def files(store: BatchStore, request: Request) -> Response:
     return _page([(file.id, file.card()) for file in found], request)
 
 
-async def file(store: BatchStore, name: str) -> Response:
+async def file(store: BatchStore, request: Request) -> Response:
     """GET /v1/files/ID."""
-    return EscapedJson((await _file(store, name)).card())
+    return EscapedJson((await _named(store, request)).card())
 
 
-async def content(store: BatchStore, name: str) -> Response:
+async def content(store: BatchStore, request: Request) -> Response:
     """GET /v1/files/ID/content."""
-    await _file(store, name)
-    return FileResponse(store.content(name), media_type="application/jsonl")
+    return FileResponse(store.content((await _named(store, request)).id), media_type="application/jsonl")
 
 
-async def delete(store: BatchStore, name: str) -> Response:
+async def delete(store: BatchStore, request: Request) -> Response:
     """DELETE /v1/files/ID."""
+    name = request.path_params["name"]
     try:
         await asyncio.to_thread(store.delete_file, name)
     except UnknownIdError as error:
@@ -146,20 +182,24 @@ async def batches(store: BatchStore, request: Request) -> Response:
     return _page([(batch.id, batch.card()) for batch in found], request)
 
 
-async def batch(store: BatchStore, name: str) -> Response:
+async def batch(store: BatchStore, request: Request) -> Response:
     """GET /v1/batches/ID."""
     try:
-        return EscapedJson((await asyncio.to_thread(store.batch, name)).card())
+        return EscapedJson((await asyncio.to_thread(store.batch, request.path_params["name"])).card())
     except UnknownIdError as error:
         raise RefusalError(*openai_errors.unknown(str(error))) from None
 
 
-async def cancel(store: BatchStore, name: str) -> Response:
+async def cancel(store: BatchStore, request: Request) -> Response:
     """POST /v1/batches/ID/cancel."""
     try:
-        return EscapedJson((await asyncio.to_thread(store.cancel, name)).card())
+        return EscapedJson((await asyncio.to_thread(store.cancel, request.path_params["name"])).card())
     except UnknownIdError as error:
         raise RefusalError(*openai_errors.unknown(str(error))) from None
+
+
+async def _named(store: BatchStore, request: Request) -> StoredFile:
+    return await _file(store, request.path_params["name"])
 
 
 async def _file(store: BatchStore, name: str) -> StoredFile:

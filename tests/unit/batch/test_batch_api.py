@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
-from starlette.responses import Response
 from starlette.testclient import TestClient
 
 from pomarium.cluster.batch.api import routes
 from pomarium.cluster.batch.api.store import BatchStore
-from pomarium.cluster.endpoint import ingress
+from pomarium.cluster.http import openai_app
 from pomarium.cluster.http.escaped_json import EscapedJson
 
 HALF = "\ud83d"
@@ -21,24 +19,8 @@ HALF = "\ud83d"
 
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[TestClient]:
-    store, app = BatchStore(tmp_path), FastAPI(exception_handlers=dict(ingress.api.exception_handlers))
-
-    @app.post("/v1/files")
-    async def upload(request: Request) -> Response:
-        return await routes.upload(store, request)
-
-    @app.get("/v1/files")
-    async def files(request: Request) -> Response:
-        return await routes.files(store, request)
-
-    @app.post("/v1/batches")
-    async def create(request: Request) -> Response:
-        return await routes.create(store, request)
-
-    @app.get("/v1/batches")
-    async def batches(request: Request) -> Response:
-        return await routes.batches(store, request)
-
+    store = BatchStore(tmp_path)
+    app = openai_app.application(routes.mounted(lambda _: store, lambda: None))
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 

@@ -36,15 +36,19 @@ def test_without_command_it_exits_2_with_the_usage() -> None:
     assert done.stderr.startswith("usage: pomarium")
 
 
+MOST_MODULES = 750
+"""After --help; it is 620 today."""
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
-    """Import time decides how long --help takes; processor time is bounded, as the machine may be busy."""
+    """Imports decide how long --help takes: their number is bounded, which no machine is too slow for."""
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from pomarium.cluster.cli.main import parse\n"
         f"try: parse({arguments!r})\n"
         "except SystemExit: pass\n"
-        f"print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules], time.process_time() < 1)\n"
+        f"print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules], len(sys.modules) < {MOST_MODULES})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "HEAVY [] True"

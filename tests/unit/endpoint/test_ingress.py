@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 
 from pomarium.cluster import faults
@@ -23,7 +23,8 @@ from pomarium.cluster.endpoint.ingress import Ingress
 from pomarium.cluster.endpoint.reasons import Reasons
 from pomarium.cluster.endpoint.relay import RefusalError, Relay
 from pomarium.cluster.endpoint.routing import NoReplicaError
-from pomarium.cluster.http import answer_frames, asgi_bridge, openai_errors
+from pomarium.cluster.http import answer_frames, asgi_bridge, openai_app, openai_errors
+from pomarium.cluster.http.asgi import Message
 from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.replica.heartbeat import SilentError
 from pomarium.cluster.replica.loss import EngineLostError
@@ -92,12 +93,34 @@ def dual(error: Exception) -> Exception:
     return RayTaskError("request", "Traceback ...", error).as_instanceof_cause()
 
 
-def request(body: bytes = b"", headers: dict[str, str] | None = None) -> Request:
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": body, "more_body": False}
+def request(body: bytes = b"", headers: dict[str, str] | None = None, **path: str) -> Request:
+    """Of a client that stays."""
+    coming: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if not coming:
+            await asyncio.get_running_loop().create_future()
+        return coming.pop()
 
     scope = asgi_bridge.scope("POST", "/v1/completions", list((headers or {}).items()))
-    return Request(scope, receive)
+    return Request({**scope, "path_params": path}, receive)
+
+
+async def unsent(message: Message) -> None:
+    raise AssertionError(message)
+
+
+async def generated(ingress: Ingress, asked: Request) -> tuple[int, str]:
+    """Status and text of what `Ingress.generate` sends."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await ingress.generate(asked, send)
+    start, *pieces = sent
+    assert not pieces[-1].get("more_body", False)
+    return start["status"], b"".join(piece["body"] for piece in pieces).decode()
 
 
 def refusal(call: Callable[[], Any]) -> RefusalError:
@@ -106,17 +129,11 @@ def refusal(call: Callable[[], Any]) -> RefusalError:
     return caught.value
 
 
-async def text(response: Response) -> str:
-    if not isinstance(response, StreamingResponse):
-        return bytes(response.body).decode()
-    return b"".join([bytes(piece) async for piece in response.body_iterator]).decode()  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic key"}])
 def test_without_the_key_nobody_is_served(headers: dict[str, str]) -> None:
     handle = Handle(Items())
     ingress = Ingress({"m": handle}, frozenset({"key"}))
-    for call in (ingress.models, ingress.generate, ingress.prometheus):
+    for call in (ingress.models, lambda asked: ingress.generate(asked, unsent), ingress.prometheus):
         error = refusal(lambda call=call: call(request(b"{}", headers)))
         assert (error.status, error.body["error"]["type"]) == (401, "AuthenticationError")
     assert handle.calls == []
@@ -159,7 +176,7 @@ def shown(ingress: Ingress, path: str | None = None) -> dict[str, Any]:
     if path is None:
         (card,) = json.loads(bytes(asyncio.run(ingress.models(request())).body))["data"]
         return card
-    return json.loads(bytes(asyncio.run(ingress.model(request(), path)).body))
+    return json.loads(bytes(asyncio.run(ingress.model(request(model=path))).body))
 
 
 def test_a_model_s_card_has_what_vllm_s_has_and_an_engine_is_asked_once() -> None:
@@ -173,7 +190,7 @@ def test_a_model_s_card_has_what_vllm_s_has_and_an_engine_is_asked_once() -> Non
     assert (card["root"], card["parent"], card["max_model_len"]) == ("/models/m", None, 512)
     assert shown(ingress) == shown(ingress, "m") == card
     assert shown(ingress, "")["data"] == [card], "the list, for a path that ends with the slash"
-    assert refusal(lambda: ingress.model(request(), "other")).status == 404
+    assert refusal(lambda: ingress.model(request(model="other"))).status == 404
 
 
 @pytest.mark.parametrize(("running", "context"), [(0, None), (1, 512)])
@@ -185,7 +202,9 @@ def test_a_model_that_sleeps_is_not_asked(running: int, context: int | None) -> 
 
 @pytest.mark.parametrize("name", ["x" * 1_000_000, ["x" * 1_000_000]])
 def test_a_long_name_is_not_repeated(name: object) -> None:
-    error = refusal(lambda: Ingress({"m": Handle(Items())}).generate(request(json.dumps({"model": name}).encode())))
+    error = refusal(
+        lambda: Ingress({"m": Handle(Items())}).generate(request(json.dumps({"model": name}).encode()), unsent)
+    )
     assert (error.status, len(error.body["error"]["message"]) < 200) == (404, True)
 
 
@@ -195,7 +214,7 @@ def test_a_long_name_is_not_repeated(name: object) -> None:
 )
 def test_requests_without_a_served_model_are_refused(body: bytes, status: int) -> None:
     ingress = Ingress({"a": Handle(Items()), "b": Handle(Items())})
-    assert refusal(lambda: ingress.generate(request(body))).status == status
+    assert refusal(lambda: ingress.generate(request(body), unsent)).status == status
 
 
 @pytest.mark.parametrize(
@@ -207,7 +226,7 @@ def test_requests_without_a_served_model_are_refused(body: bytes, status: int) -
     ],
 )
 def test_a_body_that_nothing_behind_it_can_take_is_a_400(body: bytes) -> None:
-    error = refusal(lambda: Ingress({"m": Handle(Items())}).generate(request(body)))
+    error = refusal(lambda: Ingress({"m": Handle(Items())}).generate(request(body), unsent))
     assert error.status == 400
     assert error.body["error"]["message"].startswith("The request body ")
 
@@ -217,11 +236,7 @@ def test_the_only_model_needs_no_name_and_the_body_passes_unread() -> None:
     body = b'{"prompt": "x",  "odd": [1]}'
     headers = {"Content-Type": "application/json", "Authorization": "Bearer secret"}
 
-    async def ask() -> tuple[int, str]:
-        answer = await ingress_of(handle).generate(request(body, headers))
-        return answer.status_code, await text(answer)
-
-    assert asyncio.run(ask()) == (400, '{"a":1}')
+    assert asyncio.run(generated(ingress_of(handle), request(body, headers))) == (400, '{"a":1}')
     assert handle.asked == [
         (answer_frames.Asked("POST", "/v1/completions", (("content-type", "application/json"),)), body)
     ]
@@ -231,19 +246,22 @@ def test_the_only_model_needs_no_name_and_the_body_passes_unread() -> None:
 
 def test_an_engine_lost_before_its_answer_is_a_503() -> None:
     items = Items(Accepted(), ActorDiedError())
-    error = refusal(lambda: ingress_of(Handle(items)).generate(request(b"{}")))
+    error = refusal(lambda: ingress_of(Handle(items)).generate(request(b"{}"), unsent))
     assert error.status == 503
     assert "lost" in error.body["error"]["message"]
     assert items.cancelled
 
 
+def streamed(items: Items) -> str:
+    status, sent = asyncio.run(generated(ingress_of(Handle(items)), request(b"{}")))
+    assert status == 200
+    return sent
+
+
 def test_an_engine_lost_in_a_stream_is_a_last_event() -> None:
     items = Items(Accepted(), Head(200, SSE), b"data: 1\n\n", ActorDiedError())
 
-    async def ask() -> str:
-        return await text(await ingress_of(Handle(items)).generate(request(b"{}")))
-
-    first, error, end, _ = asyncio.run(ask()).split("\n\n")
+    first, error, end, _ = streamed(items).split("\n\n")
     assert (first, end) == ("data: 1", "data: [DONE]")
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == 503
     assert items.cancelled
@@ -255,23 +273,17 @@ def test_an_engine_lost_in_a_stream_is_a_last_event() -> None:
 def test_what_an_engine_died_of_reaches_the_client(lost: Exception) -> None:
     """Also as Ray hands it on: an exception whose own text is the replica's traceback."""
     expected = "The engine of `m` is not available: it was lost under way: its worker was killed. Try again shortly."
-    error = refusal(lambda: ingress_of(Handle(Items(Accepted(), lost))).generate(request(b"{}")))
+    error = refusal(lambda: ingress_of(Handle(Items(Accepted(), lost))).generate(request(b"{}"), unsent))
     assert (error.status, error.body["error"]["message"]) == (503, expected)
 
-    async def ask() -> str:
-        items = Items(Accepted(), Head(200, SSE), b"data: 1\n\n", lost)
-        return await text(await ingress_of(Handle(items)).generate(request(b"{}")))
-
-    event = asyncio.run(ask()).split("\n\n")[1]
+    event = streamed(Items(Accepted(), Head(200, SSE), b"data: 1\n\n", lost)).split("\n\n")[1]
     assert json.loads(event.removeprefix("data: "))["error"]["message"] == expected
 
 
 def test_a_503_says_when_to_try_again() -> None:
     for status, names in ((503, ["Retry-After"]), (500, []), (401, [])):
         assert list(openai_errors.headers(status)) == names
-    answer = asyncio.run(
-        ingress_module._answer_refusal(request(), RefusalError(*openai_errors.engine_unavailable("m", "x")))
-    )
+    answer = openai_app.response(request(), RefusalError(*openai_errors.engine_unavailable("m", "x")))
     assert int(answer.headers["retry-after"]) > 0
 
 
@@ -290,7 +302,7 @@ def test_a_request_without_a_replica_is_refused_with_the_reason() -> None:
     message = f"A replica failed to start with exception. Retrying. Error:\n{faults.StartError(MISSING)}"
     ingress = ingress_of(Handle(Items(NoReplicaError())))
     ingress._reasons = reasons_of(message)
-    error = refusal(lambda: ingress.generate(request(b"{}")))
+    error = refusal(lambda: ingress.generate(request(b"{}"), unsent))
     assert (error.status, MISSING in error.body["error"]["message"]) == (503, True)
 
 
@@ -305,10 +317,7 @@ def test_an_engine_that_is_given_up_is_a_503(before: tuple[Any, ...], fault: Exc
 def test_an_engine_that_is_given_up_in_a_stream_is_a_last_event(fault: Exception, says: str) -> None:
     items = Items(Accepted(), Head(200, SSE), b"data: 1\n\n", fault)
 
-    async def ask() -> str:
-        return await text(await ingress_of(Handle(items)).generate(request(b"{}")))
-
-    first, error, end, _ = asyncio.run(ask()).split("\n\n")
+    first, error, end, _ = streamed(items).split("\n\n")
     assert (first, end) == ("data: 1", "data: [DONE]")
     assert says in json.loads(error.removeprefix("data: "))["error"]["message"]
     assert items.cancelled
@@ -343,7 +352,7 @@ def health(fault: Exception | str | None, read: Callable[[], dict[str, State]]) 
         ingress = Ingress({"m": Health(fault)}, head_answers=lambda: True, shortage=lambda: None)
         ingress._reasons = Reasons(read)
         began = time.monotonic()
-        answer = await ingress.health()
+        answer = await ingress.health(request())
         return answer.status_code, json.loads(bytes(answer.body)), time.monotonic() - began
 
     return asyncio.run(ask())
@@ -405,7 +414,7 @@ def test_a_controller_that_hangs_holds_one_thread() -> None:
 
 def test_health_tells_that_rays_head_has_ended() -> None:
     async def ask() -> Response:
-        return await Ingress({}, head_answers=lambda: False).health()
+        return await Ingress({}, head_answers=lambda: False).health(request())
 
     answer = asyncio.run(ask())
     assert answer.status_code == 503
@@ -445,7 +454,7 @@ def test_health_names_a_full_disk(fault: Exception | None) -> None:
     async def ask() -> Response:
         ingress = Ingress({"m": Well(fault)}, head_answers=lambda: True, shortage=lambda: "The disk is full.")
         ingress._reasons = reasons_of("")
-        return await ingress.health()
+        return await ingress.health(request())
 
     answer = asyncio.run(ask())
     assert answer.status_code == (200 if fault is None else 503)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 from pomarium.cluster import faults
 from pomarium.cluster.endpoint import app, holding, reasons, replica_scaling
@@ -68,7 +69,7 @@ def test_serve_accepts_the_settings_and_its_own_delays_are_off() -> None:
 
 def deployments(plan: ModelPlan, macs_sleep: bool) -> Any:
     found = Found(Path("/models/m"), Profiles.__new__(Profiles))  # only handed on
-    return app.build(ServePlan((plan,)), [found], {}, macs_sleep)._bound_deployment.init_args[0][plan.name]
+    return app.build(ServePlan((plan,)), [found], {}, macs_sleep)._bound_deployment.init_args[2][plan.name]
 
 
 def test_a_model_that_may_sleep_holds_requests_and_its_engines_own_processes_are_on_the_head() -> None:
@@ -160,7 +161,7 @@ def test_health_of_a_model_that_may_sleep_asks_no_engine(
         served = {"m": Served("m", sleeps=True)}
         ingress = Ingress(handles, served=served, head_answers=lambda: True, shortage=lambda: None)
         ingress._reasons = Reasons(lambda: {"engine:m": state})
-        return await ingress.health()
+        return await ingress.health(Request({"type": "http"}))
 
     answer = asyncio.run(ask())
     assert (answer.status_code, json.loads(bytes(answer.body))["models"]) == (status, {"m": word})

@@ -14,13 +14,12 @@ from pomarium.cluster.endpoint.local_ray import HeadLostError
 from pomarium.cluster.endpoint.watch import Status, Watch
 from pomarium.cluster.rack import serve_actors
 from pomarium.cluster.rack.reports import LossReport
-from pomarium.cluster.rack.serve_actors import CONTROLLER, ENGINE, INGRESS, PROXY, ServeActor
+from pomarium.cluster.rack.serve_actors import CONTROLLER, ENGINE, INGRESS, ServeActor
 
 ENGINE_ONE = ServeActor(ENGINE, "engine:tiny", "r1", alive=True, began=1.0)
 KILLED = replace(ENGINE_ONE, alive=False, end="its process crashed or was killed", ended=50.0)
 OTHERS = (
     ServeActor(CONTROLLER, alive=True),
-    ServeActor(PROXY, alive=True),
     ServeActor(INGRESS, "ingress", "i1", alive=True),
 )
 REPORT = LossReport("tiny", "r1", "its worker was killed", 50.0)
@@ -143,7 +142,7 @@ def test_an_engine_that_could_tell_knows_more_than_ray() -> None:
          "an engine was lost (tiny: its process crashed or was killed); Serve starts another"),
         ({"engine:tiny": f"A replica failed to start.\n{faults.StartError('The disk is full.')}"}, (KILLED, *OTHERS),
          "an engine does not start: The disk is full; Serve tries again"),
-        ({"engine:tiny": ""}, (ENGINE_ONE, *OTHERS[:2], replace(OTHERS[2], alive=False, end="it was killed")),
+        ({"engine:tiny": ""}, (ENGINE_ONE, *OTHERS[:1], replace(OTHERS[1], alive=False, end="it was killed")),
          "the ingress was lost: it was killed"),
         ({"engine:tiny": ""}, (ENGINE_ONE, *OTHERS), "Serve looks whether all engines are there"),
     ],

@@ -1,4 +1,4 @@
-"""The door before Serve's proxy, on real sockets before an application that reads its body."""
+"""The HTTP server and its door, on real sockets before an application that reads its body."""
 
 import asyncio
 import contextlib
@@ -6,20 +6,19 @@ import json
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import uvicorn
-from ray.serve._private import constants
-from ray.serve._private.http_util import configure_http_middlewares
-from ray.serve.config import HTTPOptions
-from uvicorn.protocols.http import auto
+from starlette.requests import ClientDisconnect
 
-from pomarium.cluster.endpoint import local_ray
-from pomarium.cluster.http import door, openai_errors, timed_protocol
-from pomarium.cluster.http.door import Bounds, Door, readable
+from pomarium.cluster.http import openai_errors, request_log
+from pomarium.cluster.http.asgi import Message, while_there
+from pomarium.cluster.http.door import Bounds
+from pomarium.cluster.http.http_server import HttpServer
+from pomarium.cluster.machine import listening
 from pomarium.worker import settings
 from pomarium.worker.errors import SettingsError
 
@@ -53,22 +52,34 @@ class Application:
 
 
 @contextmanager
-def serving(app: Application, timeout: float) -> Iterator[int]:
-    bounds = Bounds(BODY, UPLOAD, timeout)
-    protocol = type("Timed", (timed_protocol.TimedProtocol,), {"head_timeout": timeout})
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(Door(app, bounds), http=protocol, log_level="critical", timeout_keep_alive=600)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            server.should_exit = server.force_exit = True
-            thread.join()
+def serving(app: Any, timeout: float, counted: list[tuple[str, str, int]] | None = None) -> Iterator[int]:
+    """The port of an HttpServer in a thread; it is drained with the context."""
+    listener = listening.listener("127.0.0.1", 0)
+    port: int = listener.getsockname()[1]
+    over = threading.Event()
+
+    def count(method: str, path: str, status: int) -> None:
+        if counted is not None:
+            counted.append((method, path, status))
+
+    async def serve() -> None:
+        server = HttpServer(app, listener, Bounds(BODY, UPLOAD, timeout), count)
+        await server.start()
+        started.set()
+        await asyncio.to_thread(over.wait)
+        await server.drain()
+        with pytest.raises(RuntimeError, match="has ended"):
+            server.check()
+
+    started = threading.Event()
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        assert started.wait(PATIENCE_S)
+        yield port
+    finally:
+        over.set()
+        thread.join()
 
 
 def post(path: str = "/v1/completions", **headers: object) -> bytes:
@@ -92,8 +103,20 @@ def rest(client: socket.socket) -> bytes:
     return b"".join(pieces)
 
 
+def answer(client: socket.socket) -> tuple[int, bytes, bytes]:
+    """Status, head and body of the next answer, however it comes in pieces."""
+    came = b""
+    while b"\r\n\r\n" not in came:
+        came += piece if (piece := client.recv(1 << 16)) else pytest.fail(f"cut: {came!r}")
+    head, _, body = came.partition(b"\r\n\r\n")
+    (size,) = [int(line[16:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length: ")]
+    while len(body) < size:
+        body += piece if (piece := client.recv(1 << 16)) else pytest.fail(f"cut: {body!r}")
+    return int(head.split(b" ")[1]), head, body
+
+
 def status(client: socket.socket) -> int:
-    return int(client.recv(1 << 16).split(b" ")[1])
+    return answer(client)[0]
 
 
 @pytest.fixture(scope="module")
@@ -135,17 +158,9 @@ def test_a_body_is_taken_up_to_its_bound(
 
 def test_what_is_announced_as_too_large_is_refused_before_it_comes(patient: tuple[Application, int]) -> None:
     with sent(patient[1], post(Content_Length=BODY + 1)) as client:
-        head, _, body = client.recv(1 << 16).partition(b"\r\n\r\n")
-    assert b" 413 " in head
+        refused, _, body = answer(client)
+    assert refused == 413
     assert json.loads(body) == openai_errors.too_large(BODY)[1]
-
-
-def test_serves_own_paths_are_answered_without_serve(patient: tuple[Application, int]) -> None:
-    app, port = patient
-    app.told.clear()
-    with sent(port, post("/-/routes", Content_Length=0)) as client:
-        assert status(client) == 404
-    assert app.told == []
 
 
 def test_slow_heads_and_bodies_end_and_what_is_being_answered_does_not() -> None:
@@ -160,9 +175,9 @@ def test_slow_heads_and_bodies_end_and_what_is_being_answered_does_not() -> None
         assert rest(silent) == b""
         assert b" 408 " in rest(slow).splitlines()[0]
         assert b" 413 " in rest(refused).splitlines()[0], "and then the rest of it is not waited for for ever"
-        answer = rest(busy)
-        assert answer.startswith(b"HTTP/1.1 200")
-        assert b"HTTP/1.1 408" in answer, "the half head behind it"
+        answered = rest(busy)
+        assert answered.startswith(b"HTTP/1.1 200")
+        assert b"HTTP/1.1 408" in answered, "the half head behind it"
 
 
 def test_time_is_what_the_client_takes_and_grows_with_what_it_sent() -> None:
@@ -183,42 +198,83 @@ def test_a_head_of_any_size_is_not_kept(patient: tuple[Application, int]) -> Non
     assert rest(client)[:12] in (b"HTTP/1.1 431", b"")
 
 
-def test_headers_that_serve_cannot_read_do_not_reach_it() -> None:
-    good = [(b"x-request-id", b"a-1"), (b"user-agent", b"caf\xe9"), (b"authorization", b"Bearer \xc3\xa9")]
-    bad = [
-        (b"x-request-id", b"caf\xe9"),
-        (b"x-request-id", b""),
-        (b"x-request-id", b"x" * (door.LONGEST_TEXT + 1)),
-        (b"x-session-id", b"\xff"),
-        (b"x-request-timeout-seconds", b"0.001"),
-        (b"x-request-disconnect-disabled", b"?1"),
-    ]
-    assert readable(good + bad) == good
+@pytest.mark.parametrize("given", [b"caf\xe9", b"", b"x" * (request_log.LONGEST_ID + 1), b"a\tb"])
+def test_a_request_id_that_cannot_be_shown_is_replaced(patient: tuple[Application, int], given: bytes) -> None:
+    app, port = patient
+    with sent(
+        port, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nX-Request-Id: " + given + b"\r\n\r\n"
+    ) as client:
+        head = client.recv(1 << 16)
+    (made,) = [value for name, value in app.headers if name == b"x-request-id"]
+    assert str(uuid.UUID(made.decode())).encode() == made
+    assert b"x-request-id: " + made in head
 
 
-def test_serve_s_names_are_those_that_are_kept_from_clients() -> None:
-    assert {name.decode() for name in door.NOT_FOR_CLIENTS} == {
-        constants.SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER, constants.SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER,
-    }  # fmt: skip
-    read = {name.decode() for name in door.READ_AS_TEXT}
-    assert {constants.SERVE_HTTP_REQUEST_ID_HEADER, constants.SERVE_SESSION_ID} <= read
-    assert constants.SERVE_MULTIPLEXED_MODEL_ID in read
+def test_a_request_id_comes_back_and_each_request_is_counted() -> None:
+    counted: list[tuple[str, str, int]] = []
+    with serving(Application(), 600.0, counted) as port:
+        with sent(port, post(X_Request_Id="mine", Content_Length=0)) as client:
+            assert b"x-request-id: mine" in answer(client)[1]
+        with sent(port, post("/v1/files", Content_Length=UPLOAD + 1)) as client:
+            assert status(client) == 413
+    assert counted == [("POST", "/v1/completions", 200), ("POST", "/v1/files", 413)]
 
 
-def test_serve_s_proxy_takes_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert local_ray.environment("s")[door.CALLBACK] == door.IMPORT_PATH
-    monkeypatch.setattr(auto, "AutoHTTPProtocol", auto.AutoHTTPProtocol)
-    monkeypatch.setattr("ray.serve._private.http_util." + door.CALLBACK, door.IMPORT_PATH)
-    monkeypatch.setenv("POMARIUM_MAX_BODY", "1KiB")
-    monkeypatch.setenv("POMARIUM_CLIENT_TIMEOUT", "7")
-    (found,) = configure_http_middlewares(HTTPOptions()).middlewares
-    made = found.cls(Application(), *found.args, **found.kwargs)
-    assert isinstance(made, Door)
-    assert made._bounds == Bounds(1024, (200 << 20) + door.FORM_BYTES, 7.0)
-    config = uvicorn.Config(made)
-    config.load()
-    assert config.http_protocol_class is timed_protocol.TimedProtocol
-    assert timed_protocol.TimedProtocol.head_timeout == 7.0
+def test_what_runs_is_answered_before_the_server_ends_and_nobody_else_is() -> None:
+    app = Application()
+    app.think_s = 1.0
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(serving(app, 600.0))
+        idle = sent(port)
+        busy = sent(port, post(Content_Length=1), b"x")
+        while not app.told:
+            time.sleep(0.01)
+        stack.close()
+        assert rest(busy).startswith(b"HTTP/1.1 200")
+        assert rest(idle) == b""
+    with pytest.raises(ConnectionRefusedError):
+        sent(port)
+
+
+def test_a_client_that_leaves_ends_the_work_for_it() -> None:
+    ended = threading.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def work() -> None:
+            try:
+                await asyncio.sleep(PATIENCE_S)
+            finally:
+                await asyncio.sleep(0.01)
+                ended.set()
+
+        await receive()
+        with pytest.raises(ClientDisconnect):
+            await while_there(receive, work())
+        assert ended.is_set(), "its end is waited for"
+
+    with serving(app, 600.0) as port:
+        client = sent(port, post(Content_Length=1), b"x")
+        client.close()
+        assert ended.wait(PATIENCE_S / 2)
+
+
+def test_work_whose_client_stays_says_what_it_found() -> None:
+    async def stays() -> Message:
+        await asyncio.sleep(PATIENCE_S)
+        raise AssertionError
+
+    async def fails() -> int:
+        raise ValueError("no")
+
+    async def works() -> int:
+        return 3
+
+    async def ask() -> None:
+        assert await while_there(stays, works()) == 3
+        with pytest.raises(ValueError, match="no"):
+            await while_there(stays, fails())
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize("value", ["", "0", "-1", "8MB", "1.5MiB", "many"])

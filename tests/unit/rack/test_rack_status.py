@@ -10,7 +10,7 @@ from pomarium.cluster.rack import reports, status
 from pomarium.cluster.rack.labels import MacFacts
 from pomarium.cluster.rack.reports import LossReport, ReplicaReport, StageReport, WaitingReport
 from pomarium.cluster.rack.roster import Member, members, namesake
-from pomarium.cluster.rack.serve_actors import CONTROLLER, ENGINE, INGRESS, PROXY, ServeActor
+from pomarium.cluster.rack.serve_actors import CONTROLLER, ENGINE, INGRESS, ServeActor
 from pomarium.cluster.rack.status import RackStatus
 
 GIB = 1 << 30
@@ -84,7 +84,6 @@ def test_the_table_shows_macs_stages_and_replicas() -> None:
 
 ACTORS = (
     ServeActor(CONTROLLER, alive=True),
-    ServeActor(PROXY, alive=True),
     ServeActor(INGRESS, "ingress", "i1", alive=True),
     ServeActor(ENGINE, "engine:smollm2", "r1", alive=True),
 )
@@ -94,7 +93,7 @@ def test_a_replica_whose_process_has_ended_does_not_serve() -> None:
     """Its last report is seconds old."""
     whole = RackStatus("a:1", False, (ONE, TWO), (REPORT,), VERSION, actors=ACTORS)
     assert (whole.serving, whole.missing) == ((REPORT,), ())
-    lost = replace(whole, actors=(*ACTORS[:3], replace(ACTORS[3], alive=False, end="it was killed")))
+    lost = replace(whole, actors=(*ACTORS[:2], replace(ACTORS[2], alive=False, end="it was killed")))
     assert lost.serving == ()
     text = status.text(lost)
     assert "r1" not in text

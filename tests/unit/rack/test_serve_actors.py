@@ -6,14 +6,13 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.core.generated.gcs_pb2 import ActorTableData
 
 from pomarium.cluster.rack import serve_actors
-from pomarium.cluster.rack.serve_actors import CONTROLLER, ENGINE, INGRESS, PROXY, Part, ServeActor
+from pomarium.cluster.rack.serve_actors import CONTROLLER, ENGINE, INGRESS, Part, ServeActor
 
 DIED = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"
 LEFT = "Worker exit type: INTENDED_USER_EXIT"
 
 HERE = (
     ServeActor(CONTROLLER, alive=True),
-    ServeActor(PROXY, alive=True),
     ServeActor(INGRESS, "ingress", "i1", alive=True),
     ServeActor(ENGINE, "engine:tiny", "r1", alive=True),
 )
@@ -30,15 +29,16 @@ def entry(name: str, state: int = ActorTableData.ALIVE, reason: int | None = Non
 def test_names_tell_what_an_actor_is() -> None:
     read = serve_actors._serve_actor
     assert read(entry("SERVE_CONTROLLER_ACTOR")) == ServeActor(CONTROLLER, alive=True, began=2.0, ended=3.0)
-    proxy = read(entry("SERVE_PROXY_ACTOR-abc", ActorTableData.PENDING_CREATION))
-    assert proxy == ServeActor(PROXY, coming=True, began=2.0, ended=3.0)
+    ingress = read(entry("SERVE_REPLICA::pomarium#ingress#i1", ActorTableData.PENDING_CREATION))
+    assert ingress == ServeActor(INGRESS, "ingress", "i1", coming=True, began=2.0, ended=3.0)
     engine = read(entry("SERVE_REPLICA::pomarium#engine:org--m#x1"))
     assert engine == ServeActor(ENGINE, "engine:org--m", "x1", alive=True, began=2.0, ended=3.0)
     assert read(entry("SERVE_REPLICA::other#thing#x1")) is None
+    assert read(entry("SERVE_PROXY_ACTOR-abc")) is None, "of other applications of the same Serve"
     assert read(entry("")) is None
     restarted = entry("SERVE_CONTROLLER_ACTOR")
     restarted.num_restarts = 2
-    assert (read(restarted) or ServeActor(PROXY)).restarts == 2
+    assert (read(restarted) or ServeActor(INGRESS)).restarts == 2
 
 
 def test_what_an_actor_ended_of() -> None:
@@ -56,7 +56,7 @@ def test_what_an_actor_ended_of() -> None:
     assert end(dead, ActorDiedErrorContext.WORKER_DIED, LEFT) is None
     assert end(ActorTableData.ALIVE) is None
     assert end(ActorTableData.RESTARTING) == "its process crashed or was killed"
-    failed = entry("SERVE_PROXY_ACTOR-a", dead)
+    failed = entry("SERVE_REPLICA::pomarium#ingress#i1", dead)
     failed.death_cause.runtime_env_failed_context.error_message = "no\nspace left."
     assert serve_actors._end(failed) == "Ray says: no space left"
 
@@ -64,11 +64,11 @@ def test_what_an_actor_ended_of() -> None:
 def test_an_endpoint_that_is_whole_misses_nothing() -> None:
     assert serve_actors.missing(HERE, {"r1"}) == ()
     assert serve_actors.missing((), set()) == ()
-    assert serve_actors.missing(HERE[:2], set()) == (), "Serve without an endpoint"
+    assert serve_actors.missing(HERE[:1], set()) == (), "Serve without an endpoint"
 
 
 def test_each_part_is_missed() -> None:
-    for at, what in enumerate(["the controller", "the proxy", "the ingress", "the engine of tiny"]):
+    for at, what in enumerate(["the controller", "the ingress", "the engine of tiny"]):
         lost = replace(HERE[at], alive=False, end="it was killed")
         (part,) = serve_actors.missing((*HERE[:at], lost, *HERE[at + 1 :]), {"r1"})
         assert part == Part(what, "it was killed", False)
@@ -86,9 +86,9 @@ def test_an_engine_that_runs_but_does_not_serve_yet_is_missed() -> None:
 def test_what_was_ended_on_purpose_is_missed_by_nobody() -> None:
     over = tuple(replace(actor, alive=False) for actor in HERE)
     assert serve_actors.missing(over, set()) == ()
-    crashed_before = replace(HERE[3], alive=False, end="it was killed")
-    assert serve_actors.missing((*over[:3], crashed_before), set()) == (), "Serve was shut down since"
-    asleep = (*HERE[:3], replace(HERE[3], alive=False))
+    crashed_before = replace(HERE[2], alive=False, end="it was killed")
+    assert serve_actors.missing((*over[:2], crashed_before), set()) == (), "Serve was shut down since"
+    asleep = (*HERE[:2], replace(HERE[2], alive=False))
     assert serve_actors.missing(asleep, set()) == ()
 
 

@@ -25,8 +25,7 @@ def test_serve_s_example_is_the_endpoint_of_the_embedded_model() -> None:
     plan = builder.plan_of(endpoint_args(), {})
     assert plan == ServePlan((ModelPlan("smollm2", "smollm2", stages=None),))
     document = yaml.safe_load((DEPLOY / "serve.example.yaml").read_text())
-    assert document["http_options"] == {"host": plan.host, "port": plan.port}
-    ServeDeploySchema.model_validate(document)
+    assert ServeDeploySchema.model_validate(document).proxy_location == "Disabled", "the endpoint listens by itself"
     assert document["applications"][0]["name"] == serve_plan.APP_NAME
 
 

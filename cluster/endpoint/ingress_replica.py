@@ -1,0 +1,88 @@
+"""The ingress as a deployment of Ray Serve's that listens by itself: no proxy of Serve's stands before it.
+
+    Serve --starts, checks, ends--> IngressReplica: HttpServer --ASGI--> Ingress
+
+Serve's proxy would be one more process for each byte of an answer, and costs more than the ingress itself. Serve keeps
+what it is good for: it starts the process, finds that it has died, and starts another.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import Mapping
+
+from ray.serve.handle import DeploymentHandle
+from ray.util.metrics import Counter
+
+from pomarium.cluster import faults
+from pomarium.cluster.endpoint.cards import Served
+from pomarium.cluster.endpoint.ingress import GENERATED, Ingress
+from pomarium.cluster.http.door import Bounds
+from pomarium.cluster.http.http_server import HttpServer
+from pomarium.cluster.machine import listening
+from pomarium.cluster.replica.serve_plan import Batches
+from pomarium.worker import settings
+from pomarium.worker.address import authority
+
+FREE_S = 10.0
+"""For how long the port of an ingress that was lost may still be taken."""
+
+SHOWN = ("/health", "/metrics", "/v1/models", "/v1/files", "/v1/batches")
+"""Paths that requests are counted by, with all below them, beside GENERATED."""
+
+
+class IngressReplica:
+    """Serve deployment class."""
+
+    async def __init__(  # type: ignore[misc] # Serve awaits it
+        self,
+        host: str,
+        port: int,
+        engines: Mapping[str, DeploymentHandle],
+        api_keys: frozenset[str],
+        batches: Batches,
+        served: Mapping[str, Served],
+    ) -> None:
+        """`host`, `port`: where it listens, from now on. The others are Ingress's.
+
+        Raises:
+            StartError: it cannot listen there.
+        """
+        ingress = Ingress(engines, api_keys, batches, served)
+        counter = Counter("pomarium_http_requests", "Requests that are over.", tag_keys=("method", "route", "status"))
+
+        def count(method: str, path: str, status: int) -> None:
+            counter.inc(tags={"method": method, "route": route_of(path), "status": str(status)})
+
+        listener = await _listener(host, port)
+        self._server = HttpServer(ingress, listener, Bounds.of(settings.load(os.environ)), count)
+        await self._server.start()
+
+    def check_health(self) -> None:
+        """Serve asks this every few seconds. Raises RuntimeError if it does not listen any more."""
+        self._server.check()
+
+    async def __del__(self) -> None:
+        """Serve calls this when it is to end, and waits for graceful_shutdown_timeout_s: what runs is answered."""
+        await self._server.drain()
+
+
+async def _listener(host: str, port: int) -> socket.socket:
+    deadline = asyncio.get_running_loop().time() + FREE_S
+    while True:
+        try:
+            return await asyncio.to_thread(listening.listener, host, port)
+        except OSError as error:
+            if asyncio.get_running_loop().time() > deadline:
+                raise faults.StartError(
+                    f"Cannot listen on {authority(host, port)} ({error.strerror}): end what listens there, or choose "
+                    "another port. Serve's own proxy does, unless `proxy_location: Disabled` stands in its file."
+                ) from error
+        await asyncio.sleep(0.2)
+
+
+def route_of(path: str) -> str:
+    """What a request for `path` is counted as: one of few names, whatever clients send."""
+    if path in GENERATED:
+        return path
+    return next((known for known in SHOWN if path == known or path.startswith(f"{known}/")), "other")
