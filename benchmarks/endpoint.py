@@ -177,13 +177,9 @@ def stubbed(options: argparse.Namespace, folder: Path, asker: Client) -> list[st
     """More and more streams on stub engines; what is to be printed."""
     levels: list[Level] = []
     missing: list[str] = []
-    able = takes_ingresses()
     for name in options.sides:
         for ingresses in options.ingresses if name == POMARIUM else (1,):
-            if ingresses > 1 and not able:
-                missing.append(f"{ingresses} ingresses were not measured: `pomarium serve` has no --ingresses yet")
-                continue
-            words = (f"--ingresses={ingresses}",) if name == POMARIUM and able else ()
+            words = (f"--ingresses={ingresses}",) if name == POMARIUM else ()
             for engines in options.engines if name == POMARIUM else (1,):
                 side = Side(name, engines, stub=True, words=words)
                 try:
@@ -235,13 +231,6 @@ def at_rest(side: Running) -> Mapping[str, float]:
     time.sleep(REST_S)
     after, wall = side.used(), time.monotonic() - began
     return {kind: (after[kind] - before[kind]) / wall for kind in after}
-
-
-def takes_ingresses() -> bool:
-    """Whether `pomarium serve` can be told how many ingresses to have."""
-    from pomarium.cluster.cli.main import parse
-
-    return "--ingresses" in parse(["serve"]).options
 
 
 def write_model(folder: Path) -> None:

@@ -25,7 +25,7 @@ from pomarium.cluster.provision import platform_choice
 from pomarium.cluster.rack import current, inventory
 from pomarium.cluster.rack.inventory import KEEP_S
 from pomarium.cluster.rack.placement_inputs import network_of
-from pomarium.cluster.replica.serve_plan import ModelPlan, Scaling, ServePlan, served_names
+from pomarium.cluster.replica.serve_plan import RACK_INGRESSES, ModelPlan, Scaling, ServePlan, served_names
 from pomarium.worker import settings
 from pomarium.worker.address import authority
 from pomarium.worker.errors import SettingsError
@@ -55,6 +55,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--ingresses",
+        type=int,
+        metavar="N",
+        help="processes that take requests, all behind the one port: a busy endpoint needs more than one, and when one "
+        f"is lost the streams of the others go on (default: {RACK_INGRESSES} on a rack, else 1)",
+    )
     parser.add_argument(
         "--replicas",
         metavar="N|MIN-MAX",
@@ -162,7 +169,10 @@ def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:
     platform_choice.require(environ)
     disk.require(disk.ray_parent(environ), environ)  # torch cannot be imported on a full one
     check_port(args.host, args.port)
-    return ServePlan(tuple(models_of(args, environ)), args.host, args.port, api_keys(args, environ))
+    ingresses = args.ingresses
+    if ingresses is None:
+        ingresses = RACK_INGRESSES if environ.get("RAY_ADDRESS") else 1
+    return ServePlan(tuple(models_of(args, environ)), args.host, args.port, api_keys(args, environ), ingresses)
 
 
 def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[ModelPlan]:

@@ -1,6 +1,7 @@
 """The Ray Serve application: one deployment per model behind the ingress."""
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def build(
     ingress = serve.deployment(
         IngressReplica,
         name="ingress",
-        num_replicas=1,
+        num_replicas=plan.ingresses,
         ray_actor_options={"num_cpus": INGRESS_CPUS, "resources": {HEAD: 0.001}},
         max_constructor_retry_count=MOST_STARTS,
         graceful_shutdown_timeout_s=1,
@@ -72,7 +73,7 @@ def build(
         m.name: Served(root_of(m.source, f.folder), m.engine_args.get("max_model_len"), m.sleeps)
         for m, f in zip(plan.models, found, strict=True)
     }
-    return ingress.bind(plan.host, plan.port, engines, plan.api_keys, batches, served)
+    return ingress.bind(plan.host, plan.port, engines, plan.api_keys, batches, served, int(time.time()))
 
 
 def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str], on_head: bool) -> Application:

@@ -20,7 +20,15 @@ from pomarium.cluster.placement.model import Network
 from pomarium.cluster.rack import inventory
 from pomarium.cluster.rack.placement_inputs import network_of
 from pomarium.cluster.replica.engine_args import parse as parse_engine_args
-from pomarium.cluster.replica.serve_plan import ENDPOINT, ModelPlan, Scaling, ServePlan, served_names
+from pomarium.cluster.replica.serve_plan import (
+    ENDPOINT,
+    MOST_INGRESSES,
+    RACK_INGRESSES,
+    ModelPlan,
+    Scaling,
+    ServePlan,
+    served_names,
+)
 from pomarium.worker import settings
 from pomarium.worker.errors import SettingsError
 
@@ -69,7 +77,7 @@ class EndpointArgs(_Strict):
         models: at least one.
         api_key_file: a file on the head with the keys that requests may carry, one a line; None for none.
         api_key_variable: an environment variable with such a key. Without either, everybody is admitted.
-        host, port: where the endpoint listens, on the head.
+        host, port: where the endpoint listens, on the head. ingresses: processes that take requests there.
         rack: a rack.yaml on the head, whose links placement then knows.
     """
 
@@ -78,6 +86,7 @@ class EndpointArgs(_Strict):
     api_key_variable: Annotated[str, Field(min_length=1)] | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    ingresses: Annotated[int, Field(ge=1, le=MOST_INGRESSES)] = RACK_INGRESSES
     rack: str | None = None
 
 
@@ -142,7 +151,7 @@ def plan_of(args: EndpointArgs, environ: Mapping[str, str]) -> ServePlan:
     keys = _keys(args.api_key_variable, environ)
     if args.api_key_file is not None:
         keys |= api_keys.read(Path(args.api_key_file))
-    return ServePlan(models, args.host, args.port, keys)
+    return ServePlan(models, args.host, args.port, keys, args.ingresses)
 
 
 def _model(args: ModelArgs, network: Network | None) -> ModelPlan:

@@ -71,8 +71,12 @@ async def _listen() -> Answers:
 class Ingress:
     """The endpoint as an ASGI application.
 
+    There may be several of one endpoint, in processes of their own (ingress_replica.py): none keeps what another would
+    lack.
+
     `engines`: one handle per model name. `api_keys`: accepted bearer tokens; empty admits everybody. `batches`: where
-    uploaded files and batches are kept; None: there are none. `served`: what is known of each model.
+    uploaded files and batches are kept; None: there are none. `served`: what is known of each model. `created`: Unix
+    time, since when they are served; None: now.
     `head_answers`: whether Ray's head does. `shortage`: a sentence on a disk that is full, if one is. `listen`: for
     answers.
     """
@@ -83,6 +87,7 @@ class Ingress:
         api_keys: frozenset[str] = frozenset(),
         batches: Batches | None = None,
         served: Mapping[str, Served] | None = None,
+        created: int | None = None,
         head_answers: Callable[[], bool] = watch.head_answers,
         shortage: Callable[[], str | None] = watch.shortage,
         listen: Callable[[], Awaitable[Answers]] = _listen,
@@ -91,27 +96,31 @@ class Ingress:
         self._served = {name: (served or {}).get(name, Served(name)) for name in engines}
         self._contexts = {name: model.context for name, model in self._served.items() if model.context is not None}
         self._keys = tuple(key.encode() for key in api_keys)
-        self._created = int(time.time())
+        self._created = int(time.time()) if created is None else created
         self._reasons = Reasons()
         self._head_answers, self._shortage = head_answers, shortage
         self._batches = batches
         self._store = None if batches is None else BatchStore(Path(batches.folder))
         self._listen = listen
         self._listening: asyncio.Future[Answers] | None = None
-        self._runner: Any = None
+        self._batch_work: asyncio.Task[None] | None = None
         self._others = openai_app.application(
             [
                 Route("/health", self.health),
                 Route("/metrics", self.prometheus),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{model:path}", self.model),
-                *routes.mounted(self._stored, self._batch_begun),
+                *routes.mounted(self._stored, self._run_batches),
                 # For other methods, and a slash behind the path.
                 *(Route(path, _passes_below, methods=["POST"]) for path in GENERATED),
             ]
         )
+
+    async def open(self) -> None:
+        """Before the first request: have ready what takes Ray's head, and go on with batches of an earlier ingress."""
+        await self._answers()
         if self._store is not None and any(not batch.status.over for batch in self._store.batches()):
-            self._start_runner()
+            self._run_batches()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -210,17 +219,24 @@ class Ingress:
             raise RefusalError(*openai_errors.http(404, f"{request.method} {request.url.path}: there are no batches."))
         return self._store
 
-    def _batch_begun(self) -> None:
-        if self._runner is None:
-            self._start_runner()
+    def _run_batches(self) -> None:
+        """From now on, unless another ingress does: then once that one has ended."""
+        if self._batch_work is None:
+            self._batch_work = asyncio.create_task(self._batches_in_turn())
 
-    def _start_runner(self) -> None:
+    async def _batches_in_turn(self) -> None:
         from pomarium.cluster.batch.api import runner
 
         assert self._store is not None
         assert self._batches is not None
+        turn = await runner.turn(self._store.folder)
         key = next((key.decode() for key in self._keys), None)
-        self._runner = runner.start(self._store, self._batches.url, key)
+        running = runner.start(self._store, self._batches.url, key)
+        try:
+            await asyncio.get_running_loop().create_future()  # both are given up with this process
+        finally:
+            del running
+            turn.close()
 
     def _authorise(self, request: Request) -> None:
         """Raises RefusalError (401) without a valid key."""
@@ -232,7 +248,7 @@ class Ingress:
             raise RefusalError(*openai_errors.unauthorized())
 
     async def _answers(self) -> Answers:
-        """Where replicas answer; made at the first request, on the loop of all of them."""
+        """Where replicas answer; made once, on the loop of all requests."""
         if self._listening is None:
             self._listening = asyncio.ensure_future(self._listen())
         return await asyncio.shield(self._listening)

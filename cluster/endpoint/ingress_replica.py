@@ -1,25 +1,29 @@
 """The ingress as a deployment of Ray Serve's that listens by itself: no proxy of Serve's stands before it.
 
     Serve --starts, checks, ends--> IngressReplica: HttpServer --ASGI--> Ingress
+    of several on one machine: one port (shared_port.py), and what each knows of the engines (siblings.py)
 
 Serve's proxy would be one more process for each byte of an answer, and costs more than the ingress itself. Serve keeps
-what it is good for: it starts the process, finds that it has died, and starts another.
+what it is good for: it starts the processes, finds that one has died, and starts another.
 """
 
 import asyncio
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter
 
 from pomarium.cluster import faults
+from pomarium.cluster.endpoint import ledger, shared_port
 from pomarium.cluster.endpoint.cards import Served
 from pomarium.cluster.endpoint.ingress import GENERATED, Ingress
+from pomarium.cluster.endpoint.siblings import Siblings
 from pomarium.cluster.http.door import Bounds
 from pomarium.cluster.http.http_server import HttpServer
-from pomarium.cluster.machine import listening
+from pomarium.cluster.node.ray_folder import session_folder
 from pomarium.cluster.replica.serve_plan import Batches
 from pomarium.worker import settings
 from pomarium.worker.address import authority
@@ -42,20 +46,28 @@ class IngressReplica:
         api_keys: frozenset[str],
         batches: Batches,
         served: Mapping[str, Served],
+        created: int,
     ) -> None:
         """`host`, `port`: where it listens, from now on. The others are Ingress's.
 
         Raises:
             StartError: it cannot listen there.
         """
-        ingress = Ingress(engines, api_keys, batches, served)
+        # With options() a handle begins to learn of its replicas, so that the first request finds them, also when Ray's
+        # head has ended meanwhile.
+        known = {name: engine.options() for name, engine in engines.items()}
+        ingress = Ingress(known, api_keys, batches, served, created)
         counter = Counter("pomarium_http_requests", "Requests that are over.", tag_keys=("method", "route", "status"))
 
         def count(method: str, path: str, status: int) -> None:
             counter.inc(tags={"method": method, "route": route_of(path), "status": str(status)})
 
-        listener = await _listener(host, port)
+        folder = Path(session_folder()) / f"ingress-{port}"
+        listener = await _listener(folder, host, port)
+        self._siblings = Siblings(ledger.of_this_process())
+        await self._siblings.start(folder)
         self._server = HttpServer(ingress, listener, Bounds.of(settings.load(os.environ)), count)
+        await ingress.open()
         await self._server.start()
 
     def check_health(self) -> None:
@@ -67,11 +79,11 @@ class IngressReplica:
         await self._server.drain()
 
 
-async def _listener(host: str, port: int) -> socket.socket:
+async def _listener(folder: Path, host: str, port: int) -> socket.socket:
     deadline = asyncio.get_running_loop().time() + FREE_S
     while True:
         try:
-            return await asyncio.to_thread(listening.listener, host, port)
+            return await asyncio.to_thread(shared_port.take, folder, host, port)
         except OSError as error:
             if asyncio.get_running_loop().time() > deadline:
                 raise faults.StartError(

@@ -1,20 +1,19 @@
 """Serve's side of `routing.py`: the request router of an engine's deployment, in the process of the ingress.
 
     Serve --choose_replicas(request)--> routing.rank --> replicas in groups --> Serve takes the first that accepts
-          --on_send_request, on_new_queue_len_info, on_request_completed--> load and silence of each replica
-          --on_request_routed--> PrefixTable.learn        --update_replicas, on_replica_actor_died--> forget
+          --on_send_request, on_request_completed, on_request_routed--> Ledger: load and prompts of each replica
+          --on_new_queue_len_info--> silence of each      --update_replicas, on_replica_actor_died--> forget
 
 Ray Serve LLM's PrefixCacheAffinityRouter keeps its tree in an actor of its own, which it asks three times per request
 with a blocking `ray.get` on the loop that routes everything: with the actor on a machine that has lost its power all
 requests would hang. It also fails for an empty prompt, evicts nothing by default, and reads `request.prompt`, where
-ours has the keys of one. There is one ingress, so a table in its memory knows as much.
+ours has the keys of one. A table in each ingress's memory, of which it tells the others (ledger.py), knows as much.
 
 Serve pickles this module's classes by value: whatever is compared by identity elsewhere must not be defined here.
 """
 
 import asyncio
 import contextlib
-from collections import Counter
 from random import Random
 from typing import Any
 
@@ -24,7 +23,9 @@ from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve._private.request_router.request_router import RequestRouter
 
-from pomarium.cluster.endpoint.routing import Candidate, NoReplicaError, PrefixTable, rank
+from pomarium.cluster.endpoint import ledger
+from pomarium.cluster.endpoint.ledger import Entry, What
+from pomarium.cluster.endpoint.routing import Candidate, NoReplicaError, rank
 
 FIRST_NEWS_S = 2.0
 """How long the first request waits for the controller to say which replicas there are."""
@@ -53,8 +54,8 @@ class PrefixRouter(RequestRouter):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._table: PrefixTable[ReplicaID] = PrefixTable()
-        self._running: Counter[ReplicaID] = Counter()
+        self._ledger = ledger.of_this_process()
+        self._model = self._deployment_id.name
         self._unanswered: dict[ReplicaID, float] = {}
         self._told = asyncio.Event()
         self._random = Random()
@@ -69,9 +70,9 @@ class PrefixRouter(RequestRouter):
         candidates = [
             Candidate(
                 replica.replica_id,
-                self._running[replica.replica_id],
-                self._table.matched(replica.replica_id, keys),
-                self._table.held(replica.replica_id),
+                self._ledger.load(self._model, replica.replica_id.unique_id),
+                self._ledger.matched(self._model, replica.replica_id.unique_id, keys),
+                self._ledger.held(self._model, replica.replica_id.unique_id),
                 self._is_silent(replica.replica_id),
             )
             for replica in candidate_replicas
@@ -95,22 +96,20 @@ class PrefixRouter(RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """These are the replicas now."""
         super().update_replicas(replicas)
-        self._table.keep(self._replica_id_set)
-        self._running = Counter({name: n for name, n in self._running.items() if name in self._replica_id_set})
+        self._ledger.keep(self._model, {name.unique_id for name in self._replica_id_set})
         self._unanswered = {name: at for name, at in self._unanswered.items() if name in self._replica_id_set}
         self._told.set()
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """A call found it dead, before the controller did."""
         super().on_replica_actor_died(replica_id)
-        self._table.forget(replica_id)
-        self._running.pop(replica_id, None)
+        self._ledger.keep(self._model, {name.unique_id for name in self._replica_id_set})
         self._unanswered.pop(replica_id, None)
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """A request leaves for it."""
         super().on_send_request(replica_id)
-        self._running[replica_id] += 1
+        self._write(What.SENT, replica_id)
         self._unanswered.setdefault(replica_id, self._get_curr_time_s())
 
     def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
@@ -120,11 +119,15 @@ class PrefixRouter(RequestRouter):
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         """It has taken this request."""
-        self._table.learn(replica_id, self._keys(pending_request))
+        if keys := self._keys(pending_request):
+            self._write(What.READ, replica_id, keys)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """A request that it was sent has ended, one way or another."""
-        self._running[replica_id] = max(0, self._running[replica_id] - 1)
+        self._write(What.OVER, replica_id)
+
+    def _write(self, what: What, replica_id: ReplicaID, keys: tuple[int, ...] = ()) -> None:
+        self._ledger.write(Entry(what, self._model, replica_id.unique_id, keys))
 
     def _is_silent(self, replica_id: ReplicaID) -> bool:
         """True from SILENT_S to SILENT_NO_MORE_S after it was sent a request that it did not take."""

@@ -4,11 +4,12 @@
 
 A key stands for a piece of PIECE characters and all that come before it, so two prompts have as many leading keys in
 common as whole pieces. The table remembers which keys each replica was sent: it guesses what vLLM's cache holds and
-asks nobody. Everything here is pure but the table; `prefix_router.py` is Serve's side of it.
+asks nobody. Everything here is pure but the table; `prefix_router.py` is Serve's side of it, `ledger.py` what it knows.
 """
 
+import hashlib
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Generic, TypeVar
@@ -108,6 +109,11 @@ class PrefixTable(Generic[R]):
         while len(sent) > self._most:
             sent.popitem(last=False)
 
+    def all(self) -> Iterator[tuple[R, tuple[int, ...]]]:
+        """Each replica with what it was sent, for another table to learn."""
+        for replica, sent in self._sent.items():
+            yield replica, tuple(reversed(sent))
+
     def keep(self, replicas: Collection[R]) -> None:
         """Forget all replicas but these: one that comes back under another name has an empty cache."""
         self._sent = {replica: sent for replica, sent in self._sent.items() if replica in replicas}
@@ -123,10 +129,11 @@ def keys_of(path: str, fields: dict[str, Any]) -> tuple[int, ...]:
 
 
 def prefix_keys(text: str) -> tuple[int, ...]:
-    """A key for each whole piece of `text`. They hold for this process only, as Python's hashes do."""
+    """A key of 63 bits for each whole piece of `text`, the same in every ingress."""
     keys: list[int] = []
-    before = 0
+    before = b""
     for start in range(0, min(len(text) // PIECE, MOST_PIECES) * PIECE, PIECE):
-        before = hash((before, text[start : start + PIECE]))
-        keys.append(before)
+        piece = text[start : start + PIECE].encode("utf-8", "surrogatepass")
+        before = hashlib.blake2b(before + piece, digest_size=8).digest()
+        keys.append(int.from_bytes(before) >> 1)
     return tuple(keys)

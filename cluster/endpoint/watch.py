@@ -22,7 +22,7 @@ from pomarium.cluster.node.ray_folder import session_folder
 from pomarium.cluster.node.ray_names import ENGINE_PREFIX, deployment_name
 from pomarium.cluster.rack import reports, serve_actors
 from pomarium.cluster.rack.reports import LossReport
-from pomarium.cluster.rack.serve_actors import CONTROLLER, ENGINE, ServeActor
+from pomarium.cluster.rack.serve_actors import CONTROLLER, ENGINE, INGRESS, ServeActor
 from pomarium.cluster.replica.serve_plan import APP_NAME
 
 logger = logging.getLogger(__name__)
@@ -200,9 +200,18 @@ def told(messages: Mapping[str, str], actors: Sequence[ServeActor], losses: Sequ
     ]
     if found:
         return f"an engine was lost ({'; '.join(found)}); {AGAIN}"
+    if said := _lost_ingress(actors, since):
+        return f"one of the ingresses was lost ({said}); the others go on, and {AGAIN}"
     if parts := serve_actors.missing(actors, serve_actors.running(actors)):
         return "; ".join(map(str, parts))
     return "Serve looks whether all engines are there"
+
+
+def _lost_ingress(actors: Sequence[ServeActor], since: float) -> str | None:
+    """What the last one that was lost since then ended of, where another is left."""
+    ingresses = [actor for actor in actors if actor.kind == INGRESS]
+    ended = [actor.end for actor in ingresses if actor.end and actor.ended >= since]
+    return ended[-1] if ended and any(actor.alive for actor in ingresses) else None
 
 
 def loss_of(deployment: str, actors: Sequence[ServeActor], losses: Sequence[LossReport], since: float) -> str | None:

@@ -16,7 +16,7 @@ ANSWER_S = 1.0
 
 def check(host: str, port: int) -> None:
     """Raises OSError unless one can listen there; "" is all IPv4 addresses. socket.gaierror: `host` is none."""
-    family, kind, protocol, _, address = _resolved(host, port)
+    family, kind, protocol, _, address = resolved(host, port)
     with socket.socket(family, kind, protocol) as probe:
         _bind(probe, address)
     if _is_answered(family, kind, protocol, address):
@@ -34,7 +34,7 @@ def is_free(host: str, port: int) -> bool:
 
 def listener(host: str, port: int, backlog: int = 2048) -> socket.socket:
     """A socket that listens there. Raises as `check`."""
-    family, kind, protocol, _, address = _resolved(host, port)
+    family, kind, protocol, _, address = resolved(host, port)
     if _is_answered(family, kind, protocol, address):
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     bound = socket.socket(family, kind, protocol)
@@ -46,7 +46,8 @@ def listener(host: str, port: int, backlog: int = 2048) -> socket.socket:
     return bound
 
 
-def _resolved(host: str, port: int) -> tuple[Any, ...]:
+def resolved(host: str, port: int) -> tuple[Any, ...]:
+    """Family, kind, protocol, a name, and the address as sockets take it. socket.gaierror: `host` is none."""
     return socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
 
 

@@ -32,6 +32,10 @@ SERVE_CPUS = 2.0
 """Logical CPUs, for Ray's book-keeping alone: they limit nothing."""
 
 
+RACK_INGRESSES = 2
+"""Of an endpoint on a rack, where nothing else is said: when one is lost, the other's streams go on."""
+MOST_INGRESSES = 64
+
 STEP_TOKENS, STEP_REQUESTS = 2048, 256
 """Tokens of one step, and requests in it, where the user says nothing. vLLM's own defaults vary with the machine and
 the number of stages (up to 16,384 and 1,024), and placement has to know them before there is an engine."""
@@ -106,16 +110,24 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class ServePlan:
-    """The whole endpoint. `api_keys` empty means that everybody may ask."""
+    """The whole endpoint.
+
+    Attributes:
+        host, port: where it listens. api_keys: empty means that everybody may ask.
+        ingresses: processes that take its requests, all on the head's machine and behind one port.
+    """
 
     models: tuple[ModelPlan, ...]
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: frozenset[str] = frozenset()
+    ingresses: int = 1
 
     def __post_init__(self) -> None:
         if not self.models:
             raise SettingsError("No model to serve: name at least one.")
+        if not 1 <= self.ingresses <= MOST_INGRESSES:
+            raise SettingsError(f"--ingresses {self.ingresses} is not a number from 1 to {MOST_INGRESSES}.")
         for model in self.models:
             ray_names.check(model.name)
         for name, count in Counter(m.name for m in self.models).items():
@@ -133,7 +145,7 @@ class ServePlan:
 
     def cpus(self) -> float:
         """Logical CPUs that a Ray of our own must offer for all actors to be placed."""
-        return sum(m.replicas for m in self.models) * REPLICA_CPUS + INGRESS_CPUS + SERVE_CPUS
+        return sum(m.replicas for m in self.models) * REPLICA_CPUS + self.ingresses * INGRESS_CPUS + SERVE_CPUS
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 CONTEXT = 4096
 TOKENS, MOST_TOKENS = 1200, 3900
+MOST_STREAMS = 24
 RECOVERY_S = 300.0
 END_S = 120.0
 ENGINE, INGRESS = "ServeReplica:pomarium:engine", "ServeReplica:pomarium:ingress"
@@ -24,7 +25,7 @@ ENGINE, INGRESS = "ServeReplica:pomarium:engine", "ServeReplica:pomarium:ingress
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("lost")
     model = write_checkpoint("llama", folder / "tiny", max_position_embeddings=CONTEXT)
-    server = Server(folder, [str(model), "--replicas", "2", "--max-model-len", str(CONTEXT)])
+    server = Server(folder, [str(model), "--replicas", "2", "--ingresses", "2", "--max-model-len", str(CONTEXT)])
     server.ensure()
     yield server
     server.end()
@@ -99,14 +100,40 @@ def test_a_killed_worker_ends_its_requests_with_a_reason_and_is_replaced(server:
     assert serves(server)
 
 
-def test_a_killed_ingress_comes_back(server: Server) -> None:
+def held(server: Server, ingress: psutil.Process) -> int:
+    """Connections of clients that it has."""
+    found = ingress.net_connections("tcp4")
+    return sum(1 for one in found if one.laddr.port == server.port and one.status == psutil.CONN_ESTABLISHED)
+
+
+def test_a_killed_ingress_ends_its_own_streams_alone_and_the_port_answers_all_the_while(server: Server) -> None:
     engines = {process.pid for process in processes(server, ENGINE)}
-    (ingress,) = processes(server, INGRESS)
-    ingress.kill()
-    ingress.wait(10)
-    until(lambda: processes(server, INGRESS) and serves(server), 120, server.log)
-    assert not processes(server, "ProxyActor"), "nothing of Serve's stands before it"
+    ingresses = processes(server, INGRESS)
+    assert len(ingresses) == 2
+    running: list[Stream] = []
+    while not running or not all(held(server, ingress) for ingress in ingresses):
+        assert len(running) < MOST_STREAMS, "one ingress takes all connections"
+        running += streams(server, 2, MOST_TOKENS)
+    victim = min(ingresses, key=lambda ingress: held(server, ingress))
+    count = held(server, victim)
+    victim.kill()
+    assert all(complete(server).status_code == 200 for _ in range(5))
+    for stream in running:
+        stream.join(300)
+    assert sum(not stream.whole for stream in running) == count
+    until(lambda: len(processes(server, INGRESS)) == 2, 120, server.log)
+    until(lambda: server.output.rstrip().endswith("ready again"), 120, lambda: server.output)
+    assert "one of the ingresses was lost" in server.output
     assert {process.pid for process in processes(server, ENGINE)} == engines
+    assert not processes(server, "ProxyActor"), "nothing of Serve's stands before them"
+
+
+def test_when_all_ingresses_are_killed_they_come_back(server: Server) -> None:
+    told = server.output.count("ready again")
+    for process in processes(server, INGRESS):
+        process.kill()
+    until(lambda: len(processes(server, INGRESS)) == 2 and serves(server), 120, server.log)
+    until(lambda: server.output.count("ready again") > told, 120, lambda: server.output)
 
 
 def test_without_rays_head_what_runs_is_served_and_then_it_ends_in_order(server: Server) -> None:

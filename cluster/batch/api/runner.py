@@ -4,16 +4,18 @@
          ^--- ingress: new batches, cancellations                      http://127.0.0.1:PORT, as any client
 
 It keeps no state of its own: after a restart it goes on from what the batch's files hold, as `pomarium batch --resume`
-does. The ingress starts it with the first batch, on its own machine, since both use one folder, and it ends with it.
+does. An ingress starts it with the first batch, on its own machine, since both use one folder, and it ends with it. Of
+several ingresses one has its `turn`; another takes it when that one has ended.
 """
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 """How often it is looked for new batches and cancellations: the folder is on this machine's disk."""
+
+TURN_S = 1.0
+"""How often it is looked whether the ingress that has the turn has ended."""
 
 DISK_S = 10.0
 """Pause after a record could not be read or written, such as on a full disk."""
@@ -135,6 +140,25 @@ class BatchRunner:
             path.unlink(missing_ok=True)
             return None
         return self._store.register_file(name, filename, "batch_output").id
+
+
+async def turn(folder: Path) -> IO[str]:
+    """Wait until no other process has the turn of the batches in `folder`. Who has it keeps it until it ends."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "turn").open("w")
+        except OSError:
+            logger.exception("Batches wait for their disk.")
+            await asyncio.sleep(DISK_S)
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            await asyncio.sleep(TURN_S)
+        else:
+            return lock
 
 
 def start(store: BatchStore, url: str, key: str | None) -> Any:

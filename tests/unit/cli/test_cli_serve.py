@@ -91,6 +91,7 @@ def plan(tokens: list[str], environ: dict[str, str] | None = None) -> ServePlan:
         (["--replicas", "0"], {}, "--replicas 0"),
         (["--max-model-len", "0"], {}, "--max-model-len 0"),
         (["--port", "70000"], {}, "--port 70000 is not a port"),
+        (["--ingresses", "0"], {}, "--ingresses 0 is not a number from 1 to "),
         (["--host", "no.such.host.invalid"], {}, "no.such.host.invalid is no address"),
         ([], {"VLLM_METAL_MEMORY_FRACTION": "70%"}, "VLLM_METAL_MEMORY_FRACTION"),
         (["/no/such/model"], {}, "/no/such/model"),
@@ -101,6 +102,12 @@ def test_mistakes_are_found_before_anything_starts(tokens: list[str], environ: d
     with pytest.raises(PomariumError) as caught:
         plan(tokens, environ)
     assert sentence in str(caught.value)
+
+
+def test_a_rack_has_two_ingresses_unless_told_otherwise() -> None:
+    rack = {"RAY_ADDRESS": "10.0.0.1:6379"}
+    assert [plan([], environ).ingresses for environ in ({}, rack)] == [1, 2]
+    assert [plan(["--ingresses", "3"], environ).ingresses for environ in ({}, rack)] == [3, 3]
 
 
 def test_a_port_in_use_is_refused() -> None:

@@ -14,6 +14,7 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Repl
 from ray.serve._private.request_router.common import PendingRequest
 
 from pomarium.cluster.endpoint import prefix_router
+from pomarium.cluster.endpoint.ledger import Ledger
 from pomarium.cluster.endpoint.prefix_router import PrefixRouter
 from pomarium.cluster.endpoint.routing import (
     LEAST_SHARE,
@@ -231,6 +232,7 @@ class Rack:
             use_replica_queue_len_cache=True,
             get_curr_time_s=lambda: self.now,
         )
+        self.router._ledger = Ledger()  # not the process's, which another test has written to
         self.replicas = {name: Replica(name) for name in names}
         self.update(*names)
 
@@ -245,7 +247,8 @@ class Rack:
         chosen = await self.router._choose_replica_for_request(request)
         self.router.on_send_request(chosen.replica_id)
         if taken:
-            self.router.on_new_queue_len_info(chosen.replica_id, self.router._running[chosen.replica_id])
+            load = self.router._ledger.load("engine:m", chosen.replica_id.unique_id)
+            self.router.on_new_queue_len_info(chosen.replica_id, load)
             self.router.on_request_routed(request, chosen.replica_id, None)  # type: ignore[arg-type]
         return str(chosen.replica_id.unique_id)
 

@@ -144,6 +144,8 @@ def test_an_engine_that_could_tell_knows_more_than_ray() -> None:
          "an engine does not start: The disk is full; Serve tries again"),
         ({"engine:tiny": ""}, (ENGINE_ONE, *OTHERS[:1], replace(OTHERS[1], alive=False, end="it was killed")),
          "the ingress was lost: it was killed"),
+        ({"engine:tiny": ""}, (ENGINE_ONE, *OTHERS, replace(OTHERS[1], replica="i2", alive=False, end="it was killed")),
+         "one of the ingresses was lost (it was killed); the others go on, and Serve starts another"),
         ({"engine:tiny": ""}, (ENGINE_ONE, *OTHERS), "Serve looks whether all engines are there"),
     ],
 )  # fmt: skip

@@ -23,7 +23,7 @@ def endpoint_args(**changes: Any) -> EndpointArgs:
 
 def test_serve_s_example_is_the_endpoint_of_the_embedded_model() -> None:
     plan = builder.plan_of(endpoint_args(), {})
-    assert plan == ServePlan((ModelPlan("smollm2", "smollm2", stages=None),))
+    assert plan == ServePlan((ModelPlan("smollm2", "smollm2", stages=None),), ingresses=serve_plan.RACK_INGRESSES)
     document = yaml.safe_load((DEPLOY / "serve.example.yaml").read_text())
     assert ServeDeploySchema.model_validate(document).proxy_location == "Disabled", "the endpoint listens by itself"
     assert document["applications"][0]["name"] == serve_plan.APP_NAME
@@ -33,10 +33,10 @@ def test_every_argument_of_the_file_reaches_the_plan(tmp_path: Path) -> None:
     model = {"source": "/models/a.gguf", "stages": 2, "replicas": 3, "share_macs": True, "max_model_len": 512,
              "streams": 4, "engine_args": ["--max-num-seqs", 8]}  # fmt: skip
     rack = DEPLOY / "rack.example.yaml"
-    args = endpoint_args(models=[model], api_key_variable="K", host="0.0.0.0", port=81, rack=str(rack))
+    args = endpoint_args(models=[model], api_key_variable="K", host="0.0.0.0", port=81, rack=str(rack), ingresses=3)
     plan = builder.plan_of(args, {"K": "sk"})
     (found,) = plan.models
-    assert (plan.host, plan.port, plan.api_keys) == ("0.0.0.0", 81, frozenset({"sk"}))
+    assert (plan.host, plan.port, plan.api_keys, plan.ingresses) == ("0.0.0.0", 81, frozenset({"sk"}), 3)
     assert (found.name, found.source, found.stages, found.replicas) == ("a", "/models/a.gguf", 2, 3)
     assert (found.share_macs, found.streams, found.engine_args) == (True, 4, {"max_num_seqs": 8, "max_model_len": 512})
     assert found.network is not None
@@ -75,6 +75,7 @@ def test_replicas_may_follow_the_load() -> None:
         ({"models": [{"source": "a", "engine_args": ["--no-such"]}]}, "--no-such"),
         ({"models": [{"source": "a", "engine_args": ["--worker-cls", "x"]}]}, "Pomarium brings the worker"),
         ({"port": 0}, "args.port: 0 is refused"),
+        ({"ingresses": 0}, "args.ingresses: 0 is refused"),
         ({"api_key_variable": "K"}, "args.api_key_variable: K is not set"),
         ({"api_key_file": "/no/keys"}, "The API key file /no/keys cannot be read"),
         ({"rack": "/no/rack.yaml"}, "The rack file /no/rack.yaml cannot be read"),
