@@ -36,7 +36,12 @@ def engine(model: Path, environment: Mapping[str, str] | None = None, **argument
         "kv_cache_memory_bytes": KV_BYTES,
         "disable_log_stats": False,
     }
-    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", **(environment or {})}
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "POMARIUM_STEP_SECONDS": "1000",  # what a busy machine takes for a step must not decide what is in it
+        **(environment or {}),
+    }
     # vLLM freezes what there is, this engine with it: then only the whole heap could be looked through for its garbage.
     with patch.dict(os.environ, variables), patch("vllm.v1.engine.core.freeze_gc_heap"):
         llm = LLM(str(model), **{**defaults, **arguments})

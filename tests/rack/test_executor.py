@@ -97,7 +97,7 @@ def test_engine_in_its_own_process_leaves_no_orphan_when_killed(run: Run) -> Non
         import psutil
         from vllm.v1.engine.exceptions import EngineDeadError
         llm = engine(os.environ["MODEL"])
-        print("TOKENS", generate(llm, 30))
+        print(f"TOKENS {generate(llm, 30)}")
         (pid,) = llm.collective_rpc(lambda w: os.getpid())
         core = [p for p in psutil.Process().children() if "EngineCore" in " ".join(p.cmdline())]
         assert len(core) == 1, core
@@ -105,7 +105,8 @@ def test_engine_in_its_own_process_leaves_no_orphan_when_killed(run: Run) -> Non
         assert pid in [p.pid for p in all_of_it]
         core[0].kill()
         _, alive = psutil.wait_procs(all_of_it, timeout=15)
-        print("LEFT", {p.cmdline()[0].strip() for p in alive} - {"ray::DashboardAgent", "ray::RuntimeEnvAgent"})
+        left = {p.cmdline()[0].strip() for p in alive} - {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+        print(f"LEFT {left}")
         """,
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",
     )
@@ -121,12 +122,12 @@ def test_in_process_engine(run: Run) -> None:
         from pomarium.cluster.executor.codec import WorkerError, WorkerLostError
         llm = engine(os.environ["MODEL"])
         executor = executor_of(llm)
-        print("TOKENS", generate(llm, 30))
+        print(f"TOKENS {generate(llm, 30)}")
         assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
         (worker,) = executor.workers
         assert worker.member.contact.endpoint.address.startswith("127.0.0.1:"), worker
         assert worker.member.contact.endpoint.pid != os.getpid()
-        print("DEVICES", executor.collective_rpc(lambda w: w.worker.devices))
+        print(f"DEVICES {executor.collective_rpc(lambda w: w.worker.devices)}")
         assert executor.collective_rpc("echo", args=(b"x" * (8 << 20),)) == [b"x" * (8 << 20)]
         assert executor.collective_rpc("echo", args=(1,), non_block=True).result(10) == [1]
         try:
@@ -145,7 +146,7 @@ def test_in_process_engine(run: Run) -> None:
         try:
             generate(llm, 350)
         except WorkerLostError as error:
-            print("LOST", f"{time.monotonic() - killed[0]:.3f}", str(error))
+            print(f"LOST {time.monotonic() - killed[0]:.3f} {error}")
         assert called.wait(5)
         try:
             executor.check_health()
@@ -156,7 +157,7 @@ def test_in_process_engine(run: Run) -> None:
         deadline = time.monotonic() + 20
         while not ray.available_resources().get("mlx") and time.monotonic() < deadline:
             time.sleep(0.1)
-        print("FREE", ray.available_resources().get("mlx"))
+        print(f"FREE {ray.available_resources().get('mlx')}")
         """,
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_STUB_STEP_MS="10",
@@ -190,7 +191,7 @@ def test_tokens_that_are_read_late_are_the_same(run: Run) -> None:
         assert generate(llm, 30) == waited
         assert len(set(map(tuple, waited))) == 3
         (steps,) = executor_of(llm).collective_rpc(lambda worker: worker.late_steps)
-        print("LATE", steps)
+        print(f"LATE {steps}")
         executor_of(llm).shutdown()
         """,
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -205,7 +206,7 @@ def test_a_users_fault_in_the_worker_reaches_the_user_as_its_sentence(run: Run) 
         try:
             engine(os.environ["MODEL"])
         except CheckpointError as error:
-            print("SENTENCE", error)
+            print(f"SENTENCE {error}")
         """,
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_STUB_FAIL="load_model",
@@ -246,7 +247,7 @@ def test_a_frozen_worker_is_seen_within_seconds(run: Run) -> None:
         try:
             generate(llm, 350)
         except WorkerLostError as error:
-            print("LOST", f"{time.monotonic() - frozen[0]:.3f}", str(error))
+            print(f"LOST {time.monotonic() - frozen[0]:.3f} {error}")
         os.kill(worker.member.contact.endpoint.pid, signal.SIGKILL)
         executor_of(llm).shutdown()
         """,

@@ -40,7 +40,7 @@ from pomarium.cluster.executor.codec import WorkerLostError
 try:
     launch.connect(team.members, lambda rank, error: None)
 except WorkerLostError as error:
-    print(f"LOST {error}")  # in one piece: Ray prints beside it
+    print(f"LOST {error}")
 team.dissolve()
 team, worker = started()
 """
@@ -51,15 +51,16 @@ with handover.offer(team.members, os.environ):
 from vllm import SamplingParams
 params = SamplingParams(max_tokens=8, ignore_eos=True, detokenize=False, temperature=0)
 (output,) = llm.generate([{"prompt_token_ids": [7] * 5}], params, use_tqdm=False)
-print("TOKENS", list(output.outputs[0].token_ids))
-print("ADOPTED", llm.collective_rpc(lambda w: (os.getpid(), w.worker.devices)) == [(worker.pid, "0")])
+print(f"TOKENS {list(output.outputs[0].token_ids)}")  # in one piece: Ray prints beside it
+found = llm.collective_rpc(lambda w: (os.getpid(), w.worker.devices))
+print(f"ADOPTED {found == [(worker.pid, '0')]}")
 (core,) = [p for p in psutil.Process().children() if "EngineCore" in " ".join(p.cmdline())]
 core.kill()
-print("ENDED", not psutil.wait_procs([worker], timeout=15)[1])
+print(f"ENDED {not psutil.wait_procs([worker], timeout=15)[1]}")
 """
 
 ORPHANED = """
-print("WORKER", worker.pid, worker.create_time(), flush=True)
+print(f"WORKER {worker.pid} {worker.create_time()}", flush=True)
 os.kill(os.getpid(), 9)
 """
 
