@@ -34,9 +34,8 @@ def is_free(host: str, port: int) -> bool:
 
 def listener(host: str, port: int, backlog: int = 2048) -> socket.socket:
     """A socket that listens there. Raises as `check`."""
+    check(host, port)
     family, kind, protocol, _, address = resolved(host, port)
-    if _is_answered(family, kind, protocol, address):
-        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     bound = socket.socket(family, kind, protocol)
     try:
         _bind(bound, address, backlog)

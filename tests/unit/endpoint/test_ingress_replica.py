@@ -14,6 +14,7 @@ from pomarium.cluster.endpoint import ingress_replica
 from pomarium.cluster.endpoint.answers import Answers
 from pomarium.cluster.endpoint.ingress import GENERATED, Ingress
 from pomarium.cluster.endpoint.ingress_replica import IngressReplica, route_of
+from pomarium.cluster.node import ports
 from pomarium.cluster.replica.serve_plan import Batches
 
 
@@ -78,18 +79,11 @@ async def started(port: int, folder: Path, handle: Handle) -> IngressReplica:
     return replica
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 # Serve awaits it once; what is collected later has ended.
 @pytest.mark.filterwarnings("ignore:coroutine 'IngressReplica.__del__'")
 def test_two_listen_on_one_port_until_they_are_ended(counted: list[dict[str, str]], tmp_path: Path) -> None:
     async def scenario() -> None:
-        port, handles = free_port(), [Handle(), Handle()]
+        port, handles = ports.free(1)[0], [Handle(), Handle()]
         first, second = [await started(port, tmp_path, handle) for handle in handles]
         assert all(handle.met for handle in handles), "before the first request"
         url = f"http://127.0.0.1:{port}"

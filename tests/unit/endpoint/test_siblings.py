@@ -17,6 +17,7 @@ import pytest
 from pomarium.cluster.endpoint import shared_port, siblings
 from pomarium.cluster.endpoint.ledger import Entry, Ledger, What
 from pomarium.cluster.endpoint.siblings import Siblings
+from pomarium.cluster.node import ports
 
 PATIENCE_S = 60.0
 HOLDER = """
@@ -60,15 +61,8 @@ def called(port: int) -> str:
         return client.recv(100).decode()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def test_a_port_outlives_each_of_its_holders(tmp_path: Path) -> None:
-    folder, port = tmp_path / "p", free_port()
+    folder, port = tmp_path / "p", ports.free(1)[0]
     first = Holder(folder, port, "first")
     try:
         assert first.port() == port
@@ -88,7 +82,7 @@ def test_a_port_outlives_each_of_its_holders(tmp_path: Path) -> None:
 
 
 def test_what_waits_is_answered_by_whoever_is_left(tmp_path: Path) -> None:
-    port = free_port()
+    port = ports.free(1)[0]
     first, second = Holder(tmp_path, port, "first"), Holder(tmp_path, port, "second")
     try:
         assert first.port() == second.port() == port
@@ -109,17 +103,17 @@ def test_another_s_port_and_another_address_are_not_taken(tmp_path: Path) -> Non
         other.listen()
         with pytest.raises(OSError, match="in use"):
             shared_port.take(tmp_path / "a", "127.0.0.1", other.getsockname()[1])
-    port = free_port()
+    port = ports.free(1)[0]
     held = shared_port.take(tmp_path / "b", "127.0.0.1", port)
     again = shared_port.take(tmp_path / "b", "127.0.0.1", port)
     assert held.getsockname() == again.getsockname()
-    elsewhere = shared_port.take(tmp_path / "b", "127.0.0.1", free_port())
+    elsewhere = shared_port.take(tmp_path / "b", "127.0.0.1", ports.free(1)[0])
     assert elsewhere.getsockname() != held.getsockname()
 
 
 def test_a_frozen_holder_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_port, "ASK_S", 0.5)
-    port = free_port()
+    port = ports.free(1)[0]
     frozen, well = Holder(tmp_path, port, "frozen"), Holder(tmp_path, port, "well")
     try:
         assert frozen.port() == well.port() == port

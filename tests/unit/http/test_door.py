@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from starlette.requests import ClientDisconnect
 
-from pomarium.cluster.http import openai_errors, request_log
+from pomarium.cluster.http import door, openai_errors, request_log
 from pomarium.cluster.http.asgi import Message, while_there
 from pomarium.cluster.http.door import Bounds
 from pomarium.cluster.http.http_server import HttpServer
+from pomarium.cluster.http.timed_protocol import TimedProtocol
 from pomarium.cluster.machine import listening
 from pomarium.worker import settings
 from pomarium.worker.errors import SettingsError
@@ -204,7 +205,7 @@ def test_a_request_id_that_cannot_be_shown_is_replaced(patient: tuple[Applicatio
     with sent(
         port, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nX-Request-Id: " + given + b"\r\n\r\n"
     ) as client:
-        head = client.recv(1 << 16)
+        _, head, _ = answer(client)
     (made,) = [value for name, value in app.headers if name == b"x-request-id"]
     assert str(uuid.UUID(made.decode())).encode() == made
     assert b"x-request-id: " + made in head
@@ -275,6 +276,17 @@ def test_work_whose_client_stays_says_what_it_found() -> None:
             await while_there(stays, fails())
 
     asyncio.run(ask())
+
+
+def test_bounds_and_the_time_for_a_head_are_as_the_environment_says() -> None:
+    bounds = Bounds.of(settings.load({"POMARIUM_MAX_BODY": "1KiB", "POMARIUM_CLIENT_TIMEOUT": "7"}))
+    assert bounds == Bounds(1024, (200 << 20) + door.FORM_BYTES, 7.0)
+    with socket.socket() as listener:
+        server = HttpServer(Application(), listener, bounds, lambda method, path, status: None)
+    protocol = server._server.config.http
+    assert isinstance(protocol, type)
+    assert issubclass(protocol, TimedProtocol)
+    assert protocol.head_timeout == 7.0
 
 
 @pytest.mark.parametrize("value", ["", "0", "-1", "8MB", "1.5MiB", "many"])
