@@ -1,9 +1,10 @@
 """Serve's side of benchmarks/routing.py: one request router that asks whichever policy a request names in `user`.
 
+    the ingress's process imports this module --patch--> keys_of also keeps the body, and each request is a call
+
 Apart from the script, which must not import Ray before it has set Ray's environment.
 """
 
-import json
 from typing import Any
 
 from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import PrefixCacheAffinityRouter
@@ -13,6 +14,7 @@ from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 
+from pomarium.cluster.endpoint import ingress, routing
 from pomarium.cluster.endpoint.prefix_router import PrefixRouter
 from pomarium.cluster.http.prompts import prompt_text
 
@@ -43,9 +45,25 @@ class SideBySide(PrefixRouter, PrefixCacheAffinityRouter):
         return prompt_text(_fields(pending_request))
 
 
+class Keys(tuple[int, ...]):
+    """Keys of a prompt, and the body that has it."""
+
+    fields: dict[str, Any]
+
+
+def _keys_of(path: str, fields: dict[str, Any]) -> Keys:
+    keys = Keys(routing.keys_of(path, fields))
+    keys.fields = fields
+    return keys
+
+
+ingress.keys_of = _keys_of
+ingress.dispatch = lambda *_: None
+
+
 def _fields(request: PendingRequest | None) -> dict[str, Any]:
     """The body of an engine's request."""
     if request is None or request.metadata.call_method != "request":
         return {}
-    fields: dict[str, Any] = json.loads(request.args[2])
-    return fields
+    keys: Keys = request.args[0].keys
+    return keys.fields

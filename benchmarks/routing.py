@@ -7,7 +7,11 @@ All policies choose among the same two running engines, in turns and with system
 finds what another has left: Serve's power of two choices, Ray Serve LLM's PrefixCacheAffinityRouter (given the text of
 our request's body, which it cannot read by itself) and Pomarium's PrefixRouter.
 
+Then Pomarium as it is, without calls where it needs none, with as many ingresses as --ingresses says, one after the
+other: each request is sent by a connection of its own, and reaches any of them.
+
     python benchmarks/routing.py [--model FOLDER] [--systems 6] [--users 6] [--system-words 300] [--rounds 2]
+                                 [--ingresses 1 2]
 """
 
 import argparse
@@ -17,7 +21,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from unittest import mock
 
@@ -113,7 +117,8 @@ async def one_round(url: str, policy: str, options: argparse.Namespace, turn: in
             answers.append(await ask(client, policy, messages))
 
     load, began = Load(), time.perf_counter()
-    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_S, trust_env=False) as client:
+    fresh = httpx.Limits(max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_S, trust_env=False, limits=fresh) as client:
         await asyncio.gather(*(client_loop(client) for _ in range(options.clients)))
     return Figures(tuple(answers), time.perf_counter() - began, load.others())
 
@@ -137,8 +142,8 @@ def table(found: dict[str, Figures]) -> str:
 
 
 @contextlib.contextmanager
-def endpoint(options: argparse.Namespace) -> Iterator[str]:
-    """URL of two replicas behind SideBySide."""
+def endpoint(options: argparse.Namespace, router: str | None, ingresses: int) -> Iterator[str]:
+    """URL of two replicas. router: that chooses one, None for the endpoint's own."""
     from pomarium.cluster.endpoint import lifecycle, local_ray
     from pomarium.cluster.replica.serve_plan import ModelPlan, ServePlan
 
@@ -151,9 +156,24 @@ def endpoint(options: argparse.Namespace) -> Iterator[str]:
         yield
 
     arguments = {"enable_prompt_tokens_details": True}
-    plan = ServePlan((ModelPlan("model", options.model, arguments, REPLICAS),), port=options.port)
-    with mock.patch.object(app, "ROUTER", "routers.SideBySide"), lifecycle.serving(plan, phase):
+    models = (ModelPlan("model", options.model, arguments, REPLICAS),)
+    plan = ServePlan(models, port=options.port, ingresses=ingresses)
+    with mock.patch.object(app, "ROUTER", router or app.ROUTER), lifecycle.serving(plan, phase):
         yield plan.url
+
+
+def measured(
+    options: argparse.Namespace, router: str | None, ingresses: int, names: Sequence[str], policies: Mapping[str, str]
+) -> dict[str, list[Figures]]:
+    """The rounds of each of `names`, in turns. policies: whose prompts each sends."""
+    rounds: dict[str, list[Figures]] = {name: [] for name in names}
+    with endpoint(options, router, ingresses) as url:
+        asyncio.run(one_round(url, "", argparse.Namespace(**{**vars(options), "users": 2, "systems": 2}), -1))  # warm
+        for turn in range(options.rounds):
+            for name in names:
+                rounds[name].append(asyncio.run(one_round(url, policies[name], options, turn)))
+                print(f"round {turn + 1}, {name}: {rounds[name][-1].seconds:.1f} s", flush=True)
+    return rounds
 
 
 def main() -> None:
@@ -167,14 +187,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--ingresses", type=int, nargs="*", default=[1, 2], help="of Pomarium as it is")
     options = parser.parse_args()
-    rounds: dict[str, list[Figures]] = {policy: [] for policy in POLICIES}
-    with endpoint(options) as url:
-        asyncio.run(one_round(url, "", argparse.Namespace(**{**vars(options), "users": 2, "systems": 2}), -1))  # warm
-        for turn in range(options.rounds):
-            for policy in POLICIES:
-                rounds[policy].append(asyncio.run(one_round(url, policy, options, turn)))
-                print(f"round {turn + 1}, {policy}: {rounds[policy][-1].seconds:.1f} s", flush=True)
+    rounds = measured(options, "routers.SideBySide", 1, POLICIES, {policy: policy for policy in POLICIES})
+    for count in options.ingresses:
+        name = f"Pomarium, {count} ingress" + ("es" if count > 1 else "")
+        rounds |= measured(options, None, count, [name], {name: "Pomarium"})
     requests = options.rounds * options.systems * options.users
     prompts = [a.prompt_tokens for a in rounds["Pomarium"][0].answers]
     print(

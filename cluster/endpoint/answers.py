@@ -2,10 +2,12 @@
 
     Answers.ask(call, asked, body) --ReplyTo: address, ticket--> call: Serve chooses a replica, which dials, or has a
         line already: BEGUN(ticket) --> ASKED, BODY ... --> HEAD, PIECE ... END --Answer--> Accepted, Head, bytes, ...
+    Answers.ask(..., over=a line that a replica keeps open here) --ASKED, BODY ...--> BEGUN --> HEAD, PIECE ... END
 
 The call carries no byte of it. It tells what no line can: that no replica took the request, that it was lost before it
-began, that the replica's process is gone. Pieces that wait together leave together. Of an answer that nobody reads
-MOST_WAITING bytes are kept; then its replica has to wait.
+began, that the replica's process is gone. A request that goes over a line and is not taken is called after all. Pieces
+that wait together leave together. Of an answer that nobody reads MOST_WAITING bytes are kept; then its replica has to
+wait.
 """
 
 import asyncio
@@ -14,11 +16,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from pomarium.cluster.http import sealed_stream
 from pomarium.cluster.http.answer_frames import (
     ENDS,
+    PIECE_BYTES,
     TICKET_BYTES,
     Asked,
     Kind,
@@ -39,6 +43,9 @@ from pomarium.cluster.replica.loss import EngineFaultError, EngineLostError
 MOST_WAITING = 256 << 10
 """Bytes of an answer that wait for its reader before its replica does."""
 
+MOST_IDLE = 64
+"""Lines that are kept for later requests, of a replica."""
+
 ADMIT_S = 10.0
 """For whoever connects to show that it has the secret."""
 
@@ -58,16 +65,38 @@ class CutError(Exception):
     """The replica's end of the line went without a last word."""
 
 
+class Dispatched(Protocol):
+    """A request that goes over `line` (dispatch.py), and who is told what becomes of it."""
+
+    @property
+    def line(self) -> "ReplicaLine":
+        """Idle until now."""
+        ...
+
+    def taken(self) -> None:
+        """A replica has it."""
+        ...
+
+    def over(self) -> None:
+        """It has ended, one way or another."""
+        ...
+
+
 class Answer:
     """What became of one request: an async iterator of `Accepted`, `Head`, and the body in pieces.
+
+    Attributes:
+        heard: when there was a sign of it last. over: nothing comes any more. begun: a replica is answering it.
 
     Raises, from `anext`: what the call of the replica raises; SilentError; CutError; EngineLostError; EngineFaultError.
     """
 
-    def __init__(self, asked: Asked, body: bytes, *, patient: bool) -> None:
-        """`patient`: however long no replica takes it."""
+    def __init__(self, asked: Asked, body: bytes, *, patient: bool, keeps: bool) -> None:
+        """`patient`: however long no replica takes it. `keeps`: its line stays open for this ingress's requests."""
         self.heard = time.monotonic()
         self.over = False
+        self.begun = False
+        self.keeps = keeps
         self._asked, self._body = asked, body
         self._patient = patient
         self._complete = False
@@ -77,13 +106,10 @@ class Answer:
         self._error: Exception | None = None
         self._wanted: asyncio.Future[None] | None = None
         self._line: ReplicaLine | None = None
+        self._dispatched: Dispatched | None = None
+        self._call_instead: Callable[[], None] | None = None
         self._call: Any = None
         self._watch: asyncio.Future[Any] | None = None
-
-    @property
-    def begun(self) -> bool:
-        """Whether a replica is answering it."""
-        return self._line is not None
 
     def __aiter__(self) -> "Answer":
         return self
@@ -111,7 +137,7 @@ class Answer:
 
     def cancel(self) -> None:
         """Nobody waits any more. Harmless once the answer is complete."""
-        self.over = True
+        self._end()
         if self._line is not None:
             self._line.stream.abort()
         if self._watch is not None and not self._watch.done() and not self._complete:
@@ -128,8 +154,25 @@ class Answer:
         if self.over:
             return
         self._error = error
-        self.over = True
+        self._end()
         self._wake()
+
+    def cut(self) -> None:
+        """Its line is gone."""
+        if self.over:
+            return
+        if self.begun or self._call_instead is None:
+            self.fail(CutError())
+            return
+        self._line = None
+        self._settle()
+        self._call_instead()
+
+    def send_over(self, dispatched: Dispatched, call_instead: Callable[[], None]) -> None:
+        """Without a call, unless the line is lost before a replica has it: `call_instead`."""
+        self._dispatched, self._call_instead = dispatched, call_instead
+        self._line = dispatched.line
+        self._line.ask(self, self._asked, self._body)
 
     def called(self, call: Any) -> None:
         """`call`: of the replica, on its way."""
@@ -150,11 +193,13 @@ class Answer:
             asyncio.get_running_loop().call_later(LAST_WORD_S, self.fail, failure)
 
     def begin(self, line: "ReplicaLine") -> None:
-        """A replica has taken it: it is told what is asked."""
-        self._line, self.heard = line, time.monotonic()
-        line.stream.send(frame(Kind.ASKED, packed_asked(self._asked)))
-        line.sending = asyncio.ensure_future(_send(line.stream, self._body))
-        self._body = b""
+        """A replica has taken it, and answers over `line`."""
+        if self._line is None:
+            self._line = line
+            line.ask(self, self._asked, self._body)
+        self.begun, self.heard, self._body = True, time.monotonic(), b""
+        if self._dispatched is not None:
+            self._dispatched.taken()
         self._came.append(Accepted())
         self._wake()
 
@@ -168,20 +213,25 @@ class Answer:
                 self._line.stream.pause_reading()
         elif kind is Kind.HEAD:
             self._came.append(unpacked_head(rest))
-        else:
-            self._end(kind, rest)
+        elif kind in ENDS:
+            self._line = None  # it is another's from now on
+            if kind is Kind.LOST:
+                self.fail(EngineLostError(rest.decode()))
+            elif kind is Kind.FAILED:
+                self.fail(EngineFaultError(rest.decode()))
+            else:
+                self._complete = True
+                self._end()
         self._wake()
 
-    def _end(self, kind: Kind, rest: bytes) -> None:
-        """Its line is another's from now on."""
-        if kind in ENDS:
-            self._line = None
-        if kind is Kind.LOST:
-            self.fail(EngineLostError(rest.decode()))
-        elif kind is Kind.FAILED:
-            self.fail(EngineFaultError(rest.decode()))
-        elif kind is Kind.END:
-            self.over = self._complete = True
+    def _end(self) -> None:
+        self.over = True
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._dispatched is not None:
+            self._dispatched.over()
+            self._dispatched = None
 
     def _wake(self) -> None:
         if self._wanted is not None and not self._wanted.done():
@@ -192,15 +242,16 @@ class ReplicaLine:
     """One replica's connection.
 
     Attributes:
-        answer: that it brings now. sending: the request's body.
+        answer: that it brings now. replica: whose it is, once it has begun an answer.
     """
 
     def __init__(self, answers: "Answers") -> None:
         self.stream = SealedStream(answers.secret, End.LISTENED, self._received, self._lost)
-        self.sending: asyncio.Future[None] | None = None
-        self._answers = answers
         self.answer: Answer | None = None
-        self._known = False
+        self.replica = ""
+        self._answers = answers
+        self._sending: asyncio.Future[None] | None = None
+        self._known = self._keeps = False
         asyncio.get_running_loop().call_later(ADMIT_S, self._shut_out)
 
     def _shut_out(self) -> None:
@@ -215,31 +266,53 @@ class ReplicaLine:
             self.stream.abort()
             return
         if kind is Kind.BEGUN:
-            self.answer = self._answers.claimed(rest)
-            if self.answer is None:
-                self.stream.abort()  # nobody waits for it any more
-            else:
-                self.answer.begin(self)
+            self._begun(rest)
         elif self.answer is not None:
             self.answer.heard = time.monotonic()
             self.answer.take(kind, rest)
             if kind in ENDS:
                 self._free()
 
+    def _begun(self, rest: bytes) -> None:
+        """rest: nothing, if the request came over this line; else its ticket, and the replica's name."""
+        if self.answer is None:
+            answer = self._answers.claimed(rest[:TICKET_BYTES])
+            if answer is None:
+                self.stream.abort()  # nobody waits for it any more
+                return
+            self.replica, self._keeps = rest[TICKET_BYTES:].decode(), answer.keeps
+            answer.begin(self)
+        else:
+            self.answer.begin(self)
+
+    def ask(self, answer: Answer, asked: Asked, body: bytes) -> None:
+        """Have the replica answer this next."""
+        self.answer = answer
+        self.stream.send(frame(Kind.ASKED, packed_asked(asked)))
+        if len(body) > PIECE_BYTES:
+            self._sending = asyncio.ensure_future(_send(self.stream, body))
+            return
+        for message in in_pieces(Kind.BODY, body):
+            self.stream.send(message)
+        self.stream.send(frame(Kind.ASKED_ALL))
+
     def _free(self) -> None:
         self.answer = None
         self.stream.resume_reading()
-        if self.sending is not None and not self.sending.done():
+        if self._sending is not None and not self._sending.done():
             self.stream.abort()  # it was answered before all of it was asked
-        else:
-            self.stream.send(frame(Kind.TAKEN))
+            return
+        self._sending = None
+        self.stream.send(frame(Kind.TAKEN))
+        if self._keeps:
+            self._answers.keep(self)
 
     def _lost(self) -> None:
         self._answers.lines.discard(self)
-        if self.sending is not None:
-            self.sending.cancel()
+        if self._sending is not None:
+            self._sending.cancel()
         if self.answer is not None:
-            self.answer.fail(CutError())
+            self.answer.cut()
 
 
 class Answers:
@@ -256,6 +329,7 @@ class Answers:
         self._host = host
         self._port = 0
         self._open: dict[bytes, Answer] = {}
+        self._idle: dict[str, list[ReplicaLine]] = {}
         self._server: asyncio.Server | None = None
         self._looking: asyncio.Task[None] | None = None
 
@@ -264,18 +338,53 @@ class Answers:
         self._server, self._port = await sealed_stream.listen(self._line, self._host)
         self._looking = asyncio.create_task(self._look())
 
-    def ask(self, call: Callable[[ReplyTo], Any], asked: Asked, body: bytes, *, patient: bool = False) -> Answer:
+    def ask(
+        self,
+        call: Callable[[ReplyTo], Any],
+        asked: Asked,
+        body: bytes,
+        *,
+        patient: bool = False,
+        keeps: bool = False,
+        over: Dispatched | None = None,
+    ) -> Answer:
         """Send a request.
 
         Args:
             call: of `EngineReplica.request`: an awaitable with `cancel`.
             patient: it may take long until a replica takes it.
+            keeps: a line that is dialled for it stays open for later ones (`idle`).
+            over: an idle line that it goes over; None: by a call.
         """
-        ticket = secrets.token_bytes(TICKET_BYTES)
-        answer = Answer(asked, body, patient=patient)
-        self._open[ticket] = answer
-        answer.called(call(ReplyTo(self._host, self._port, self.secret, ticket)))
+        answer = Answer(asked, body, patient=patient, keeps=keeps)
+        by_call = partial(self._called, answer, call)
+        if over is None:
+            by_call()
+        else:
+            answer.send_over(over, by_call)
         return answer
+
+    def _called(self, answer: Answer, call: Callable[[ReplyTo], Any]) -> None:
+        ticket = secrets.token_bytes(TICKET_BYTES)
+        self._open[ticket] = answer
+        answer.called(call(ReplyTo(self._host, self._port, self.secret, ticket, answer.keeps)))
+
+    def idle(self, replica: str) -> "ReplicaLine | None":
+        """A line that `replica` keeps open here and nobody uses, for one request."""
+        lines = self._idle.get(replica, [])
+        while lines:
+            if (line := lines.pop()) in self.lines:
+                return line
+        self._idle.pop(replica, None)
+        return None
+
+    def keep(self, line: "ReplicaLine") -> None:
+        """`line` is idle from now on."""
+        lines = self._idle.setdefault(line.replica, [])
+        if len(lines) < MOST_IDLE:
+            lines.append(line)
+        else:
+            line.stream.close()
 
     def claimed(self, ticket: bytes) -> Answer | None:
         """The request of `ticket`, once; None if nobody waits for it."""

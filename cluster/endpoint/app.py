@@ -70,7 +70,7 @@ def build(
         graceful_shutdown_timeout_s=1,
     )
     served = {
-        m.name: Served(root_of(m.source, f.folder), m.engine_args.get("max_model_len"), m.sleeps)
+        m.name: Served(root_of(m.source, f.folder), m.engine_args.get("max_model_len"), m.sleeps, m.scaling is not None)
         for m, f in zip(plan.models, found, strict=True)
     }
     return ingress.bind(plan.host, plan.port, engines, plan.api_keys, batches, served, int(time.time()))

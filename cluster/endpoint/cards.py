@@ -20,11 +20,13 @@ class Served:
         root: where its tokenizer is to be had: a path on the head, or an id of Hugging Face or ModelScope.
         context: tokens of prompt and answer, if the user said how many; else only a running engine knows.
         sleeps: it may be without an engine, and asking it would wake one.
+        scales: how many engines it has follows from the calls that Serve counts.
     """
 
     root: str
     context: int | None = None
     sleeps: bool = False
+    scales: bool = False
 
 
 def root_of(source: str | None, folder: Path) -> str:

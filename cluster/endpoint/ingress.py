@@ -1,7 +1,7 @@
 """The HTTP endpoint: authorises, finds the model, hands the request to one of its engines and relays the answer.
 
-    client --http_server.py--> Ingress --Serve handle: which replica, and that it is busy--> EngineReplica
-                                       <--answers.py: the request, vLLM's answer-----------'
+    client --http_server.py--> Ingress --dispatch.py: over an idle line, or a call of Serve's--> EngineReplica
+                                       <--answers.py: the request, vLLM's answer--------------'
 
 Bodies pass through unread but for `model`, so that everything vLLM accepts works and its own error bodies arrive. What
 engines answer passes below the framework of the other routes, which would cost each piece of a stream as much again as
@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import ray
@@ -27,9 +28,10 @@ from starlette.routing import Route
 from pomarium.cluster import faults
 from pomarium.cluster.batch.api import routes
 from pomarium.cluster.batch.api.store import BatchStore
-from pomarium.cluster.endpoint import cards, holding, metrics_page, reasons, watch
+from pomarium.cluster.endpoint import cards, holding, ledger, metrics_page, reasons, watch
 from pomarium.cluster.endpoint.answers import Answers
 from pomarium.cluster.endpoint.cards import Served
+from pomarium.cluster.endpoint.dispatch import dispatch
 from pomarium.cluster.endpoint.holding import SILENT
 from pomarium.cluster.endpoint.reasons import Reasons
 from pomarium.cluster.endpoint.relay import Relay
@@ -101,6 +103,7 @@ class Ingress:
         self._head_answers, self._shortage = head_answers, shortage
         self._batches = batches
         self._store = None if batches is None else BatchStore(Path(batches.folder))
+        self._ledger, self._random = ledger.of_this_process(), Random()
         self._listen = listen
         self._listening: asyncio.Future[Answers] | None = None
         self._batch_work: asyncio.Task[None] | None = None
@@ -202,14 +205,17 @@ class Ingress:
         name, routing = await asyncio.to_thread(self._read, path, body) if len(body) > LARGE else self._read(path, body)
         headers = tuple((k, v) for k, v in request.headers.items() if k.lower() in PASSED_HEADERS)
         engine, answers = self._engines[name], await self._answers()
-        deployment, sleeps = engine.deployment_name, self._served[name].sleeps
+        deployment, served = engine.deployment_name, self._served[name]
 
         def call(reply: ReplyTo) -> Any:
             return engine.request.remote(routing, reply)
 
-        answer = answers.ask(call, Asked(request.method, path, headers), body, patient=sleeps)
+        keeps = not served.scales
+        over = dispatch(self._ledger, answers, deployment, routing.keys, self._random) if keeps else None
+        asked = Asked(request.method, path, headers)
+        answer = answers.ask(call, asked, body, patient=served.sleeps, keeps=keeps, over=over)
         del body  # an answer may take minutes
-        state = (lambda: self._reasons.state(deployment)) if sleeps else None
+        state = (lambda: self._reasons.state(deployment)) if served.sleeps else None
         relay = Relay(name, answer, lambda: self._reasons.why(deployment), state)
         await while_there(request.receive, _relayed(relay, send))
 

@@ -1,23 +1,30 @@
 """Which requests an endpoint's engines were sent: by this ingress and, as far as they tell it, by the others.
 
-    prefix_router.py --write--> Ledger --Entry: tell--> siblings.py --> the others
-    the others --> siblings.py --hear--> Ledger --load, matched, held--> prefix_router.py
+    prefix_router.py, dispatch.py --write--> Ledger --Entry: tell--> siblings.py --> the others
+    the others --> siblings.py --hear--> Ledger --candidates--> prefix_router.py, dispatch.py
 
 With several ingresses a conversation's next turn may reach another one than the last; it has to find the same engine.
 """
 
 import functools
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from pomarium.cluster.endpoint.routing import PrefixTable
+from pomarium.cluster.endpoint.routing import Candidate, PrefixTable
 
 OWN = ""
 """Who tells what this ingress writes itself."""
+
+SILENT_S = 1.5
+"""A replica that takes longer than this to take a request gets no more while others answer."""
+
+SILENT_NO_MORE_S = 10.0
+"""After this it is tried again."""
 
 
 class What(Enum):
@@ -56,12 +63,16 @@ class Ledger:
         tell: called with each entry that this ingress writes, and its number.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock`: seconds."""
+        self._clock = clock
         self.tell: Callable[[Entry, int], None] = lambda entry, number: None
         self._written = 0
         self._lock = threading.Lock()
         self._tables: dict[str, PrefixTable[str]] = defaultdict(PrefixTable)
         self._running: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
+        self._replicas: dict[str, frozenset[str]] = {}
+        self._unanswered: dict[tuple[str, str], float] = {}
 
     def write(self, entry: Entry) -> None:
         """This ingress has done that."""
@@ -69,6 +80,8 @@ class Ledger:
             self._written += 1
             number = self._written
             self._take(OWN, entry)
+            if entry.what is What.SENT:
+                self._unanswered.setdefault((entry.deployment, entry.replica), self._clock())
         self.tell(entry, number)
 
     def hear(self, teller: str, entry: Entry) -> None:
@@ -88,25 +101,47 @@ class Ledger:
         with self._lock:
             self._running.pop(teller, None)
 
-    def load(self, deployment: str, replica: str) -> int:
-        """Requests that were sent to `replica` and are not over."""
+    def answered(self, deployment: str, replica: str) -> None:
+        """`replica` has given a sign: it has taken a request of this ingress, or refused one."""
         with self._lock:
-            return sum(running[deployment, replica] for running in self._running.values())
+            self._unanswered.pop((deployment, replica), None)
 
-    def matched(self, deployment: str, replica: str, keys: Sequence[int]) -> int:
-        """How many leading ones of `keys` it has read."""
+    def replicas(self, deployment: str) -> frozenset[str]:
+        """Those that run, as Serve told the router; none before it did."""
         with self._lock:
-            return self._tables[deployment].matched(replica, keys)
+            return self._replicas.get(deployment, frozenset())
 
-    def held(self, deployment: str, replica: str) -> int:
-        """How many keys it is believed to hold."""
+    def unanswered_s(self, deployment: str, replica: str) -> float:
+        """For how long `replica` has not taken a request of this ingress; 0 if it has taken all."""
         with self._lock:
-            return self._tables[deployment].held(replica)
+            return self._unanswered_s((deployment, replica))
+
+    def _unanswered_s(self, name: tuple[str, str]) -> float:
+        now = self._clock()
+        return now - self._unanswered.get(name, now)
+
+    def candidates(self, deployment: str, replicas: Collection[str], keys: Sequence[int]) -> list[Candidate[str]]:
+        """What is known of `replicas`, for a prompt with `keys`."""
+        with self._lock:
+            return [self._candidate(deployment, replica, keys) for replica in replicas]
+
+    def _candidate(self, deployment: str, replica: str, keys: Sequence[int]) -> Candidate[str]:
+        name, table = (deployment, replica), self._tables[deployment]
+        return Candidate(
+            replica,
+            load=sum(running[name] for running in self._running.values()),
+            matched=table.matched(replica, keys),
+            held=table.held(replica),
+            silent=SILENT_S < self._unanswered_s(name) <= SILENT_NO_MORE_S,
+        )
 
     def keep(self, deployment: str, replicas: Collection[str]) -> None:
         """Of `deployment` there are these and no others."""
         with self._lock:
+            self._replicas[deployment] = frozenset(replicas)
             self._tables[deployment].keep(replicas)
+            for name in [name for name in self._unanswered if name[0] == deployment and name[1] not in replicas]:
+                del self._unanswered[name]
             for running in self._running.values():
                 for name in [name for name in running if name[0] == deployment and name[1] not in replicas]:
                     del running[name]

@@ -2,7 +2,7 @@
 
     Serve --choose_replicas(request)--> routing.rank --> replicas in groups --> Serve takes the first that accepts
           --on_send_request, on_request_completed, on_request_routed--> Ledger: load and prompts of each replica
-          --on_new_queue_len_info--> silence of each      --update_replicas, on_replica_actor_died--> forget
+          --on_new_queue_len_info--> it gave a sign       --update_replicas, on_replica_actor_died--> which there are
 
 Ray Serve LLM's PrefixCacheAffinityRouter keeps its tree in an actor of its own, which it asks three times per request
 with a blocking `ray.get` on the loop that routes everything: with the actor on a machine that has lost its power all
@@ -24,17 +24,11 @@ from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve._private.request_router.request_router import RequestRouter
 
 from pomarium.cluster.endpoint import ledger
-from pomarium.cluster.endpoint.ledger import Entry, What
-from pomarium.cluster.endpoint.routing import Candidate, NoReplicaError, rank
+from pomarium.cluster.endpoint.ledger import SILENT_NO_MORE_S, SILENT_S, Entry, What
+from pomarium.cluster.endpoint.routing import NoReplicaError, rank
 
 FIRST_NEWS_S = 2.0
 """How long the first request waits for the controller to say which replicas there are."""
-
-SILENT_S = 1.5
-"""A replica that takes longer than this to take a request gets no more while others answer."""
-
-SILENT_NO_MORE_S = 10.0
-"""After this Serve asks it again, before it sends it anything."""
 
 
 class PrefixRouter(RequestRouter):
@@ -56,7 +50,6 @@ class PrefixRouter(RequestRouter):
         super().__init__(*args, **kwargs)
         self._ledger = ledger.of_this_process()
         self._model = self._deployment_id.name
-        self._unanswered: dict[ReplicaID, float] = {}
         self._told = asyncio.Event()
         self._random = Random()
 
@@ -67,18 +60,15 @@ class PrefixRouter(RequestRouter):
         keys = self._keys(pending_request)
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
-        candidates = [
-            Candidate(
-                replica.replica_id,
-                self._ledger.load(self._model, replica.replica_id.unique_id),
-                self._ledger.matched(self._model, replica.replica_id.unique_id, keys),
-                self._ledger.held(self._model, replica.replica_id.unique_id),
-                self._is_silent(replica.replica_id),
-            )
-            for replica in candidate_replicas
-        ]
-        groups = rank(candidates, len(keys), self._random)
-        return [[self._replicas[name] for name in group if name in self._replicas] for group in groups]
+        named = {replica.replica_id.unique_id: replica.replica_id for replica in candidate_replicas}
+        for name, replica_id in named.items():
+            waited = self._ledger.unanswered_s(self._model, name)
+            if waited > SILENT_S:
+                self.on_replica_actor_unavailable(replica_id)  # Serve then asks it before it sends it anything
+            if waited > SILENT_NO_MORE_S:
+                self._ledger.answered(self._model, name)  # else it would be asked for ever and sent nothing
+        groups = rank(self._ledger.candidates(self._model, named, keys), len(keys), self._random)
+        return [[self._replicas[named[name]] for name in group if named[name] in self._replicas] for group in groups]
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
@@ -97,25 +87,22 @@ class PrefixRouter(RequestRouter):
         """These are the replicas now."""
         super().update_replicas(replicas)
         self._ledger.keep(self._model, {name.unique_id for name in self._replica_id_set})
-        self._unanswered = {name: at for name, at in self._unanswered.items() if name in self._replica_id_set}
         self._told.set()
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """A call found it dead, before the controller did."""
         super().on_replica_actor_died(replica_id)
         self._ledger.keep(self._model, {name.unique_id for name in self._replica_id_set})
-        self._unanswered.pop(replica_id, None)
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """A request leaves for it."""
         super().on_send_request(replica_id)
         self._write(What.SENT, replica_id)
-        self._unanswered.setdefault(replica_id, self._get_curr_time_s())
 
     def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
         """It has taken or rejected a request."""
         super().on_new_queue_len_info(replica_id, num_ongoing_requests)
-        self._unanswered.pop(replica_id, None)
+        self._ledger.answered(self._model, replica_id.unique_id)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         """It has taken this request."""
@@ -128,17 +115,6 @@ class PrefixRouter(RequestRouter):
 
     def _write(self, what: What, replica_id: ReplicaID, keys: tuple[int, ...] = ()) -> None:
         self._ledger.write(Entry(what, self._model, replica_id.unique_id, keys))
-
-    def _is_silent(self, replica_id: ReplicaID) -> bool:
-        """True from SILENT_S to SILENT_NO_MORE_S after it was sent a request that it did not take."""
-        if (since := self._unanswered.get(replica_id)) is None:
-            return False
-        waited: float = self._get_curr_time_s() - since
-        if waited > SILENT_NO_MORE_S:
-            del self._unanswered[replica_id]
-        if waited > SILENT_S:
-            self.on_replica_actor_unavailable(replica_id)  # Serve then asks it before it sends it anything
-        return SILENT_S < waited <= SILENT_NO_MORE_S
 
     def _keys(self, request: PendingRequest | None) -> tuple[int, ...]:
         """Of a call of `EngineReplica.request`: (Routing, ReplyTo). None of its other methods has a prompt."""

@@ -1,10 +1,12 @@
 """What an ingress and a replica say to each other of one request, over a sealed connection of the two.
 
-    replica: BEGUN(ticket) --> ingress: ASKED, BODY ..., ASKED_ALL --> replica: HEAD, PIECE ..., END --> ingress: TAKEN
+    replica: BEGUN(ticket, its name) --> ingress: ASKED, BODY ..., ASKED_ALL --> replica: HEAD, PIECE ..., END
                                                                             `-- ALIVE each second
                                                                             `-- LOST or FAILED instead of END
+    ingress: TAKEN, and where it keeps the connection at once or later: ASKED, BODY ... --> replica: BEGUN, HEAD, ...
 
-A message is a byte that says its kind, and the rest. After TAKEN the connection is free for another request.
+A message is a byte that says its kind, and the rest. After TAKEN the connection is free for another request: of the
+ingress if it keeps connections (ReplyTo.keeps), else of the replica's next call.
 """
 
 import json
@@ -38,6 +40,9 @@ class Kind(IntEnum):
     TAKEN = 11
 
 
+_KINDS = {int(kind): kind for kind in Kind}
+"""Kind(number) takes three times as long."""
+
 ENDS = frozenset({Kind.END, Kind.LOST, Kind.FAILED})
 """Of an answer."""
 
@@ -58,9 +63,9 @@ def frame(kind: Kind, rest: bytes = b"") -> bytes:
 
 def parted(message: bytes) -> tuple[Kind, bytes]:
     """Its kind and the rest. Raises ValueError for one that is none of ours."""
-    if not message:
-        raise ValueError("an empty message")
-    return Kind(message[0]), message[1:]
+    if not message or message[0] not in _KINDS:
+        raise ValueError("no message of ours")
+    return _KINDS[message[0]], message[1:]
 
 
 def in_pieces(kind: Kind, content: bytes) -> Iterator[bytes]:

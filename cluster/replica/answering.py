@@ -2,12 +2,14 @@
 
     ReplyTo (in the call, from an ingress) --Lines.take--> Line: a connection of this request alone, dialled or idle
     Line: BEGUN --> the request and its body --> HEAD, PIECE ... --> END, LOST or FAILED --> TAKEN: idle again
+    a line that its ingress keeps (ReplyTo.keeps): the next request comes over it by itself --> BEGUN --> HEAD ...
     Lines, each BEAT_S: ALIVE on every line in use
 
-Ray carries the call and its end, which is how Serve counts, drains and cancels requests. What is said in between goes
-over TCP: as items of a Serve handle each token cost two Ray objects and some six tasks (benchmarks/endpoint.py). A
-line has one request at a time, so the socket's own flow control holds up an answer whose client reads slowly, and it
-alone: vLLM then joins what it has not sent yet.
+Ray carries the call and its end, which is how Serve counts, drains and cancels requests; of those that come by
+themselves it knows nothing, and `drain` waits for them. What is said in between goes over TCP: as items of a Serve
+handle each token cost two Ray objects and some six tasks (benchmarks/endpoint.py). A line has one request at a time, so
+the socket's own flow control holds up an answer whose client reads slowly, and it alone: vLLM then joins what it has
+not sent yet.
 """
 
 import asyncio
@@ -44,12 +46,14 @@ class ReplyTo:
 
     Attributes:
         host, port: where the ingress listens. secret: of its lines. ticket: of the request, TICKET_BYTES.
+        keeps: it is for the ingress to say what the line does after this request.
     """
 
     host: str
     port: int
     secret: bytes
     ticket: bytes
+    keeps: bool = False
 
 
 class LineError(ConnectionError):
@@ -81,10 +85,18 @@ class Line:
             raise LineError(f"the endpoint at {reply.host}:{reply.port} cannot be reached: {error}") from None
         return line
 
-    async def begin(self, ticket: bytes) -> Asked:
-        """Say that the request of `ticket` has arrived; what it asks. Raises LineError: nobody waits for it."""
+    async def begin(self, ticket: bytes, replica: str) -> Asked:
+        """Say that the request of `ticket` has arrived at `replica`; what it asks. Raises LineError: nobody waits."""
+        self._stream.send(frame(Kind.BEGUN, ticket + replica.encode()))
+        return await self.asked()
+
+    def take(self) -> None:
+        """Say that the request which came by itself has arrived."""
+        self._stream.send(frame(Kind.BEGUN))
+
+    async def asked(self) -> Asked:
+        """What is asked next. Raises LineError: nothing any more."""
         self._given_up = False
-        self._stream.send(frame(Kind.BEGUN, ticket))
         kind, rest = await self._next()
         if kind is not Kind.ASKED:
             raise LineError(f"the endpoint began a request with {kind.name}")
@@ -154,16 +166,21 @@ class Line:
 class Lines:
     """A replica's lines."""
 
-    def __init__(self) -> None:
+    def __init__(self, replica: str) -> None:
+        """`replica`: its name, as Serve's router knows it."""
+        self._replica = replica
         self._idle: dict[tuple[str, int, bytes], list[Line]] = {}
         self._used: set[Line] = set()
+        self._kept: dict[asyncio.Task[None], Line] = {}
+        self._draining = asyncio.Event()
         self._beating: asyncio.Task[None] | None = None
 
     async def serve(self, reply: ReplyTo, answer: Callable[[Asked, Line], Awaitable[None]]) -> None:
         """Have the request of `reply` answered; returns when its ingress has the whole answer, or nobody waits for it.
 
         Args:
-            answer: over the line. What it raises, EngineLostError or EngineFaultError, the ingress is told.
+            answer: over the line. What it raises, EngineLostError or EngineFaultError, the ingress is told. If the
+                ingress keeps the line, later requests on it are answered in the same way.
 
         Raises:
             LineError: the ingress cannot be reached.
@@ -171,11 +188,55 @@ class Lines:
         line = await self.take(reply)
         free = False
         try:
-            free = await _served(line, reply.ticket, answer)
+            free = await _answered(line, await line.begin(reply.ticket, self._replica), answer)
         except LineError:
             pass  # the client left before its request was here
         finally:
-            self.give_back(reply, line, free=free)
+            if free and reply.keeps:
+                self._keep(line, answer)
+            else:
+                self.give_back(reply, line, free=free)
+
+    def _keep(self, line: Line, answer: Callable[[Asked, Line], Awaitable[None]]) -> None:
+        self._used.discard(line)
+        if self._draining.is_set():
+            line.close()
+            return
+        task = asyncio.create_task(self._go_on(line, answer))
+        self._kept[task] = line
+        task.add_done_callback(self._ended)
+
+    async def _go_on(self, line: Line, answer: Callable[[Asked, Line], Awaitable[None]]) -> None:
+        """Answer what comes over `line` until it ends."""
+        free = True
+        try:
+            while free and not self._draining.is_set():
+                asked = await line.asked()
+                if self._draining.is_set():
+                    break  # its ingress sends it elsewhere
+                self._used.add(line)
+                line.take()
+                free = await _answered(line, asked, answer)
+                self._used.discard(line)
+        except LineError:
+            pass  # its ingress has closed it
+        finally:
+            self._used.discard(line)
+            line.close()
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        del self._kept[task]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a line failed", exc_info=error)
+
+    async def drain(self) -> None:
+        """Take no more requests but by calls; returns when those that came by themselves are answered."""
+        self._draining.set()
+        for line in self._kept.values():
+            if line not in self._used:
+                line.close()
+        if self._kept:
+            await asyncio.wait(self._kept)
 
     async def take(self, reply: ReplyTo) -> Line:
         """A line to there, for one request. Raises LineError."""
@@ -213,9 +274,8 @@ class Lines:
                 line.alive()
 
 
-async def _served(line: Line, ticket: bytes, answer: Callable[[Asked, Line], Awaitable[None]]) -> bool:
+async def _answered(line: Line, asked: Asked, answer: Callable[[Asked, Line], Awaitable[None]]) -> bool:
     """Whether the line is free for another request. Raises LineError: nobody waits for an answer."""
-    asked = await line.begin(ticket)
     try:
         await answer(asked, line)
     except EngineFaultError as fault:

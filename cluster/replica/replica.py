@@ -2,6 +2,7 @@
 
     ingress --request(Routing, ReplyTo), a Serve call--> replica --answering.Line: the request, its answer--> ingress
             <----------------- the call's end ----------'
+    ingress --answering.Line: later requests, without a call--> replica, the same way
 
 The command line and the ingress import this module, so it imports neither vLLM nor Ray Serve LLM before it runs.
 """
@@ -53,8 +54,8 @@ class EngineReplica:
             faults.StartError: with the sentence to show, whichever process failed.
         """
         secrets.enter(os.environ)
-        self._lines = Lines()
         replica = str(serve.get_replica_context().replica_id.unique_id)
+        self._lines = Lines(replica)
         try:
             self._hosted = await Hosted.start(plan, found, Name(replica, ENDPOINT))
         except faults.StartError as error:
@@ -70,15 +71,19 @@ class EngineReplica:
         Raises:
             EngineLostError: the ingress cannot be reached, which the ingress is to tell.
         """
-
-        async def answer(asked: Asked, line: Line) -> None:
-            with as_text():
-                await self._hosted.answer(asked, line)
-
         try:
-            await self._lines.serve(reply, answer)
+            await self._lines.serve(reply, self._answer)
         except LineError as error:
             raise EngineLostError(str(error)) from None
+
+    async def _answer(self, asked: Asked, line: Line) -> None:
+        with as_text():
+            await self._hosted.answer(asked, line)
+
+    async def __del__(self) -> None:
+        """Serve calls this when it is to end, and waits for graceful_shutdown_timeout_s: requests that came without a
+        call are answered."""
+        await self._lines.drain()
 
     async def healthy(self) -> str:
         """`ok` if a request would be served now, followed by what is to be said of it, if anything.

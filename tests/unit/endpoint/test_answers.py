@@ -37,7 +37,7 @@ class Replica:
     """
 
     def __init__(self) -> None:
-        self.lines = Lines()
+        self.lines = Lines("r1")
         self.produced = 0
         self.came: list[str] = []
         self.left: list[str] = []
@@ -105,7 +105,7 @@ class Both:
     def __init__(self) -> None:
         self.answers, self.replica = Answers("127.0.0.1"), Replica()
 
-    def ask(self, path: str, body: bytes = b"", **how: bool) -> Answer:
+    def ask(self, path: str, body: bytes = b"", **how: Any) -> Answer:
         return self.answers.ask(self.replica.call, Asked("POST", path, (("x-request-id", "r1"),)), body, **how)
 
 
@@ -262,7 +262,7 @@ def test_what_the_call_raises_ends_the_answer_but_not_before_the_reason_on_the_l
 
         async def died(reply: ReplyTo) -> None:
             line = await both.replica.lines.take(reply)
-            await line.begin(reply.ticket)
+            await line.begin(reply.ticket, "r1")
             asyncio.get_running_loop().call_later(0.1, line._stream.send, frame(Kind.LOST, b"out of memory"))
             raise ActorDiedError
 

@@ -18,6 +18,7 @@ from pomarium.cluster.endpoint import holding, reasons
 from pomarium.cluster.endpoint import ingress as ingress_module
 from pomarium.cluster.endpoint.answers import Accepted, CutError
 from pomarium.cluster.endpoint.cards import Served
+from pomarium.cluster.endpoint.dispatch import Dispatch
 from pomarium.cluster.endpoint.holding import State
 from pomarium.cluster.endpoint.ingress import Ingress
 from pomarium.cluster.endpoint.reasons import Reasons
@@ -76,9 +77,18 @@ class Handle:
     async def listen(self) -> Any:
         return self
 
-    def ask(self, call: Callable[[Any], Any], asked: answer_frames.Asked, body: bytes, *, patient: bool) -> Items:
+    def ask(
+        self,
+        call: Callable[[Any], Any],
+        asked: answer_frames.Asked,
+        body: bytes,
+        *,
+        patient: bool,
+        keeps: bool,
+        over: Dispatch | None,
+    ) -> Items:
         """Answers.ask."""
-        assert not patient
+        assert (patient, keeps, over) == (False, True, None)
         call("where")
         self.asked.append((asked, body))
         return self._items

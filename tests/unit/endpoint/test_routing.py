@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve._private.request_router.common import PendingRequest
 
-from pomarium.cluster.endpoint import prefix_router
+from pomarium.cluster.endpoint import ledger, prefix_router
 from pomarium.cluster.endpoint.ledger import Ledger
 from pomarium.cluster.endpoint.prefix_router import PrefixRouter
 from pomarium.cluster.endpoint.routing import (
@@ -232,7 +232,7 @@ class Rack:
             use_replica_queue_len_cache=True,
             get_curr_time_s=lambda: self.now,
         )
-        self.router._ledger = Ledger()  # not the process's, which another test has written to
+        self.router._ledger = Ledger(lambda: self.now)  # not the process's, which another test has written to
         self.replicas = {name: Replica(name) for name in names}
         self.update(*names)
 
@@ -247,8 +247,8 @@ class Rack:
         chosen = await self.router._choose_replica_for_request(request)
         self.router.on_send_request(chosen.replica_id)
         if taken:
-            load = self.router._ledger.load("engine:m", chosen.replica_id.unique_id)
-            self.router.on_new_queue_len_info(chosen.replica_id, load)
+            (known,) = self.router._ledger.candidates("engine:m", [chosen.replica_id.unique_id], [])
+            self.router.on_new_queue_len_info(chosen.replica_id, known.load)
             self.router.on_request_routed(request, chosen.replica_id, None)  # type: ignore[arg-type]
         return str(chosen.replica_id.unique_id)
 
@@ -336,12 +336,12 @@ def test_a_frozen_replica_keeps_one_request_and_gets_no_more_until_it_answers() 
         rack.end(home)
         rack.replicas[home].frozen = True
         assert await rack.send("x" * 999, taken=False) == home
-        rack.now += prefix_router.SILENT_S + 0.1
+        rack.now += ledger.SILENT_S + 0.1
         assert await rack.send("x" * 999) != home
-        rack.now += prefix_router.SILENT_NO_MORE_S  # now Serve itself asks first
+        rack.now += ledger.SILENT_NO_MORE_S  # now Serve itself asks first
         assert await rack.send("y" * 999) != home
         rack.replicas[home].frozen = False
-        rack.now += prefix_router.SILENT_NO_MORE_S
+        rack.now += ledger.SILENT_NO_MORE_S
         assert home in {await rack.send("z" * 999), await rack.send("w" * 999)}
 
     routed(scenario)

@@ -56,6 +56,16 @@ class Holder:
         self.process.wait(PATIENCE_S)
 
 
+def load(ledger: Ledger, replica: str) -> int:
+    """Requests that it was sent and that are not over."""
+    return ledger.candidates("engine:m", [replica], [])[0].load
+
+
+def matched(ledger: Ledger, replica: str, keys: list[int]) -> int:
+    """How many leading ones of `keys` it has read."""
+    return ledger.candidates("engine:m", [replica], keys)[0].matched
+
+
 def called(port: int) -> str:
     with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
         return client.recv(100).decode()
@@ -166,11 +176,11 @@ def test_each_hears_all_others_also_those_that_came_before_it(tmp_path: Path) ->
         ledgers[1].write(sent("b"))
         ledgers[1].write(read("b", 7))
         for ledger in ledgers:
-            await until(lambda ledger=ledger: (ledger.load("engine:m", "a"), ledger.load("engine:m", "b")) == (2, 1))
-            await until(lambda ledger=ledger: ledger.matched("engine:m", "b", [7]) == 1)
-            assert ledger.matched("engine:m", "a", [1, 2, 3, 4]) == 3
+            await until(lambda ledger=ledger: (load(ledger, "a"), load(ledger, "b")) == (2, 1))
+            await until(lambda ledger=ledger: matched(ledger, "b", [7]) == 1)
+            assert matched(ledger, "a", [1, 2, 3, 4]) == 3
         ledgers[0].write(over("a"))
-        await until(lambda: ledgers[2].load("engine:m", "a") == 1)
+        await until(lambda: load(ledgers[2], "a") == 1)
 
     asyncio.run(scenario())
 
@@ -192,16 +202,16 @@ def test_what_one_asked_that_was_killed_is_no_load_and_what_it_taught_stays(tmp_
         other = multiprocessing.get_context("spawn").Process(target=tell_and_stay, args=(str(tmp_path),))
         other.start()
         try:
-            await until(lambda: ledger.load("engine:m", "a") == 1)
+            await until(lambda: load(ledger, "a") == 1)
             assert own.count == 1
         finally:
             assert other.pid is not None
             os.kill(other.pid, signal.SIGKILL)
             other.join()
         await until(lambda: own.count == 0)
-        assert ledger.load("engine:m", "a") == 0
+        assert load(ledger, "a") == 0
         ledger.write(sent("a"))
-        assert ledger.load("engine:m", "a") == 1
+        assert load(ledger, "a") == 1
         await joined(tmp_path, Ledger())
         assert len(list(tmp_path.glob("*.news"))) == 2, "the name of the dead one is gone"
 
@@ -259,7 +269,7 @@ def test_replicas_that_are_gone_are_forgotten() -> None:
         ledger.write(read(replica, 1))
     ledger.keep("engine:other", set())
     ledger.keep("engine:m", {"b"})
-    assert [ledger.load("engine:m", replica) for replica in "ab"] == [0, 1]
-    assert [ledger.matched("engine:m", replica, [1]) for replica in "ab"] == [0, 1]
+    assert [load(ledger, replica) for replica in "ab"] == [0, 1]
+    assert [matched(ledger, replica, [1]) for replica in "ab"] == [0, 1]
     ledger.write(over("a"))
-    assert ledger.load("engine:m", "a") == 0, "its last request ends after it"
+    assert load(ledger, "a") == 0, "its last request ends after it"

@@ -28,7 +28,7 @@ def test_a_message_comes_apart_as_it_was_made(kind: Kind, rest: bytes) -> None:
 
 @pytest.mark.parametrize("message", [b"", b"\x00", b"\xff rest"])
 def test_what_is_no_message_is_refused(message: bytes) -> None:
-    with pytest.raises(ValueError, match=r"empty|not a valid Kind"):
+    with pytest.raises(ValueError, match="no message of ours"):
         parted(message)
 
 

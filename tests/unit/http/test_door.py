@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import resource
 import socket
 import threading
 import time
@@ -19,7 +20,7 @@ from pomarium.cluster.http.asgi import Message, while_there
 from pomarium.cluster.http.door import Bounds
 from pomarium.cluster.http.http_server import HttpServer
 from pomarium.cluster.http.timed_protocol import TimedProtocol
-from pomarium.cluster.machine import listening
+from pomarium.cluster.machine import descriptors, listening
 from pomarium.worker import settings
 from pomarium.worker.errors import SettingsError
 
@@ -235,6 +236,21 @@ def test_what_runs_is_answered_before_the_server_ends_and_nobody_else_is() -> No
         assert rest(idle) == b""
     with pytest.raises(ConnectionRefusedError):
         sent(port)
+
+
+def test_a_thousand_idle_connections_are_kept_and_are_in_nobody_s_way(patient: tuple[Application, int]) -> None:
+    _, port = patient
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limit)
+        descriptors.raise_limit()
+        idle = [stack.enter_context(sent(port, post(Content_Length=1), b"x")) for _ in range(1000)]
+        assert {status(client) for client in idle} == {200}
+        with sent(port, post(Content_Length=3), b"new") as client:
+            assert answer(client)[2] == b"3"
+        for client in idle:
+            client.sendall(post(Content_Length=2) + b"xy")
+        assert {answer(client)[2] for client in idle} == {b"2"}, "each goes on where it was"
 
 
 def test_a_client_that_leaves_ends_the_work_for_it() -> None:
