@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -133,6 +134,43 @@ def test_metrics_show_ray_and_vllm_and_our_steps(server: Server, client: OpenAI)
         page = httpx.get(f"{server.url}/metrics", timeout=30).text
         missing = {series for series in wanted if f"\n{series}" not in page}
     assert not missing
+
+
+def test_one_request_after_the_other_takes_no_call_of_serve_s(server: Server, client: OpenAI) -> None:
+    """They go over the line that the first of them left open. Both counts are of the replica's process, which tells
+    them together."""
+    asked = 20
+
+    def counts() -> tuple[float, float]:
+        page = httpx.get(f"{server.url}/metrics", timeout=30).text
+        return total(page, "ray_vllm_request_success_total"), total(page, "ray_serve_deployment_request_counter_total")
+
+    client.completions.create(model=MODEL, prompt="One", max_tokens=1)
+    answered, called = settled(counts)
+    for _ in range(asked):
+        client.completions.create(model=MODEL, prompt="One", max_tokens=1)
+    deadline = time.monotonic() + 60
+    while (now := counts())[0] < answered + asked and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert now[0] == answered + asked
+    assert called > 0, "the first one was"
+    assert now[1] - called <= 2
+
+
+def total(page: str, series: str) -> float:
+    """Sum of a counter's series in Prometheus's text, of engines alone where it names deployments."""
+    lines = [line for line in page.splitlines() if line.startswith(f"{series}{{") and "ingress" not in line]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def settled(counts: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    """Once they stay the same for longer than a process keeps them to itself."""
+    seen, since = counts(), time.monotonic()
+    while time.monotonic() - since < 12:
+        time.sleep(1)
+        if (now := counts()) != seen:
+            seen, since = now, time.monotonic()
+    return seen
 
 
 @pytest.mark.parametrize("stream", [True, False])
