@@ -204,7 +204,7 @@ class Ingress:
     async def version(self, request: Request) -> Response:
         """vLLM's, where its own clients look for it, and Pomarium's."""
         self._authorise(request)
-        return JSONResponse({name: metadata.version(of) for name, of in VERSIONS.items()})
+        return JSONResponse({name: metadata.version(of).partition("+")[0] for name, of in VERSIONS.items()})
 
     async def kept_response(self, request: Request) -> Response:
         """An earlier answer of /v1/responses: none is kept, for any engine may have given it, and be gone."""

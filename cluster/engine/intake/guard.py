@@ -1,6 +1,6 @@
 """Stands before vLLM's OpenAI application and refuses what would raise in it, hold its event loop or its compilers.
 
-    request --Guard: bodies.parsed, texts, calls, kept, constraints, grammars (in a thread)--> 400, or the application
+    request --Guard: bodies.parsed, texts, calls, responses, constraints, grammars--> 400, or the application as if alone
 
 An ASGI middleware, since the application's own checks run on the event loop that streams and heartbeats share, and
 after others have read the body and walked through it. `pomarium serve` and `vllm serve` have it by default
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pomarium.cluster.engine.intake import calls, constraints, kept, texts
+from pomarium.cluster.engine.intake import calls, constraints, responses, texts
 from pomarium.cluster.engine.intake.constraints import Constraint
 from pomarium.cluster.http import bodies, openai_errors, protocols
 from pomarium.cluster.http.anthropic_errors import Retold
@@ -84,7 +84,7 @@ class Guard:
             return str(error)
         if refusal := texts.refusal(fields, rules.chars, len(body)) or calls.refusal(fields):
             return refusal
-        if path == protocols.RESPONSES and (refusal := kept.refusal(fields)):
+        if path == protocols.RESPONSES and (refusal := responses.refusal(fields)):
             return refusal
         found = constraints.of_body(fields)
         for constraint in found:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pomarium.cluster.engine.intake import calls, constraints, grammars, kept, texts
+from pomarium.cluster.engine.intake import calls, constraints, grammars, responses, texts
 from pomarium.cluster.engine.intake.constraints import Constraint, Kind
 
 VALUES = st.recursive(
@@ -86,7 +86,8 @@ def test_constraints_are_found_where_clients_put_them(body: dict[str, Any], foun
         ),
         VALUES
         | st.dictionaries(
-            st.sampled_from(["type", "json_schema", "json", "regex", "choice", "grammar", "format", "arguments"]), VALUES
+            st.sampled_from(["type", "json_schema", "json", "regex", "choice", "grammar", "format", "arguments"]),
+            VALUES,
         ),
     )
 )
@@ -94,8 +95,30 @@ def test_no_body_makes_the_bounds_raise(body: dict[str, Any]) -> None:
     for constraint in constraints.of_body(body):
         assert isinstance(constraints.refusal(constraint), str | None)
     assert isinstance(calls.refusal(body), str | None)
-    assert isinstance(kept.refusal(body), str | None)
+    assert isinstance(responses.refusal(body), str | None)
     assert texts.size_of(body) <= len(json.dumps(body, ensure_ascii=False))
+
+
+PART = {"type": "output_text", "text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("content", "read"),
+    [
+        ("text", True),
+        ([PART], True),
+        (None, True),
+        ([], False),
+        ([PART, PART], False),
+        ([{"type": "refusal", "refusal": "no"}], False),
+        (["text"], False),
+    ],
+)
+def test_of_an_earlier_answer_one_text_is_read(content: Any, read: bool) -> None:
+    refusal = responses.refusal({"input": ["x", {"role": "assistant", "content": content}]})
+    assert (refusal is None) is read
+    assert read or "`input[1].content`" in str(refusal)
+    assert responses.refusal({"input": [{"role": "user", "content": content}]}) is None
 
 
 @given(st.sampled_from(list(Kind)), st.text() | VALUES.map(json.dumps))
