@@ -1,6 +1,6 @@
 """Stands before vLLM's OpenAI application and refuses what would raise in it, hold its event loop or its compilers.
 
-    request --Guard: bodies.parsed, texts, calls, responses, constraints, grammars--> 400, or the application as if alone
+    request --Guard: bodies.parsed, texts, calls, responses, constraints, grammars--> 400, or the application alone
 
 An ASGI middleware, since the application's own checks run on the event loop that streams and heartbeats share, and
 after others have read the body and walked through it. `pomarium serve` and `vllm serve` have it by default
