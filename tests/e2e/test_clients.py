@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from agent_session import replayed, shares
 from client_programs import PROGRAMS, STEPS, NoNodeError, Program, node, took
 from rack_serving import until
 from serve_process import MODEL, Server
@@ -24,7 +25,8 @@ PARSER = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("clients")
-    server = Server(folder, [*PARSER, "--enable-prompt-tokens-details"], {"POMARIUM_API_KEY": KEY}, KEY)
+    arguments = [*PARSER, "--enable-prompt-tokens-details", "--max-model-len", "4096"]
+    server = Server(folder, arguments, {"POMARIUM_API_KEY": KEY}, KEY)
     server.ensure()
     yield server
     server.end()
@@ -78,6 +80,13 @@ def test_a_client_does_all_that_the_page_says(server: Server, program: Program) 
     assert "The model `nobody` does not exist. Served here: smollm2." in gave["error"]
     assert gave["disconnect"] > 0
     assert after - before < ENDLESS, "the engine went on with what nobody reads"
+
+
+def test_an_agent_s_turns_find_the_turns_before_them_in_the_cache(server: Server) -> None:
+    """Two sessions in turn; on two engines: test_replica_routing.py."""
+    for path, turns in replayed(server.url, KEY, MODEL).items():
+        print(path, [f"{share:.1%}" for share in shares(turns)])
+        assert min(shares(turns)) >= 0.95, path
 
 
 def test_a_batch_of_responses(server: Server, tmp_path: Path) -> None:
