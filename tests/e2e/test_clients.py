@@ -11,6 +11,7 @@ import httpx
 import pytest
 from agent_session import replayed, shares
 from client_programs import PROGRAMS, STEPS, NoNodeError, Program, node, took
+from openai import APIError
 from rack_serving import until
 from serve_process import MODEL, Server
 
@@ -106,3 +107,28 @@ def test_a_batch_of_responses(server: Server, tmp_path: Path) -> None:
     assert (result["custom_id"], result["response"]["body"]["object"]) == ("r0", "response")
     (refused,) = [json.loads(line) for line in client.files.content(batch.error_file_id).text.splitlines()]
     assert refused["response"]["body"]["error"]["message"].startswith("`store` ")
+
+
+def test_a_lost_engine_ends_a_stream_in_the_words_of_its_protocol(server: Server) -> None:
+    """Comes last: the engine is not waited for."""
+    endless = {"output_config": {"format": {"type": "json_schema", "schema": {"type": "string", "minLength": 20_000}}}}
+    body = {"model": MODEL, "max_tokens": 3000, "messages": [{"role": "user", "content": "Go on."}], "stream": True}
+    responses = server.client().responses.create(
+        model=MODEL, input="Go on.", max_output_tokens=3000, stream=True, extra_body={"ignore_eos": True}
+    )
+    with httpx.stream(
+        "POST", f"{server.url}/v1/messages", json=body | endless, headers={"x-api-key": KEY}, timeout=300
+    ) as messages:
+        lines = messages.iter_lines()
+        assert any("content_block_delta" in line for line in lines)
+        assert any(event.type == "response.output_text.delta" for event in responses)
+        for process in server.processes():
+            if "WorkerActor" in " ".join(process.cmdline()):
+                process.kill()
+        *_, name, data, _ = lines
+        with pytest.raises(APIError, match="crashed or was killed"):
+            list(responses)
+    assert name == "event: error"
+    told = json.loads(data.removeprefix("data: "))
+    assert (told["type"], told["error"]["type"]) == ("error", "overloaded_error")
+    assert "crashed or was killed" in told["error"]["message"]
