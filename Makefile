@@ -85,5 +85,5 @@ check-macos-wheels: install-dev ## ask the index whether each pin has a macOS wh
 	@deploy/check_macos_wheels.sh $(PYTHONS)
 
 clean: ## remove .venv, caches and build output
-	rm -rf .venv build dist src/pomarium.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv tests/clients/.venv tests/clients/node_modules build dist src/pomarium.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find cluster worker kernels proto tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,7 +20,7 @@ from typing import Any
 
 from pomarium.cluster.http.bodies import BodyError, check_depth
 
-URLS = ("/v1/chat/completions", "/v1/completions")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 MOST_BYTES = 64 << 20
 """Of one line. What is longer is no request but a file of another kind."""
 MOST_DEPTH = 200

@@ -33,9 +33,11 @@ class Tally:
             return
         self.results += 1
         usage = json.loads(answer.body).get("usage") or {}
-        self.prompt += usage.get("prompt_tokens") or 0
-        self.generated += usage.get("completion_tokens") or 0
-        self.cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        # Responses counts the same by other names.
+        details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+        self.prompt += usage.get("prompt_tokens") or usage.get("input_tokens") or 0
+        self.generated += usage.get("completion_tokens") or usage.get("output_tokens") or 0
+        self.cached += details.get("cached_tokens") or 0
 
     def reject(self) -> None:
         """A line that no engine has seen."""

@@ -14,6 +14,7 @@ import hmac
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -36,11 +37,12 @@ from pomarium.cluster.endpoint.holding import SILENT
 from pomarium.cluster.endpoint.reasons import Reasons
 from pomarium.cluster.endpoint.relay import Relay
 from pomarium.cluster.endpoint.routing import NoReplicaError, keys_of
-from pomarium.cluster.http import bodies, openai_app, openai_errors
+from pomarium.cluster.http import bodies, openai_app, openai_errors, protocols
 from pomarium.cluster.http.answer_frames import Asked
 from pomarium.cluster.http.asgi import Message, Receive, Send, while_there
 from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.http.openai_errors import RefusalError
+from pomarium.cluster.http.protocols import GENERATED, OTHER_KINDS
 from pomarium.cluster.replica.answering import ReplyTo
 from pomarium.cluster.replica.loss import EngineLostError
 from pomarium.cluster.replica.replica import Routing
@@ -54,13 +56,21 @@ reasons.READ_S it bounds the answer of /health at 2 s."""
 
 HEAD_IS_GONE = f"{watch.HEAD_GONE}: engines go on for some seconds, and then all of it ends."
 
+VERSIONS = {"version": "vllm", "pomarium": "pomarium"}
+"""What /version shows, and of which package."""
+
+NOT_KEPT = (
+    "No response is kept here, so none can be retrieved, cancelled or deleted: send the whole conversation as `input`, "
+    "and close the connection to cancel."
+)
+
+KEPT = (f"{protocols.RESPONSES}/{{name}}", f"{protocols.RESPONSES}/{{name}}/{{what}}")
+"""Paths of responses that a server has kept."""
+
 LARGE = 256 << 10
 """Bytes of a body that takes longer to parse than to hand to a thread: some 2 ms."""
 
 PASSED_HEADERS = frozenset({"content-type", "x-request-id", "traceparent", "tracestate"})
-
-GENERATED = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
-"""Paths that an engine answers."""
 
 
 async def _listen() -> Answers:
@@ -76,7 +86,7 @@ class Ingress:
     There may be several of one endpoint, in processes of their own (ingress_replica.py): none keeps what another would
     lack.
 
-    `engines`: one handle per model name. `api_keys`: accepted bearer tokens; empty admits everybody. `batches`: where
+    `engines`: one handle per model name. `api_keys`: that requests carry; empty admits everybody. `batches`: where
     uploaded files and batches are kept; None: there are none. `served`: what is known of each model. `created`: Unix
     time, since when they are served; None: now.
     `head_answers`: whether Ray's head does. `shortage`: a sentence on a disk that is full, if one is. `listen`: for
@@ -113,6 +123,9 @@ class Ingress:
                 Route("/metrics", self.prometheus),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{model:path}", self.model),
+                Route("/version", self.version),
+                *(Route(path, self.kept_response, methods=["GET", "POST", "DELETE"]) for path in KEPT),
+                *(Route(path, self.other_kind, methods=["POST"]) for path in OTHER_KINDS),
                 *routes.mounted(self._stored, self._run_batches),
                 # For other methods, and a slash behind the path.
                 *(Route(path, _passes_below, methods=["POST"]) for path in GENERATED),
@@ -191,6 +204,23 @@ class Ingress:
         self._authorise(request)
         return JSONResponse(await self._card(self._known(model)))
 
+    async def version(self, request: Request) -> Response:
+        """vLLM's, where its own clients look for it, and Pomarium's."""
+        self._authorise(request)
+        return JSONResponse({name: metadata.version(of).partition("+")[0] for name, of in VERSIONS.items()})
+
+    async def kept_response(self, request: Request) -> Response:
+        """An earlier answer of /v1/responses: none is kept, for any engine may have given it, and be gone."""
+        self._authorise(request)
+        raise RefusalError(*openai_errors.unknown(NOT_KEPT))
+
+    async def other_kind(self, request: Request) -> Response:
+        """What takes another kind of model than those that are served."""
+        self._authorise(request)
+        path = request.url.path
+        name, _ = self._read(path, await request.body())
+        raise RefusalError(*openai_errors.other_kind(name, path, OTHER_KINDS[path]))
+
     async def generate(self, request: Request, send: Send) -> None:
         """Everything that an engine answers.
 
@@ -216,7 +246,7 @@ class Ingress:
         answer = answers.ask(call, asked, body, patient=served.sleeps, keeps=keeps, over=over)
         del body  # an answer may take minutes
         state = (lambda: self._reasons.state(deployment)) if served.sleeps else None
-        relay = Relay(name, answer, lambda: self._reasons.why(deployment), state)
+        relay = Relay(name, path, answer, lambda: self._reasons.why(deployment), state)
         await while_there(request.receive, _relayed(relay, send))
 
     def _stored(self, request: Request) -> BatchStore:
@@ -249,9 +279,12 @@ class Ingress:
         if not self._keys:
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        given = token.strip().encode("latin-1")  # as Starlette decoded what came
-        if scheme.lower() != "bearer" or not any(hmac.compare_digest(given, key) for key in self._keys):
-            raise RefusalError(*openai_errors.unauthorized())
+        bearer = token if scheme.lower() == "bearer" else ""
+        for given in (bearer, request.headers.get("x-api-key", "")):
+            sent = given.strip().encode("latin-1")  # as Starlette decoded what came
+            if sent and any(hmac.compare_digest(sent, key) for key in self._keys):
+                return
+        raise RefusalError(*openai_errors.unauthorized())
 
     async def _answers(self) -> Answers:
         """Where replicas answer; made once, on the loop of all requests."""

@@ -19,10 +19,11 @@ from ray.util.metrics import Counter
 from pomarium.cluster import faults
 from pomarium.cluster.endpoint import ledger, shared_port
 from pomarium.cluster.endpoint.cards import Served
-from pomarium.cluster.endpoint.ingress import GENERATED, Ingress
+from pomarium.cluster.endpoint.ingress import Ingress
 from pomarium.cluster.endpoint.siblings import Siblings
 from pomarium.cluster.http.door import Bounds
 from pomarium.cluster.http.http_server import HttpServer
+from pomarium.cluster.http.protocols import GENERATED, MESSAGES, OTHER_KINDS, RESPONSES
 from pomarium.cluster.node.ray_folder import session_folder
 from pomarium.cluster.replica.serve_plan import Batches
 from pomarium.worker import settings
@@ -31,8 +32,8 @@ from pomarium.worker.address import authority
 FREE_S = 10.0
 """For how long the port of an ingress that was lost may still be taken."""
 
-SHOWN = ("/health", "/metrics", "/v1/models", "/v1/files", "/v1/batches")
-"""Paths that requests are counted by, with all below them, beside GENERATED."""
+SHOWN = ("/health", "/metrics", "/version", "/v1/models", "/v1/files", "/v1/batches", RESPONSES, MESSAGES)
+"""Paths that requests are counted by, with all below them, beside GENERATED and OTHER_KINDS."""
 
 
 class IngressReplica:
@@ -95,6 +96,6 @@ async def _listener(folder: Path, host: str, port: int) -> socket.socket:
 
 def route_of(path: str) -> str:
     """What a request for `path` is counted as: one of few names, whatever clients send."""
-    if path in GENERATED:
+    if path in GENERATED or path in OTHER_KINDS:
         return path
     return next((known for known in SHOWN if path == known or path.startswith(f"{known}/")), "other")

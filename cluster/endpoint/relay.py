@@ -4,7 +4,6 @@ Nothing here waits for ever: a request that no replica is there for is refused a
 silent (frozen, or its machine without power or cable) is given up after heartbeat.SILENCE_S.
 """
 
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from pomarium.cluster.endpoint import holding
 from pomarium.cluster.endpoint.answers import Accepted, CutError
 from pomarium.cluster.endpoint.holding import HopelessError, State
 from pomarium.cluster.endpoint.routing import NoReplicaError
-from pomarium.cluster.http import openai_errors
+from pomarium.cluster.http import openai_errors, protocols
 from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.http.openai_errors import RefusalError
 from pomarium.cluster.replica import heartbeat
@@ -30,17 +29,19 @@ SILENT = f"it has not answered for {heartbeat.SILENCE_S:g} s"
 class Relay:
     """An engine's answer on its way to the client. A loss becomes a 503, or an error event if the answer had begun.
 
-    `why` tells why no replica runs. `state`: of a model that may sleep, for which the request is held; else None.
+    `path`: of the request, which says what such an event looks like. `why` tells why no replica runs. `state`: of a
+    model that may sleep, for which the request is held; else None.
     """
 
     def __init__(
         self,
         model: str,
+        path: str,
         items: Any,
         why: Callable[[], Awaitable[str]],
         state: Callable[[], Awaitable[State]] | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._path = model, path
         self._items = items
         self._iterator = aiter(items)
         self._why = why
@@ -98,7 +99,7 @@ class Relay:
             async for piece in self.pieces():
                 yield piece
         except RefusalError as lost:
-            yield f"data: {json.dumps(lost.body)}\n\ndata: [DONE]\n\n".encode()
+            yield protocols.last_event(self._path, lost.status, lost.body)
         finally:
             self.cancel()
 

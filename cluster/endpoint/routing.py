@@ -15,6 +15,7 @@ from random import Random
 from typing import Any, Generic, TypeVar
 
 from pomarium.cluster.http.prompts import prompt_text
+from pomarium.cluster.http.protocols import PROMPTED
 
 R = TypeVar("R", bound=Hashable)
 """Names a replica."""
@@ -125,7 +126,7 @@ class PrefixTable(Generic[R]):
 
 def keys_of(path: str, fields: dict[str, Any]) -> tuple[int, ...]:
     """Keys of the prompt in a request's body, `fields`; none if `path` generates nothing."""
-    return prefix_keys(prompt_text(fields)) if path.startswith("/v1/") else ()
+    return prefix_keys(prompt_text(fields)) if path in PROMPTED else ()
 
 
 def prefix_keys(text: str) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """What Pomarium adds to vLLM's front end, wherever it runs: `pomarium serve`, batches, `vllm serve`, `vllm.LLM`.
 
     model folder --renderer made---> chat_template.json becomes the tokenizer's template, if it has none
+                                     the form of calls is closed (call_form.py)
                  --processor made--> end tokens from all sources (worker/models/endings.py), in the log and in force
     request --rendered, processed--> refused if it names a token that the embedding lacks (request_bounds.py)
 
@@ -49,6 +50,9 @@ def install() -> None:
 
 
 def _with_template(renderer: BaseRenderer, config: VllmConfig, tokenizer: TokenizerLike | None) -> None:
+    from pomarium.cluster.engine import call_form  # imports vLLM's protocols, which the engine itself has no use for
+
+    call_form.install()
     if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.chat_template is None:
         model = config.model_config
         if content := _file(CHAT_TEMPLATE, str(model.tokenizer), model.tokenizer_revision):

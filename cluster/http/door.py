@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from pomarium.cluster.http import openai_errors
+from pomarium.cluster.http import openai_errors, protocols
 from pomarium.cluster.http.asgi import App, Message, Receive, Send, answer_json
 from pomarium.worker import settings
 
@@ -56,7 +56,7 @@ class Door:
             return
         most = self._bounds.most(scope["method"], scope["path"])
         if _content_length(scope) > most:
-            await _answer(send, *openai_errors.too_large(most))
+            await _answer(send, scope["path"], *openai_errors.too_large(most))
             return
         body = _Body(receive, send, most, self._bounds.timeout)
         try:
@@ -65,7 +65,7 @@ class Door:
             if body.refusal is None:
                 raise
             # Else it is how the application ends when it is told that the client has left.
-        await body.refuse()
+        await body.refuse(scope["path"])
 
 
 class _Body:
@@ -107,11 +107,11 @@ class _Body:
             self._begun = True
             await self._send(message)
 
-    async def refuse(self) -> None:
-        """Answer with the refusal, if there is one and it is not too late."""
+    async def refuse(self, path: str) -> None:
+        """Answer with the refusal, if there is one and it is not too late. `path`: of the request."""
         if self.refusal is not None and not self._begun:
             self._begun = True
-            await _answer(self._send, *self.refusal)
+            await _answer(self._send, path, *self.refusal)
 
 
 def _content_length(scope: Message) -> int:
@@ -120,7 +120,8 @@ def _content_length(scope: Message) -> int:
     return max(lengths, default=0)
 
 
-async def _answer(send: Send, status: int, body: dict[str, Any]) -> None:
+async def _answer(send: Send, path: str, status: int, body: dict[str, Any]) -> None:
     # Of a body that is too large the rest is read, or no answer arrives.
     ends = status == HTTPStatus.REQUEST_TIMEOUT
-    await answer_json(send, status, body, [(b"connection", b"close")] if ends else [])
+    told = protocols.error_body(path, status, body)
+    await answer_json(send, status, told, [(b"connection", b"close")] if ends else [])

@@ -1,4 +1,4 @@
-"""Routes as an ASGI application whose errors are OpenAI's, whatever raises them.
+"""Routes as an ASGI application whose errors are OpenAI's, whatever raises them; Anthropic's on its own paths.
 
 RefusalError, no such route, a fault of ours --response--> {"error": {...}}
 """
@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute
 
-from pomarium.cluster.http import openai_errors
+from pomarium.cluster.http import openai_errors, protocols
 from pomarium.cluster.http.openai_errors import RefusalError
 
 logger = logging.getLogger(__name__)
@@ -32,18 +32,20 @@ async def _answered(request: Request, error: Exception) -> Response:
 
 def response(request: Request, error: Exception) -> Response:
     """What the client of a request that ended with `error` is told. A fault of ours is logged."""
+    path = request.url.path
     if isinstance(error, RefusalError):
-        return JSONResponse(error.body, error.status, headers=openai_errors.headers(error.status))
+        body = protocols.error_body(path, error.status, error.body)
+        return JSONResponse(body, error.status, headers=openai_errors.headers(error.status))
     if isinstance(error, HTTPException):
-        path = openai_errors.shown(request.url.path)
-        status, body = openai_errors.http(error.status_code, f"{request.method} {path}: {error.detail}.")
-        return JSONResponse(body, status, headers=error.headers)
+        said = f"{request.method} {openai_errors.shown(path)}: {error.detail}."
+        status, body = openai_errors.http(error.status_code, said)
+        return JSONResponse(protocols.error_body(path, status, body), status, headers=error.headers)
     if isinstance(error, ClientDisconnect):  # or its body was refused (door.py) before all of it was there
         return Response(status_code=CLIENT_LEFT)
     request_id = request.headers.get("x-request-id", "?")
     logger.error("request %s failed", request_id, exc_info=error)
     status, body = openai_errors.internal(request_id)
-    return JSONResponse(body, status)
+    return JSONResponse(protocols.error_body(path, status, body), status)
 
 
 _KINDS = (RefusalError, HTTPException, ClientDisconnect, Exception)

@@ -1,4 +1,7 @@
-"""OpenAI's error body, for what the ingress itself refuses; engines answer with vLLM's, which have the same shape."""
+"""OpenAI's error body, for what the ingress itself refuses; engines answer with vLLM's, which have the same shape.
+
+protocols.py makes other protocols' bodies of these.
+"""
 
 from http import HTTPStatus
 from typing import Any
@@ -78,8 +81,14 @@ def too_slow(timeout: float) -> tuple[int, dict[str, Any]]:
 
 def unauthorized() -> tuple[int, dict[str, Any]]:
     """401 for a missing or wrong key."""
-    message = "Wrong or missing API key: send `Authorization: Bearer KEY`."
+    message = "Wrong or missing API key: send `Authorization: Bearer KEY` or `x-api-key: KEY`."
     return _error(HTTPStatus.UNAUTHORIZED, message, "AuthenticationError")
+
+
+def other_kind(model: str, path: str, does: str) -> tuple[int, dict[str, Any]]:
+    """400 for a path that takes a model of another kind. `does`: what such a model does."""
+    message = f"`{model}` is a model that generates text, and {path} takes one that {does}: none is served here."
+    return _error(HTTPStatus.BAD_REQUEST, message, "BadRequestError", "model")
 
 
 def engine_unavailable(model: str, reason: str) -> tuple[int, dict[str, Any]]:

@@ -15,7 +15,8 @@ from pomarium.cluster.http.asgi_bridge import Exchange, Head
 from pomarium.worker.errors import PomariumError
 
 EVENT_STREAM = "text/event-stream"
-_ERROR_EVENT = b'data: {"error":'
+_ERROR_EVENTS = (b'data: {"error":', b"event: error\n")
+"""How an event begins that tells of an error: OpenAI's, and the named one of Anthropic's Messages."""
 _EVENT_END = b"\n\n"
 
 
@@ -81,10 +82,10 @@ class Honest:
 
 def error_event(piece: bytes) -> int | None:
     """Where in `piece`, which consists of whole server-sent events, the first one begins that tells of an error."""
-    if piece.startswith(_ERROR_EVENT):
+    if piece.startswith(_ERROR_EVENTS):
         return 0
-    at = piece.find(_EVENT_END + _ERROR_EVENT)
-    return None if at < 0 else at + len(_EVENT_END)
+    found = [at for event in _ERROR_EVENTS if (at := piece.find(_EVENT_END + event)) >= 0]
+    return min(found) + len(_EVENT_END) if found else None
 
 
 def cause(loss: Loss | None, exit_code: int | None, worker_end: Callable[[int], str | None]) -> str:

@@ -73,6 +73,27 @@ BODIES = {
 }
 
 
+TOOL = {"type": "function", "name": "f", "parameters": nested(250)}
+ANTHROPIC_TOOL = {"name": "f", "input_schema": nested(250)}
+ITEM = {"type": "function_call", "call_id": "1", "name": "f", "arguments": DEEP}
+SAID: list[Any] = [{"role": "user", "content": "Hi"}]
+ASKED = {"/v1/responses": {"input": SAID}, "/v1/messages": {"messages": SAID, "max_tokens": 4}}
+
+OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "format": ("/v1/responses", {"text": {"format": {"type": "json_schema", "schema": nested(250)}}}, "nested deeper"),
+    "loop": ("/v1/responses", {"text": {"format": {"type": "json_schema", "schema": {"$ref": "#"}}}}, "no text"),
+    "tools": ("/v1/responses", {"tools": [TOOL], "tool_choice": "required"}, "nested deeper"),
+    "arguments": ("/v1/responses", {"input": [*SAID, ITEM]}, "`input[1].arguments`"),
+    "text": ("/v1/responses", {"input": "word " * 250_000}, "characters"),
+    "no part": ("/v1/responses", {"input": [{"type": "message", "role": "assistant", "content": []}]}, "one part"),
+    "kept": ("/v1/responses", {"previous_response_id": "resp_1"}, "none is kept"),
+    "config": ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": nested(250)}}}, "nested"),
+    "input_schema": ("/v1/messages", {"tools": [ANTHROPIC_TOOL], "tool_choice": {"type": "any"}}, "nested deeper"),
+    "system": ("/v1/messages", {"system": "word " * 250_000}, "characters"),
+    "blocks": ("/v1/messages", {"messages": [{"role": "user", "content": [{"type": "image", "source": 1}]}]}, "source"),
+}
+
+
 def post(server: Server, path: str, content: bytes) -> httpx.Response:
     return httpx.post(
         server.url + path, content=content, headers={"content-type": "application/json"}, timeout=120, trust_env=False
@@ -95,8 +116,16 @@ def test_a_hostile_field_is_a_400(server: Server, case: str) -> None:
     assert words in error_of(chat(server, change))
 
 
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_hostile_field_of_another_protocol_is_a_400_in_its_own_body(server: Server, case: str) -> None:
+    path, change, words = OTHERS[case]
+    answer = post(server, path, json.dumps({"model": MODEL} | ASKED[path] | change).encode())
+    assert words in error_of(answer)
+    assert answer.json().get("type") == ("error" if path == "/v1/messages" else None)
+
+
 @pytest.mark.parametrize("case", BODIES)
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize", "/v1/responses", "/v1/messages"])
 def test_a_hostile_body_is_a_400_of_one_sentence(server: Server, case: str, path: str) -> None:
     message = error_of(post(server, path, BODIES[case]))
     assert message.startswith("The request body ")

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from agent_session import replayed, shares
 from serve_process import Server
 from streaming import Stream
 from tiny_models import write_checkpoint
@@ -29,6 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("replicas")
     model = write_checkpoint("llama", folder / "tiny", max_position_embeddings=CONTEXT)
     options = ["--replicas", "2", "--max-model-len", str(CONTEXT), "--enable-prompt-tokens-details"]
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     server = Server(folder, [str(model), *options])
     server.ensure()
     yield server
@@ -52,6 +54,12 @@ def test_a_prompt_goes_to_the_replica_that_knows_its_beginning(server: Server) -
             shares.append(((usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0) / usage["prompt_tokens"])
     assert all(share < 0.2 for share in shares[:SYSTEMS])
     assert all(share > 0.8 for share in shares[SYSTEMS:]), shares
+
+
+def test_an_agent_s_turns_find_the_engine_that_knows_them(server: Server) -> None:
+    for path, turns in replayed(server.url, "none", "tiny").items():
+        print(path, [f"{share:.1%}" for share in shares(turns)])
+        assert min(shares(turns)) >= 0.95, path
 
 
 def replicas(server: Server) -> list[psutil.Process]:

@@ -1,4 +1,7 @@
-"""Arguments of earlier tool calls in a conversation: JSON within JSON, which vLLM parses for the chat template."""
+"""Arguments of earlier tool calls in a conversation: JSON within JSON, which vLLM parses for the chat template.
+
+They stand in `messages` (chat) and in `input` (Responses). Anthropic's Messages has them as objects of the body itself.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,12 +22,18 @@ def refusal(fields: Mapping[str, Any]) -> str | None:
 
 
 def _arguments(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    messages = fields.get("messages")
-    for i, message in enumerate(messages if isinstance(messages, list) else ()):
-        if not isinstance(message, dict):
-            continue
-        calls = message.get("tool_calls")
-        for j, call in enumerate(calls if isinstance(calls, list) else ()):
-            function = call.get("function") if isinstance(call, dict) else None
-            if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
-                yield f"messages[{i}].tool_calls[{j}].function.arguments", text
+    for field in ("messages", "input"):
+        items = fields.get(field)
+        for i, item in enumerate(items if isinstance(items, list) else ()):
+            if isinstance(item, dict):
+                yield from ((f"{field}[{i}].{place}", text) for place, text in _arguments_of(item))
+
+
+def _arguments_of(item: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if isinstance(text := item.get("arguments"), str):
+        yield "arguments", text
+    calls = item.get("tool_calls")
+    for j, call in enumerate(calls if isinstance(calls, list) else ()):
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
+            yield f"tool_calls[{j}].function.arguments", text

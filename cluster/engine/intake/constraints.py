@@ -65,9 +65,15 @@ class Constraint:
 
 
 def of_body(fields: Mapping[str, Any]) -> tuple[Constraint, ...]:
-    """The constraints that stand in a body of OpenAI's protocol or vLLM's additions, well-formed or not: whoever reads
-    them next decides that. Parameters of tools count where the answer has to be a call."""
-    return (*_of_format(fields.get("response_format")), *_of_outputs(fields), *_of_tools(fields))
+    """The constraints that stand in a body of OpenAI's protocols, Anthropic's or vLLM's additions, well-formed or not:
+    whoever reads them next decides that. Parameters of tools count where the answer has to be a call."""
+    return (
+        *_of_format(fields.get("response_format")),
+        *_of_flat_format(fields.get("text"), "text"),
+        *_of_flat_format(fields.get("output_config"), "output_config"),
+        *_of_outputs(fields),
+        *_of_tools(fields),
+    )
 
 
 def of_params(params: Any) -> Constraint | None:
@@ -171,6 +177,13 @@ def _of_format(given: Any) -> Iterator[Constraint]:
         yield Constraint(Kind.STRUCTURAL_TAG, json.dumps(given), "response_format")
 
 
+def _of_flat_format(given: Any, field: str) -> Iterator[Constraint]:
+    """`text` of Responses and `output_config` of Messages: {"format": {"type": "json_schema", "schema": ...}}."""
+    wanted = given.get("format") if isinstance(given, dict) else None
+    if isinstance(wanted, dict) and wanted.get("type") == "json_schema" and wanted.get("schema") is not None:
+        yield Constraint(Kind.JSON, _as_text(wanted["schema"]), f"{field}.format")
+
+
 def _of_outputs(fields: Mapping[str, Any]) -> Iterator[Constraint]:
     given = fields.get("structured_outputs")
     if not isinstance(given, dict):
@@ -182,9 +195,26 @@ def _of_outputs(fields: Mapping[str, Any]) -> Iterator[Constraint]:
 
 def _of_tools(fields: Mapping[str, Any]) -> Iterator[Constraint]:
     choice, tools = fields.get("tool_choice"), fields.get("tools")
-    if choice in (None, "none", "auto") or not isinstance(tools, list):
+    kind = choice.get("type") if isinstance(choice, dict) else choice
+    if kind in (None, "none", "auto"):
         return
-    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)]
-    parameters = [f["parameters"] for f in functions if isinstance(f, dict) and f.get("parameters") is not None]
+    parameters = [found for tool in _flattened(tools) if (found := _parameters_of(tool)) is not None]
     if parameters:
         yield Constraint(Kind.JSON, json.dumps({"anyOf": parameters}), "tools")
+
+
+def _flattened(tools: Any) -> Iterator[dict[str, Any]]:
+    """Tools, those of a namespace of Responses too, which holds no further ones."""
+    for tool in tools if isinstance(tools, list) else ():
+        if isinstance(tool, dict):
+            yield tool
+            inner = tool.get("tools")
+            yield from (one for one in (inner if isinstance(inner, list) else ()) if isinstance(one, dict))
+
+
+def _parameters_of(tool: Mapping[str, Any]) -> Any:
+    """The schema of a call: within `function` in chat, beside the name in Responses, `input_schema` in Messages."""
+    function = tool.get("function")
+    if isinstance(function, dict) and function.get("parameters") is not None:
+        return function["parameters"]
+    return tool["parameters"] if tool.get("parameters") is not None else tool.get("input_schema")

@@ -1,6 +1,6 @@
 """Stands before vLLM's OpenAI application and refuses what would raise in it, hold its event loop or its compilers.
 
-    request --Guard: bodies.parsed, texts, constraints, grammars (in a thread)--> 400, or the application as if alone
+    request --Guard: bodies.parsed, texts, calls, responses, constraints, grammars--> 400, or the application alone
 
 An ASGI middleware, since the application's own checks run on the event loop that streams and heartbeats share, and
 after others have read the body and walked through it. `pomarium serve` and `vllm serve` have it by default
@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pomarium.cluster.engine.intake import calls, constraints, texts
+from pomarium.cluster.engine.intake import calls, constraints, responses, texts
 from pomarium.cluster.engine.intake.constraints import Constraint
-from pomarium.cluster.http import bodies, openai_errors
+from pomarium.cluster.http import bodies, openai_errors, protocols
+from pomarium.cluster.http.anthropic_errors import Retold
 from pomarium.cluster.http.asgi import App, Message, Receive, Send, answer_json
 from pomarium.worker import settings
 
@@ -50,13 +51,16 @@ class Guard:
         if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope):
             await self._app(scope, receive, send)
             return
+        path = scope["path"]
+        if protocols.is_anthropic(path):
+            send = Retold(send)
         body = await _read(receive)
         if body is None:
             return
         if self._rules is None:
             self._rules = rules_of(scope["app"].state.vllm_config)
         ahead = asyncio.ensure_future(receive())
-        judging = asyncio.ensure_future(self._refusal(self._rules, body))
+        judging = asyncio.ensure_future(self._refusal(self._rules, path, body))
         try:
             await asyncio.wait({ahead, judging}, return_when=asyncio.FIRST_COMPLETED)
             if not judging.done():
@@ -71,7 +75,7 @@ class Guard:
             judging.cancel()
             ahead.cancel()
 
-    async def _refusal(self, rules: Rules, body: bytes) -> str | None:
+    async def _refusal(self, rules: Rules, path: str, body: bytes) -> str | None:
         if not body:
             return None
         try:
@@ -79,6 +83,8 @@ class Guard:
         except bodies.BodyError as error:
             return str(error)
         if refusal := texts.refusal(fields, rules.chars, len(body)) or calls.refusal(fields):
+            return refusal
+        if path == protocols.RESPONSES and (refusal := responses.refusal(fields)):
             return refusal
         found = constraints.of_body(fields)
         for constraint in found:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pomarium.cluster.batch import lines
 from pomarium.cluster.batch.lines import Answer, Rejection, Request, parse
+from pomarium.cluster.batch.progress import Tally
 
 GOOD: dict[str, Any] = {
     "custom_id": "r1",
@@ -34,6 +35,26 @@ def test_a_request() -> None:
     assert isinstance(asked, Request)
     assert (asked.line, asked.custom_id, asked.url) == (7, "r1", "/v1/completions")
     assert json.loads(asked.body) == GOOD["body"]
+
+
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_what_a_line_may_ask(url: str) -> None:
+    asked = parse(1, text(url=url))
+    assert isinstance(asked, Request)
+    assert asked.url == url
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": 8, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 6}},
+        {"input_tokens": 8, "output_tokens": 2, "input_tokens_details": {"cached_tokens": 6}},
+    ],
+)
+def test_tokens_are_counted_whatever_they_are_called(usage: dict[str, Any]) -> None:
+    tally = Tally()
+    tally.add(Answer(200, json.dumps({"usage": usage}).encode()))
+    assert (tally.prompt, tally.generated, tally.cached) == (8, 2, 6)
 
 
 @pytest.mark.parametrize(

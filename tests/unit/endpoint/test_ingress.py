@@ -24,7 +24,7 @@ from pomarium.cluster.endpoint.ingress import Ingress
 from pomarium.cluster.endpoint.reasons import Reasons
 from pomarium.cluster.endpoint.relay import RefusalError, Relay
 from pomarium.cluster.endpoint.routing import NoReplicaError
-from pomarium.cluster.http import answer_frames, asgi_bridge, openai_app, openai_errors
+from pomarium.cluster.http import answer_frames, asgi_bridge, openai_app, openai_errors, protocols
 from pomarium.cluster.http.asgi import Message
 from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.replica.heartbeat import SilentError
@@ -103,8 +103,10 @@ def dual(error: Exception) -> Exception:
     return RayTaskError("request", "Traceback ...", error).as_instanceof_cause()
 
 
-def request(body: bytes = b"", headers: dict[str, str] | None = None, **path: str) -> Request:
-    """Of a client that stays."""
+def request(
+    body: bytes = b"", headers: dict[str, str] | None = None, at: str = "/v1/completions", **path: str
+) -> Request:
+    """Of a client that stays. `at`: what it asks."""
     coming: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:
@@ -112,7 +114,7 @@ def request(body: bytes = b"", headers: dict[str, str] | None = None, **path: st
             await asyncio.get_running_loop().create_future()
         return coming.pop()
 
-    scope = asgi_bridge.scope("POST", "/v1/completions", list((headers or {}).items()))
+    scope = asgi_bridge.scope("POST", at, list((headers or {}).items()))
     return Request({**scope, "path_params": path}, receive)
 
 
@@ -139,7 +141,10 @@ def refusal(call: Callable[[], Any]) -> RefusalError:
     return caught.value
 
 
-@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic key"}])
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic key"}, {"x-api-key": "wrong"}, {"x-api-key": ""}],
+)
 def test_without_the_key_nobody_is_served(headers: dict[str, str]) -> None:
     handle = Handle(Items())
     ingress = Ingress({"m": handle}, frozenset({"key"}))
@@ -149,10 +154,78 @@ def test_without_the_key_nobody_is_served(headers: dict[str, str]) -> None:
     assert handle.calls == []
 
 
-def test_with_a_key_the_models_are_shown() -> None:
+@pytest.mark.parametrize(
+    "headers",
+    [{"Authorization": "Bearer k2"}, {"x-api-key": "k2"}, {"x-api-key": " k1", "Authorization": "Bearer another's"}],
+)
+def test_with_a_key_the_models_are_shown(headers: dict[str, str]) -> None:
+    """Clients of Anthropic's send `x-api-key`, some of them both."""
     ingress = Ingress({"m": Handle(Items())}, frozenset({"k1", "k2"}), served={"m": Served("m", 8)})
-    answer = asyncio.run(ingress.models(request(headers={"Authorization": "Bearer k2"})))
+    answer = asyncio.run(ingress.models(request(headers=headers)))
     assert [card["id"] for card in json.loads(bytes(answer.body))["data"]] == ["m"]
+
+
+async def answered(ingress: Ingress, asked: Request) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of what the application answers."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await ingress(asked.scope, asked.receive, send)
+    return sent[0]["status"], json.loads(b"".join(message["body"] for message in sent[1:]))
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status", "kind"),
+    [
+        ({}, b"{}", 401, "authentication_error"),
+        ({"x-api-key": "key"}, b'{"model": "nobody"}', 404, "not_found_error"),
+        ({"x-api-key": "key"}, b"{nope", 400, "invalid_request_error"),
+        ({"x-api-key": "key"}, b"{}", 503, "overloaded_error"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_anthropic_s_clients_read_anthropic_s_errors(
+    path: str, headers: dict[str, str], body: bytes, status: int, kind: str
+) -> None:
+    handle = Handle(Items(Accepted(), ActorDiedError()))
+    ingress = Ingress({"m": handle}, frozenset({"key"}), listen=handle.listen)
+    found, error = asyncio.run(answered(ingress, request(body, headers, at=path)))
+    assert (found, error["type"], error["error"]["type"]) == (status, "error", kind)
+    assert error["error"]["message"].endswith(".")
+
+
+def test_a_path_of_anthropic_s_that_there_is_not() -> None:
+    status, error = asyncio.run(answered(Ingress({"m": Handle(Items())}), request(at="/v1/messages/batches")))
+    assert (status, error["error"]["type"]) == (404, "not_found_error")
+
+
+@pytest.mark.parametrize("path", sorted(protocols.OTHER_KINDS))
+def test_what_takes_a_model_of_another_kind_is_a_400_that_says_so(path: str) -> None:
+    ingress = Ingress({"m": Handle(Items())}, frozenset({"key"}))
+    assert asyncio.run(answered(ingress, request(b"{}", at=path)))[0] == 401
+    headers = {"x-api-key": "key"}
+    status, body = asyncio.run(answered(ingress, request(b'{"input": "x"}', headers, at=path)))
+    assert (status, body["error"]["param"]) == (400, "model")
+    assert "`m` is a model that generates text" in body["error"]["message"]
+    assert protocols.OTHER_KINDS[path] in body["error"]["message"]
+    assert asyncio.run(answered(ingress, request(b'{"model": "x"}', headers, at=path)))[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/responses/resp_1", "/v1/responses/resp_1/cancel"])
+def test_no_response_is_kept(path: str) -> None:
+    status, body = asyncio.run(answered(Ingress({"m": Handle(Items())}), request(at=path)))
+    assert (status, "send the whole conversation" in body["error"]["message"]) == (404, True)
+
+
+def test_the_version_is_vllm_s_and_ours() -> None:
+    ingress = Ingress({"m": Handle(Items())}, frozenset({"key"}))
+    answer = asyncio.run(ingress.version(request(headers={"x-api-key": "key"})))
+    shown = json.loads(bytes(answer.body))
+    assert shown.keys() == {"version", "pomarium"}
+    assert all(shown.values())
+    assert refusal(lambda: ingress.version(request())).status == 401
 
 
 def test_a_key_may_have_any_letters() -> None:
@@ -262,8 +335,8 @@ def test_an_engine_lost_before_its_answer_is_a_503() -> None:
     assert items.cancelled
 
 
-def streamed(items: Items) -> str:
-    status, sent = asyncio.run(generated(ingress_of(Handle(items)), request(b"{}")))
+def streamed(items: Items, at: str = "/v1/completions") -> str:
+    status, sent = asyncio.run(generated(ingress_of(Handle(items)), request(b"{}", at=at)))
     assert status == 200
     return sent
 
@@ -275,6 +348,21 @@ def test_an_engine_lost_in_a_stream_is_a_last_event() -> None:
     assert (first, end) == ("data: 1", "data: [DONE]")
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == 503
     assert items.cancelled
+
+
+@pytest.mark.parametrize(("at", "kind"), [("/v1/messages", "overloaded_error"), ("/v1/responses", "ServiceUnav")])
+def test_an_engine_lost_in_a_stream_of_named_events_is_one_too(at: str, kind: str) -> None:
+    items = Items(Accepted(), Head(200, SSE), b"event: ping\ndata: {}\n\n", EngineLostError("its worker was killed"))
+
+    first, last, nothing = streamed(items, at).split("\n\n")
+    assert (first, nothing) == ("event: ping\ndata: {}", "")
+    name, data = last.split("\n")
+    told = json.loads(data.removeprefix("data: "))
+    assert (name, told["type"]) == ("event: error", "error")
+    assert told["error"]["type"].startswith(kind)
+    assert "its worker was killed" in told["error"]["message"]
+    if at == "/v1/responses":
+        assert (told["code"], told["message"]) == (503, told["error"]["message"])
 
 
 @pytest.mark.parametrize(
@@ -305,7 +393,7 @@ def reasons_of(message: str) -> Reasons:
 
 
 def relayed(*items: Any) -> Relay:
-    return Relay("m", Items(*items), lambda: reasons_of("").why("engine:m"))
+    return Relay("m", "/v1/completions", Items(*items), lambda: reasons_of("").why("engine:m"))
 
 
 def test_a_request_without_a_replica_is_refused_with_the_reason() -> None:

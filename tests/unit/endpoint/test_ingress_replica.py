@@ -12,8 +12,9 @@ import pytest
 from pomarium.cluster import faults
 from pomarium.cluster.endpoint import ingress_replica
 from pomarium.cluster.endpoint.answers import Answers
-from pomarium.cluster.endpoint.ingress import GENERATED, Ingress
+from pomarium.cluster.endpoint.ingress import Ingress
 from pomarium.cluster.endpoint.ingress_replica import IngressReplica, route_of
+from pomarium.cluster.http.protocols import GENERATED
 from pomarium.cluster.node import ports
 from pomarium.cluster.replica.serve_plan import Batches
 
@@ -26,6 +27,11 @@ from pomarium.cluster.replica.serve_plan import Batches
         ("/v1/models/org/name", "/v1/models"),
         ("/v1/files/file-1/content", "/v1/files"),
         ("/v1/filesystem", "other"),
+        ("/v1/messages/count_tokens", "/v1/messages/count_tokens"),
+        ("/v1/messages/batches", "/v1/messages"),
+        ("/v1/responses/resp_1/cancel", "/v1/responses"),
+        ("/v1/embeddings", "/v1/embeddings"),
+        ("/version", "/version"),
         ("/v1/completions/x", "other"),
         ("/" + "x" * 10_000, "other"),
     ],

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -181,6 +182,45 @@ def test_other_prompts_have_another_text(one: dict[str, Any], other: dict[str, A
     assert prompt_text(one) != prompt_text(other)
 
 
+TOOLS = [{"name": "read", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}}]
+
+
+def agent_turn(count: int, protocol: str) -> dict[str, Any]:
+    """A request of an agent that has called a tool `count` times: what it changes each time, and what it adds."""
+    if protocol == "messages":
+        said: list[Any] = [{"role": "user", "content": "do it"}]
+        for i in range(count):
+            call = {"type": "tool_use", "id": f"t{i}", "name": "read", "input": {"file": f"f{i}"}}
+            result: dict[str, Any] = {"type": "tool_result", "tool_use_id": f"t{i}", "content": f"text {i}"}
+            if i == count - 1:
+                result["cache_control"] = {"type": "ephemeral"}  # on the last one, always
+            said += [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+        billing = {"type": "text", "text": f"x-anthropic-billing-header: cch={count:05}"}
+        system = [billing, {"type": "text", "text": "You are a coding agent." * 9, "cache_control": {"ttl": "1h"}}]
+        return {"system": system, "messages": said, "tools": TOOLS}
+    items: list[Any] = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "do it"}]}]
+    for i in range(count):
+        call = {"type": "function_call", "call_id": f"c{i}", "name": "read", "arguments": f'{{"file": "f{i}"}}'}
+        items += [call, {"type": "function_call_output", "call_id": f"c{i}", "output": f"text {i}"}]
+    return {"instructions": "You are a coding agent." * 9, "input": items if count else "do it", "tools": TOOLS}
+
+
+@pytest.mark.parametrize("protocol", ["messages", "responses"])
+def test_an_agent_s_turn_begins_with_its_earlier_ones(protocol: str) -> None:
+    prompts = [prompt_text(agent_turn(count, protocol)) for count in range(5)]
+    assert all(later.startswith(before) for before, later in pairwise(prompts))
+    assert len(set(prompts)) == len(prompts)
+    other = agent_turn(4, protocol) | {"tools": [{"name": "write"}]}
+    assert not prompt_text(other).startswith(prompts[0])
+
+
+def test_counting_tokens_leaves_nothing_in_a_cache() -> None:
+    fields = agent_turn(4, "messages")
+    assert keys_of("/v1/messages", fields)
+    assert keys_of("/v1/responses", agent_turn(4, "responses"))
+    assert keys_of("/v1/messages/count_tokens", fields) == ()
+
+
 def test_token_ids_that_begin_alike_have_text_that_begins_alike() -> None:
     assert prompt_text({"prompt": [1, 2, 3]}).startswith(prompt_text({"prompt": [1, 2]}).rstrip(SEPARATOR))
     assert not prompt_text({"prompt": [1, 23]}).startswith(prompt_text({"prompt": [1, 2]}).rstrip(SEPARATOR))
@@ -191,7 +231,12 @@ def test_token_ids_that_begin_alike_have_text_that_begins_alike() -> None:
         st.none() | st.booleans() | st.integers() | st.text(),
         lambda x: (
             st.lists(x)
-            | st.dictionaries(st.sampled_from(["prompt", "messages", "role", "content", "tools", "cache_salt"]), x)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["prompt", "messages", "role", "content", "tools", "cache_salt", "system", "input", "text", "type"]
+                ),
+                x,
+            )
         ),
         max_leaves=20,
     )

@@ -59,8 +59,10 @@ class Client:
         return dict(json.loads(self.sent[1]["body"])["error"])
 
 
-def scope(method: str = "POST", kind: bytes = b"application/json", **more: Any) -> Message:
-    return {"type": "http", "method": method, "headers": [(b"content-type", kind)], **more}
+def scope(
+    method: str = "POST", kind: bytes = b"application/json", path: str = "/v1/chat/completions", **more: Any
+) -> Message:
+    return {"type": "http", "method": method, "path": path, "headers": [(b"content-type", kind)], **more}
 
 
 def ask(*pieces: bytes, rules: Rules = RULES, **more: Any) -> tuple[Client, Application]:
@@ -124,6 +126,59 @@ def test_what_would_raise_or_hold_everybody_is_a_400(content: bytes, words: str)
 def test_what_is_no_json_request_is_not_touched(more: dict[str, Any]) -> None:
     _, application = ask(b"{nope", **more)
     assert application.received == [{"type": "http.request", "body": b"{nope", "more_body": False}]
+
+
+@pytest.mark.parametrize("field", ["previous_response_id", "conversation", "background", "store"])
+def test_responses_that_a_server_would_have_to_keep_are_refused(field: str) -> None:
+    client, application = ask(body(**{field: True}), path="/v1/responses")
+    assert application.received == []
+    assert client.status == 400
+    assert client.error["message"].startswith(f"`{field}` ")
+    assert ask(body(**{field: False}), path="/v1/responses")[0].status == 200, "as those send it who know"
+    assert ask(body(**{field: True}))[0].status == 200, "what it says in another protocol is vLLM's affair"
+
+
+class Refusing:
+    """An application that answers with `status` and `content`, in two pieces."""
+
+    def __init__(self, status: int, content: bytes) -> None:
+        self._status, self._content = status, content
+
+    async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": self._status, "headers": []})
+        await send({"type": "http.response.body", "body": self._content[:5], "more_body": True})
+        await send({"type": "http.response.body", "body": self._content[5:]})
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "error"),
+    [
+        (400, b'{"error": {"message": "No.", "type": "BadRequestError"}}', ("invalid_request_error", "No.")),
+        (404, b'{"type": "error", "error": {"message": "No.", "type": "NotFoundError"}}', ("not_found_error", "No.")),
+        (500, b"no JSON \xff", ("api_error", "no JSON \ufffd")),
+        (422, b'["error"]', ("invalid_request_error", '["error"]')),
+        (503, b'{"error": "text"}', ("overloaded_error", '{"error": "text"}')),
+    ],
+)
+def test_whatever_refuses_anthropic_s_clients_read_their_own_errors(
+    status: int, content: bytes, error: tuple[str, str]
+) -> None:
+    async def run(path: str) -> Client:
+        client = Client(body())
+        await Guard(Refusing(status, content), RULES)(scope(path=path), client.receive, client.send)
+        return client
+
+    client = asyncio.run(run("/v1/messages"))
+    told = json.loads(client.sent[1]["body"])
+    assert (client.status, told["type"], len(client.sent)) == (status, "error", 2)
+    assert (told["error"]["type"], told["error"]["message"]) == error
+    plain = asyncio.run(run("/v1/completions"))
+    assert b"".join(message["body"] for message in plain.sent[1:]) == content
+
+
+def test_the_guard_s_own_refusals_are_anthropic_s_there() -> None:
+    client, _ = ask(b"{nope", path="/v1/messages")
+    assert (client.status, client.error["type"]) == (400, "invalid_request_error")
 
 
 def test_an_empty_body_is_the_applications_affair() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pomarium.cluster.engine.intake import calls, constraints, grammars, texts
+from pomarium.cluster.engine.intake import calls, constraints, grammars, responses, texts
 from pomarium.cluster.engine.intake.constraints import Constraint, Kind
 
 VALUES = st.recursive(
@@ -51,6 +51,27 @@ def why_not(constraint: Constraint) -> str | None:
             {"tools": [{"function": {"name": "f", "parameters": SCHEMA}}], "tool_choice": "required"},
             [(Kind.JSON, json.dumps({"anyOf": [SCHEMA]}), "tools")],
         ),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}},
+            [(Kind.JSON, json.dumps(SCHEMA), "text.format")],
+        ),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+            [(Kind.JSON, json.dumps(SCHEMA), "output_config.format")],
+        ),
+        (
+            {"tools": [{"type": "function", "name": "f", "parameters": SCHEMA}], "tool_choice": {"type": "function"}},
+            [(Kind.JSON, json.dumps({"anyOf": [SCHEMA]}), "tools")],
+        ),
+        (
+            {"tools": [{"type": "namespace", "tools": [{"parameters": SCHEMA}]}], "tool_choice": "required"},
+            [(Kind.JSON, json.dumps({"anyOf": [SCHEMA]}), "tools")],
+        ),
+        (
+            {"tools": [{"name": "f", "input_schema": SCHEMA}], "tool_choice": {"type": "any"}},
+            [(Kind.JSON, json.dumps({"anyOf": [SCHEMA]}), "tools")],
+        ),
+        ({"tools": [{"name": "f", "input_schema": SCHEMA}], "tool_choice": {"type": "auto"}}, []),
     ],
 )
 def test_constraints_are_found_where_clients_put_them(body: dict[str, Any], found: list[tuple[Any, ...]]) -> None:
@@ -60,16 +81,44 @@ def test_constraints_are_found_where_clients_put_them(body: dict[str, Any], foun
 
 @given(
     st.dictionaries(
-        st.sampled_from(["response_format", "structured_outputs", "tools", "tool_choice", "messages"]),
+        st.sampled_from(
+            ["response_format", "structured_outputs", "tools", "tool_choice", "messages", "input", "text", "background"]
+        ),
         VALUES
-        | st.dictionaries(st.sampled_from(["type", "json_schema", "json", "regex", "choice", "grammar"]), VALUES),
+        | st.dictionaries(
+            st.sampled_from(["type", "json_schema", "json", "regex", "choice", "grammar", "format", "arguments"]),
+            VALUES,
+        ),
     )
 )
 def test_no_body_makes_the_bounds_raise(body: dict[str, Any]) -> None:
     for constraint in constraints.of_body(body):
         assert isinstance(constraints.refusal(constraint), str | None)
     assert isinstance(calls.refusal(body), str | None)
+    assert isinstance(responses.refusal(body), str | None)
     assert texts.size_of(body) <= len(json.dumps(body, ensure_ascii=False))
+
+
+PART = {"type": "output_text", "text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("content", "read"),
+    [
+        ("text", True),
+        ([PART], True),
+        (None, True),
+        ([], False),
+        ([PART, PART], False),
+        ([{"type": "refusal", "refusal": "no"}], False),
+        (["text"], False),
+    ],
+)
+def test_of_an_earlier_answer_one_text_is_read(content: Any, read: bool) -> None:
+    refusal = responses.refusal({"input": ["x", {"role": "assistant", "content": content}]})
+    assert (refusal is None) is read
+    assert read or "`input[1].content`" in str(refusal)
+    assert responses.refusal({"input": [{"role": "user", "content": content}]}) is None
 
 
 @given(st.sampled_from(list(Kind)), st.text() | VALUES.map(json.dumps))

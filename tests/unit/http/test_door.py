@@ -158,6 +158,14 @@ def test_a_body_is_taken_up_to_its_bound(
         assert app.told == (["http.request"] if announced else [*app.told[:-2], "http.disconnect", "http.request"])
 
 
+def test_anthropic_s_clients_read_their_own_errors_at_the_door(patient: tuple[Application, int]) -> None:
+    _, port = patient
+    with sent(port, post("/v1/messages", Content_Length=BODY + 1)) as client:
+        refused, _, body = answer(client)
+    assert (refused, json.loads(body)["error"]["type"]) == (413, "request_too_large")
+    assert json.loads(body)["error"]["message"] == openai_errors.too_large(BODY)[1]["error"]["message"]
+
+
 def test_what_is_announced_as_too_large_is_refused_before_it_comes(patient: tuple[Application, int]) -> None:
     with sent(patient[1], post(Content_Length=BODY + 1)) as client:
         refused, _, body = answer(client)

@@ -74,6 +74,8 @@ def test_the_error_event_is_found_at_the_start_of_an_event_only() -> None:
     assert error_event(ERROR) == 0
     assert error_event(TOKEN + ERROR) == len(TOKEN)
     assert error_event(TOKEN + DONE) is None
+    named = b'event: error\ndata: {"type": "error"}\n\n'
+    assert (error_event(named), error_event(TOKEN + named + ERROR)) == (0, len(TOKEN))
 
 
 @pytest.mark.parametrize(
