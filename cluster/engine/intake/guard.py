@@ -1,6 +1,7 @@
 """Stands before vLLM's OpenAI application and refuses what would raise in it, hold its event loop or its compilers.
 
-    request --Guard: bodies.parsed, texts, constraints, grammars (in a thread)--> 400, or the application as if alone
+    request --Guard: bodies.parsed, texts, conversations, constraints, grammars (in a thread)--> 400,
+               or the application as if alone
 
 An ASGI middleware, since the application's own checks run on the event loop that streams and heartbeats share, and
 after others have read the body and walked through it. `pomarium serve` and `vllm serve` have it by default
@@ -14,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pomarium.cluster.engine.intake import calls, constraints, texts
+from pomarium.cluster.engine.intake import calls, constraints, conversations, texts
 from pomarium.cluster.engine.intake.constraints import Constraint
+from pomarium.cluster.engine.intake.conversations import Abilities
 from pomarium.cluster.http import bodies, openai_errors
 from pomarium.cluster.http.asgi import App, Message, Receive, Send, answer_json
 from pomarium.worker import settings
@@ -30,11 +32,13 @@ class Rules:
 
     Attributes:
         chars: of one request, at most. compiles: constraints are tried on llguidance, the engine's own compiler.
+        abilities: what requests in messages may ask for.
     """
 
     chars: int
     compiles: bool
     any_whitespace: bool = True
+    abilities: Abilities = conversations.ALL
 
 
 class Guard:
@@ -54,9 +58,9 @@ class Guard:
         if body is None:
             return
         if self._rules is None:
-            self._rules = rules_of(scope["app"].state.vllm_config)
+            self._rules = rules_of(scope["app"].state)
         ahead = asyncio.ensure_future(receive())
-        judging = asyncio.ensure_future(self._refusal(self._rules, body))
+        judging = asyncio.ensure_future(self._refusal(self._rules, scope["path"], body))
         try:
             await asyncio.wait({ahead, judging}, return_when=asyncio.FIRST_COMPLETED)
             if not judging.done():
@@ -71,7 +75,7 @@ class Guard:
             judging.cancel()
             ahead.cancel()
 
-    async def _refusal(self, rules: Rules, body: bytes) -> str | None:
+    async def _refusal(self, rules: Rules, path: str, body: bytes) -> str | None:
         if not body:
             return None
         try:
@@ -79,6 +83,8 @@ class Guard:
         except bodies.BodyError as error:
             return str(error)
         if refusal := texts.refusal(fields, rules.chars, len(body)) or calls.refusal(fields):
+            return refusal
+        if refusal := conversations.refusal(path, fields, rules.abilities):
             return refusal
         found = constraints.of_body(fields)
         for constraint in found:
@@ -96,11 +102,14 @@ class Guard:
         return await asyncio.get_running_loop().run_in_executor(self._compiler, asked)
 
 
-def rules_of(vllm_config: Any) -> Rules:
-    """The rules for an engine of `vllm_config`, as the platform completed it. Raises SettingsError."""
-    outputs = vllm_config.structured_outputs_config
-    chars = settings.load(os.environ).max_request_chars or texts.limit_of(vllm_config.model_config.max_model_len)
-    return Rules(chars, outputs.backend == "guidance", not outputs.disable_any_whitespace)
+def rules_of(state: Any) -> Rules:
+    """The rules for the engine of vLLM's application `state`, configured as the platform completed it. Raises
+    SettingsError."""
+    outputs, model = state.vllm_config.structured_outputs_config, state.vllm_config.model_config
+    chars = settings.load(os.environ).max_request_chars or texts.limit_of(model.max_model_len)
+    own_form = model.hf_config.model_type == "gpt_oss"
+    abilities = conversations.abilities_of(state.online_renderer, own_form)
+    return Rules(chars, outputs.backend == "guidance", not outputs.disable_any_whitespace, abilities)
 
 
 class _Replayed:
