@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pomarium.cluster.cli.interrupts import Interrupts, phases
-from pomarium.cluster.cli.progress import log_file, quiet
+from pomarium.cluster.cli.progress import Terminal, log_file, quiet
 from pomarium.cluster.endpoint import beforehand
 from pomarium.cluster.endpoint.api_keys import read as read_keys
 from pomarium.cluster.machine import disk, listening, units
@@ -25,12 +25,12 @@ from pomarium.cluster.provision import platform_choice
 from pomarium.cluster.rack import current, inventory
 from pomarium.cluster.rack.inventory import KEEP_S
 from pomarium.cluster.rack.placement_inputs import network_of
-from pomarium.cluster.replica import parsers
+from pomarium.cluster.replica import download, parsers
 from pomarium.cluster.replica.serve_plan import RACK_INGRESSES, ModelPlan, Scaling, ServePlan, served_names
 from pomarium.worker import settings
 from pomarium.worker.address import authority
 from pomarium.worker.errors import SettingsError
-from pomarium.worker.models import look_up
+from pomarium.worker.models import hub, look_up
 
 if TYPE_CHECKING:
     from pomarium.cluster.endpoint.watch import Watch
@@ -137,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
             current.enter()
         plan = plan_of(args, os.environ)
         beforehand.check(plan.models, os.environ)
+        fetch(plan.models, terminal, os.environ)
         terminal.say(f"log      {terminal.log}")
         from pomarium.cluster.endpoint import lifecycle
 
@@ -158,6 +159,19 @@ def choose_wire(args: argparse.Namespace, environ: MutableMapping[str, str]) -> 
     """Hand --wire on as workers read it; it travels to them with the other settings."""
     if args.wire is not None:
         environ[settings.WIRE] = args.wire
+
+
+def fetch(models: Sequence[ModelPlan], terminal: Terminal, environ: Mapping[str, str]) -> None:
+    """Have Hugging Face's models whole on this machine, with a bar for each that is not. Raises CheckpointError."""
+    if settings.load(environ).use_modelscope:
+        return
+    for source in dict.fromkeys(model.source for model in models):
+        if source is None or source in look_up.EMBEDDED or look_up.local(source) is not None:
+            continue
+        folder = hub.snapshot(hub.root_of(source))
+        if folder is None or not hub.is_whole(folder):
+            terminal.say(f"fetch    {source}")
+            download.fetch(source, terminal.out)
 
 
 def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:

@@ -6,7 +6,6 @@
 The files are read in the order of transformers (tokenization_utils_base.py), without building a tokenizer.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -15,6 +14,7 @@ from typing import Any
 
 from pomarium.worker.errors import CheckpointError
 from pomarium.worker.models import chat_template
+from pomarium.worker.models.json_files import read_object
 
 JINJA = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -52,10 +52,10 @@ def read(folder: Path, model_type: str) -> ChatFacts:
     Raises:
         CheckpointError: a file is not valid JSON, or holds something else than it should.
     """
-    config = _object(folder / TOKENIZER_CONFIG)
+    config = read_object(folder / TOKENIZER_CONFIG)
     templates = _templates(folder, config)
     ordinary = templates.get(ORDINARY)
-    added = _object(folder / TOKENIZER).get("added_tokens")
+    added = read_object(folder / TOKENIZER).get("added_tokens")
     decoder = config.get("added_tokens_decoder")
     entries = [*(added if isinstance(added, list) else ()), *(decoder.values() if isinstance(decoder, dict) else ())]
     tokens = {str(entry.get("content")) for entry in entries if isinstance(entry, dict)}
@@ -95,21 +95,8 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> Mapping[str, str]:
             return {ORDINARY: file.read_text(encoding="utf-8")}
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{file} is not UTF-8: {error}.") from error
-    source = config if config.get("chat_template") else _object(folder / chat_template.FILE)
+    source = config if config.get("chat_template") else read_object(folder / chat_template.FILE)
     if not source:
         return {}
     found = chat_template.template_of(source)
     return {ORDINARY: found} if isinstance(found, str) else found
-
-
-def _object(file: Path) -> Mapping[str, Any]:
-    """A JSON file's object; empty if there is no file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object.")
-    return content
