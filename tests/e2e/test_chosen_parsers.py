@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from openai import OpenAI
-from serve_process import Server
+from serve_process import CONTEXT, Server
 from tiny_models import VOCAB_SIZE, write_checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -30,7 +30,7 @@ THINKS = (
 
 def model(folder: Path, template: str | None, tokens: tuple[str, ...] = ()) -> str:
     """A tiny model with this chat template, and tokens of its own beyond the tiny tokenizer's."""
-    write_checkpoint("llama", folder, vocab_size=VOCAB_SIZE + len(tokens))
+    write_checkpoint("llama", folder, vocab_size=VOCAB_SIZE + len(tokens), max_position_embeddings=CONTEXT)
     file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     content, settings = json.loads(file.read_text()), json.loads(config.read_text())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
@@ -49,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         model(folder / "thinks", THINKS, ("<think>", "</think>")),
         model(folder / "bare", None),
     ]
-    server = Server(folder, ["--max-model-len", "400"])
+    server = Server(folder)
     try:
         server.ensure(*models)
         yield server
