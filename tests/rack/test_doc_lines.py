@@ -127,6 +127,7 @@ def test_a_rack(reader: Reader) -> None:
     with reader.serving("README.md", ".venv/bin/pomarium serve --stages 3"):
         answer = json.loads(reader.run("README.md", "curl http://127.0.0.1:8000/v1/chat/completions"))
         assert "Paris" in answer["choices"][0]["message"]["content"]
+        assert "Paris" in reader.run("docs/serving.md", 'echo "What is the capital of France?"')
         for page in ("README.md", "docs/distributed.md", "docs/operations.md"):
             assert "3 of 3 Macs alive" in reader.run(page, ".venv/bin/pomarium rack status")
         assert "3 of 3 Macs alive" in reader.run("docs/rack.md", "pomarium rack status")
