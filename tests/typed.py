@@ -1,17 +1,22 @@
 """A `pomarium` command at a terminal of its own: what is typed, what it shows, and Ctrl-C as the terminal sends it."""
 
+import fcntl
 import os
 import pty
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
 DEADLINE_S = 300.0
+SIZE = (24, 120)
+"""Rows and columns; bars are not drawn where there are none."""
 CTRL_C, CTRL_D = "\x03", "\x04"
 COMMAND = (
     "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "  # else Ctrl-C is a character like others
@@ -24,6 +29,7 @@ class Typed:
 
     def __init__(self, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         self._terminal, own = pty.openpty()
+        fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", *SIZE, 0, 0))
         self.shown = ""
         self._process = subprocess.Popen(
             [sys.executable, "-c", COMMAND, *arguments],

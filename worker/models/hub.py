@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pomarium.worker.errors import CheckpointError
 from pomarium.worker.models import look_up
@@ -61,9 +62,16 @@ def is_whole(folder: Path) -> bool:
 def missing(name: str) -> int:
     """Bytes of a model that are still to be fetched. Raises CheckpointError as `download`."""
     from huggingface_hub import snapshot_download
+    from tqdm.auto import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
 
     with _faults(name):
-        files = snapshot_download(name, allow_patterns=list(PATTERNS), cache_dir=cache(), dry_run=True)
+        files = snapshot_download(
+            name, allow_patterns=list(PATTERNS), cache_dir=cache(), dry_run=True, tqdm_class=Silent
+        )
     return sum(file.file_size or 0 for file in files if file.will_download)
 
 

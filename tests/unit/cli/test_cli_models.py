@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import huggingface_hub.constants
 import pytest
 from hub_stub import MODEL, Hub, serving
 from tiny_models import write_checkpoint
+from typed import CTRL_C, Typed
 
 from pomarium.cluster.cli import main as cli
 from pomarium.cluster.cli import models
@@ -22,6 +24,7 @@ from pomarium.cluster.cli.progress import Terminal
 from pomarium.cluster.cli.serve import fetch
 from pomarium.cluster.machine import disk
 from pomarium.cluster.machine.disk import DiskFullError
+from pomarium.cluster.node import ports
 from pomarium.cluster.replica import download
 from pomarium.cluster.replica.serve_plan import ModelPlan
 from pomarium.worker.errors import CheckpointError
@@ -152,6 +155,29 @@ def test_an_interrupted_download_goes_on_with_the_files_that_are_not_whole(hub: 
     folder = Path(done.stdout.split(" is in ")[1].strip())
     assert (folder / "merges.txt").read_bytes() == content
     assert hub.sent == ["merges.txt"]
+
+
+def test_a_terminal_shows_a_bar(hub: Hub) -> None:
+    assert hub.folder.is_dir()
+    with Typed(["models", "pull", MODEL], os.environ) as typed:
+        assert typed.ended() == 0
+    assert re.search(r"Fetching \d+ files: +100%", typed.shown)
+    assert "dry-run" not in typed.shown
+    assert f"{MODEL} is in /" in typed.shown
+
+
+def test_serve_shows_the_bar_and_ctrl_c_ends_it(hub: Hub, tmp_path: Path) -> None:
+    (hub.folder / "merges.txt").write_bytes(bytes(1 << 20))
+    hub.stalls_at = 1 << 19
+    environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
+    with Typed(["serve", MODEL, "--port", str(ports.free(1)[0])], environ) as typed:
+        typed.until(f"fetch    {MODEL}")
+        typed.until("Fetching")
+        assert hub.stalled.wait(DEADLINE_S)
+        typed.type(CTRL_C)
+        assert typed.ended() == 130
+    assert "stopping" in typed.shown
+    assert not list(tmp_path.glob("hub/**/*.incomplete"))
 
 
 def test_serve_fetches_what_is_not_whole(hub: Hub, tmp_path: Path, terminal: Terminal) -> None:
