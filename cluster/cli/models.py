@@ -196,7 +196,10 @@ def _told(model: "StoredModel", found: "Description | None") -> dict[str, Any]:
 
 
 def _unfinished(model: "StoredModel") -> str:
-    return f"Files are missing: `pomarium models pull {model.name}` fetches them."
+    return (
+        f"Its config.json or weights (model*.safetensors) are not all here: `pomarium models pull {model.name}` fetches "
+        "those that there are."
+    )
 
 
 def _folder_of(name: str) -> Path:
