@@ -197,8 +197,8 @@ def _told(model: "StoredModel", found: "Description | None") -> dict[str, Any]:
 
 def _unfinished(model: "StoredModel") -> str:
     return (
-        f"Its config.json or weights (model*.safetensors) are not all here: `pomarium models pull {model.name}` fetches "
-        "those that there are."
+        f"Its config.json or weights (model*.safetensors) are not all here: `pomarium models pull {model.name}` "
+        "fetches those that there are."
     )
 
 
