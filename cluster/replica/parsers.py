@@ -95,7 +95,7 @@ CALLS = (
     Calls("olmo3", ("<function_calls>",), types=frozenset({"olmo3"})),
     Calls("llama4_pythonic", ("<|python_start|>",), types=frozenset({"llama4", "llama4_text"})),
     Calls("phi4_mini_json", ("functools[",)),
-    Calls("llama3_json", ('"parameters": dictionary of argument name',), ("<|python_tag|>",)),
+    Calls("llama3_json", ("dictionary of argument name and its value",), ("<|python_tag|>",)),
     Calls("hermes", ("<tool_call>", "arguments")),
 )
 """The first that fits is taken."""
@@ -123,6 +123,7 @@ class Thinking:
         """Whether a model thinks in this form."""
         return (
             (not self.types or facts.model_type in self.types)
+            and SOFT_SWITCH not in template
             and all(mark in template for mark in self.marks)
             and (
                 not self.start
@@ -133,6 +134,9 @@ class Thinking:
             )
         )
 
+
+SOFT_SWITCH = "/no_think"
+"""A template that reads this in messages ends thinking where a parser is not told of it (SmolLM3, Nemotron Nano 2)."""
 
 _THINK = ("<think>", "</think>")
 _ANY = frozenset(Opening)
@@ -155,7 +159,7 @@ THINKING = (
     Thinking("kimi_k2", *_THINK, _NOT_CLOSED, marks=("<|tool_calls_section_begin|>", "<think>")),
     Thinking("glm45", *_THINK, _NOT_CLOSED, types=frozenset({"glm4_moe", "glm4_moe_lite", "glm_moe_dsa"})),
     Thinking("ling3", *_THINK, _NOT_CLOSED, types=frozenset({"bailing_moe_v3"})),
-    Thinking("nemotron_v3", *_THINK, _OPEN, types=frozenset({"nemotron_h"})),
+    Thinking("nemotron_v3", *_THINK, _OPEN, marks=("enable_thinking",), types=frozenset({"nemotron_h"})),
     Thinking("step3p5", *_THINK, _OPEN, types=frozenset({"step3p5"})),
     Thinking("ernie45", *_THINK, _OPEN, types=frozenset({"ernie4_5_moe"})),
     Thinking("qwen3", *_THINK, _NOT_CLOSED, marks=("enable_thinking",), types=_QWEN3),

@@ -13,6 +13,7 @@ from pomarium.worker.models.chat_facts import ChatFacts
 THINK = ("<think>", "</think>")
 SWITCH = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
 BEGUN = SWITCH.replace("{% endif %}", "{% else %}<think>\n{% endif %}")
+SOFT = "{% if '/no_think' in messages[0].content %}<think></think>{% endif %}"
 OFF = "{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}"
 JSON_CALL = '<tool_call>{\\"name\\": N, \\"arguments\\": A}</tool_call>'
 XML_CALL = "<tool_call>\\n<function=N>\\n<parameter=P>\\nV\\n</parameter>\\n</function>\\n</tool_call>"
@@ -108,6 +109,7 @@ FAMILIES = [
     ("Apertus", facts("apertus", "<|tools_prefix|>[]"), "apertus", None),
     ("Phi-4 mini", facts("phi3", "functools[]"), "phi4_mini_json", None),
     ("EXAONE 4", facts("exaone4", JSON_CALL, OFF, THINK), "hermes", None),
+    ("Nemotron Nano 2", facts("nemotron_h", "<TOOLCALL>", SOFT + "<think>\n", THINK), None, None),
     ("SmolLM3", facts("smollm3", JSON_CALL, SWITCH, THINK), "hermes", None),
     ("SmolLM2", facts("llama"), None, None),
     ("Phi-3", facts("phi3"), None, None),
