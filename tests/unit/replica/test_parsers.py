@@ -1,5 +1,6 @@
 """Which parsers a model gets: by its template's marks, never one that would take an ordinary answer for thoughts."""
 
+import json
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from pomarium.cluster.replica import parsers
 from pomarium.cluster.replica.parsers import CALLS, NO_PARSERS, THINKING, Parsers, arguments, choose, in_force
-from pomarium.worker.models.chat_facts import ChatFacts
+from pomarium.worker.models.chat_facts import ChatFacts, Opening, opening
 
 THINK = ("<think>", "</think>")
 SWITCH = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
@@ -234,3 +235,66 @@ def test_a_line_says_both() -> None:
     assert str(CHOSEN) == "tools: hermes, reasoning: qwen3"
     assert str(NO_PARSERS) == "tools: none, reasoning: none"
     assert all(f"--{name.replace('_', '-')}" in parsers.HINT for name in (parsers.TOOLS, parsers.REASONING))
+
+
+REASONING = [family for family in FAMILIES if family[3] not in (None, "openai_gptoss")]
+
+
+@pytest.mark.parametrize("family", REASONING, ids=[f[0] for f in REASONING])
+def test_an_ordinary_answer_is_told_from_its_thoughts(family: tuple[str, ChatFacts, str, str]) -> None:
+    """What a model writes after a prompt of its template, read by vLLM's parser."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.reasoning import ReasoningParserManager
+
+    _, known, _, name = family
+    row = next(row for row in THINKING if row.parser == name)
+    assert known.template is not None
+    left = opening(known.template, row.start, row.end)
+    thoughts = {Opening.OPEN: f"because{row.end}", Opening.FREE: f"{row.start}because{row.end}", Opening.CLOSED: ""}
+    if name == "gemma4":  # it decides by its prompt's system turn, which asks for none
+        thoughts[Opening.FREE] = ""
+    parser = ReasoningParserManager.get_reasoning_parser(name)(Tokenizer(known.tokens))
+    request = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "?"}])
+    reasoning, content = parser.extract_reasoning(f"{thoughts[left]}It is Paris.", request)
+    assert (content or "").strip() == "It is Paris."
+    assert (reasoning or "").strip() == ("because" if thoughts[left] else "")
+
+
+@pytest.mark.parametrize(
+    ("family", "written"),
+    [
+        ("Qwen2.5", '<tool_call>\n{"name": "look_up", "arguments": {"city": "Paris"}}\n</tool_call>'),
+        (
+            "Qwen3-Coder",
+            "<tool_call>\n<function=look_up>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>",
+        ),
+        ("GLM-4.5", "<tool_call>look_up\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>"),
+        ("Llama 3", '{"name": "look_up", "parameters": {"city": "Paris"}}'),
+        ("Mistral", '[TOOL_CALLS] [{"name": "look_up", "arguments": {"city": "Paris"}}]'),
+        ("LFM2", "<|tool_call_start|>[look_up(city='Paris')]<|tool_call_end|>"),
+        ("Granite 4", '<tool_call>{"name": "look_up", "arguments": {"city": "Paris"}}</tool_call>'),
+        (
+            "MiniMax M2",
+            '<minimax:tool_call>\n<invoke name="look_up">\n<parameter name="city">Paris</parameter>\n</invoke>\n'
+            "</minimax:tool_call>",
+        ),
+        (
+            "Seed-OSS",
+            "<seed:tool_call>\n<function=look_up>\n<parameter=city>Paris</parameter>\n</function>\n</seed:tool_call>",
+        ),
+        ("Gemma 4", '<|tool_call>call:look_up{city:<|"|>Paris<|"|>}<tool_call|>'),
+    ],
+)
+def test_a_call_in_a_familys_form_is_read(family: str, written: str) -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.tool_parsers import ToolParserManager
+
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tools: Any = [{"type": "function", "function": {"name": "look_up", "parameters": schema}}]
+    request = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "?"}], tools=tools)
+    known, name = next((f[1], f[2]) for f in FAMILIES if f[0] == family)
+    assert name is not None
+    parser = ToolParserManager.get_tool_parser(name)(Tokenizer(known.tokens), request.tools)
+    found = parser.extract_tool_calls(written, request)
+    assert [call.function.name for call in found.tool_calls] == ["look_up"]
+    assert json.loads(found.tool_calls[0].function.arguments) == {"city": "Paris"}
