@@ -180,7 +180,9 @@ def lines(told: Mapping[str, Any]) -> list[str]:
 def _runs(told: Mapping[str, Any]) -> str:
     if told["refusal"] is not None:
         return f"no: {told['refusal']}"
-    return f"yes: {format_size(told['kv_bytes'])} left for K and V, {told['fits']} tokens of one sequence"
+    short = told["context"] is not None and told["fits"] < told["context"]
+    shorter = f", with --max-model-len {told['fits']}" if short else ""
+    return f"yes{shorter}: {format_size(told['kv_bytes'])} left for K and V"
 
 
 def _told(model: "StoredModel", found: "Description | None") -> dict[str, Any]:

@@ -48,7 +48,8 @@ class Description:
     Attributes:
         family: config.json's model type. weights: how they are stored. context: the model's own.
         refusal: why it does not run here, in one sentence; None: it does.
-        kv_bytes: what is left for K and V. fits: tokens of one sequence that they hold.
+        kv_bytes: what is left for K and V. fits: tokens of one sequence that they hold, at
+            most `context`.
     """
 
     family: str | None
@@ -96,7 +97,8 @@ def described(folder: Path, room: MachineRoom) -> Description:
     except PomariumError as error:
         return Description(family, None, context, str(error))
     quantised = checkpoint.quantisation
-    weights = checkpoint.dtype if quantised is None else f"{quantised.method}, {quantised.bits} bit"
+    bits = "" if quantised is None or quantised.bits is None else f", {quantised.bits} bit"
+    weights = checkpoint.dtype if quantised is None else f"{quantised.method}{bits}"
     found = fit(profile, room.memory, rows=STEP_TOKENS, sampled=STEP_REQUESTS, most_kv=room.most_kv)
     refusal = None
     if found.left <= 0 or found.context == 0:

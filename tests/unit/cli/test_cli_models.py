@@ -193,7 +193,7 @@ def test_serve_fetches_what_is_not_whole(hub: Hub, tmp_path: Path, terminal: Ter
     assert hub.requests == []
 
 
-def test_a_model_that_does_not_run_says_why() -> None:
+def test_whether_a_model_runs_here() -> None:
     told: dict[str, Any] = {
         "name": "a/b",
         "cache": "Hugging Face",
@@ -203,6 +203,9 @@ def test_a_model_that_does_not_run_says_why() -> None:
         "context": None,
         "refusal": "mlx-lm has no model type 'strange'.",
     }
+    fits = told | {"refusal": None, "context": 4096, "kv_bytes": 1 << 20, "fits": 4096}
+    assert models.table([fits])[1].endswith("4096     yes: 1 MiB left for K and V")
+    assert models.table([fits | {"fits": 512}])[1].endswith("yes, with --max-model-len 512: 1 MiB left for K and V")
     line = models.table([told])[1]
     assert line.startswith("a/b    Hugging Face  1 GiB  strange  -")
     assert line.endswith("no: mlx-lm has no model type 'strange'.")
