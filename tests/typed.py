@@ -61,6 +61,15 @@ class Typed:
         seen, _, self.shown = self.shown.partition(text)
         return seen + text
 
+    def more(self, characters: int) -> str:
+        """What was shown since the last call, once it is so long."""
+        deadline = time.monotonic() + DEADLINE_S
+        while len(self.shown.strip()) < characters:
+            assert time.monotonic() < deadline, self.shown
+            assert self._read(), f"ended with no more shown: {self.shown}"
+        seen, self.shown = self.shown, ""
+        return seen
+
     def ended(self) -> int:
         """The exit code, once it has ended by itself."""
         while self._read():

@@ -14,7 +14,12 @@ from tiny_models import VOCAB_SIZE, write_checkpoint
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 MESSAGES: Any = [{"role": "user", "content": "look up Paris"}]
-SCHEMA: Any = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+SCHEMA: Any = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 TOOL: Any = {"type": "function", "function": {"name": "look_up", "parameters": SCHEMA}}
 CALL = r'<tool_call>\{"name": "look_up", "arguments": \{"city": "(Paris|Rome)"\}\}</tool_call>'
 """What the model is held to, for it has learnt nothing."""
@@ -55,6 +60,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
     finally:
         server.end()
+
+
+@pytest.fixture
+def folder_of_calls(server: Server) -> Path:
+    return server.folder / "calls"
 
 
 @pytest.fixture
@@ -102,9 +112,16 @@ def test_a_streamed_call_comes_in_fragments_that_the_client_parses(client: OpenA
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look_up"}}])
-def test_a_call_that_is_demanded(client: OpenAI, choice: Any) -> None:
+def test_a_call_that_is_demanded(client: OpenAI, folder_of_calls: Path, choice: Any) -> None:
+    tokens = json.loads((folder_of_calls / "tokenizer.json").read_text())["model"]["vocab"]
     answer = client.chat.completions.create(
-        model="calls", messages=MESSAGES, tools=[TOOL], tool_choice=choice, max_tokens=200, temperature=0
+        model="calls",
+        messages=MESSAGES,
+        tools=[TOOL],
+        tool_choice=choice,
+        max_tokens=200,
+        temperature=0,
+        logit_bias={str(tokens["]"]): 100, str(tokens["Ġ"]): -100},  # else it writes blanks, or one call after another
     )
     (call,) = answer.choices[0].message.tool_calls or []
     assert call.type == "function"
