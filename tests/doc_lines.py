@@ -79,6 +79,11 @@ PLAN = {
     r"\.venv/bin/pomarium serve": OTHER + "tests/e2e/test_serve.py",
     r"\.venv/bin/pomarium serve \./my-mlx-model \./other\.gguf": RUN,
     r"\.venv/bin/pomarium serve ORG/NAME --max-model-len 8192": HUB,
+    r"\.venv/bin/pomarium chat": OTHER + "tests/e2e/test_chat_command.py",
+    r'echo ".*" \| \.venv/bin/pomarium chat .*': RUN,
+    r"\.venv/bin/pomarium models (list|show)": RUN,
+    r"\.venv/bin/pomarium models (pull|remove) ORG/NAME": OTHER
+    + "tests/unit/cli/test_cli_models.py, from a Hub of its own",
     r"\.venv/bin/pomarium doctor": RUN,
     r"\.venv/bin/pomarium env": RUN,
     r"\.venv/bin/pomarium selftest": OTHER + "tests/e2e/test_selftest.py",

@@ -37,6 +37,13 @@ def serving(stub: Stub) -> Iterator[str]:
     app = Starlette(routes=[
         Route("/v1/completions", stub.complete, methods=["POST"]), Route("/v1/models", stub.models)
     ])  # fmt: skip
+    with app_serving(app) as url:
+        yield url
+
+
+@contextmanager
+def app_serving(app: Starlette) -> Iterator[str]:
+    """The URL at which it answers."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error"))

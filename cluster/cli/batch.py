@@ -151,7 +151,7 @@ def _ask_endpoint(args: argparse.Namespace, files: "Files", tally: "Tally", term
 def _ask_engines(
     args: argparse.Namespace, files: "Files", tally: "Tally", terminal: Terminal, interrupts: Interrupts
 ) -> None:
-    from pomarium.cluster.cli.serve import models_of
+    from pomarium.cluster.cli.serve import fetch, models_of
     from pomarium.cluster.endpoint import beforehand, lifecycle
     from pomarium.cluster.replica.model_check import Check
     from pomarium.cluster.replica.serve_plan import ServePlan
@@ -162,6 +162,7 @@ def _ask_engines(
     platform_choice.require()
     (model,) = models_of(_serve_arguments(args), os.environ)
     beforehand.check([model], os.environ)
+    fetch([model], terminal, os.environ)
     joined = bool(os.environ.get("RAY_ADDRESS"))
     check = Check([model.source])
 

@@ -17,7 +17,7 @@ from pomarium.cluster.provision import packages
 from pomarium.cluster.replica import engine_options
 from pomarium.worker.errors import PomariumError
 
-COMMANDS = ("serve", "batch", "plan", "rack", "env", "doctor", "selftest", "setup")
+COMMANDS = ("serve", "chat", "models", "batch", "plan", "rack", "env", "doctor", "selftest", "setup")
 
 EXIT_FAULT = 1
 EXIT_INTERRUPTED = 130

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pomarium.cluster.cli.interrupts import Interrupts, phases
-from pomarium.cluster.cli.progress import log_file, quiet
+from pomarium.cluster.cli.progress import Terminal, log_file, quiet
 from pomarium.cluster.endpoint import beforehand
 from pomarium.cluster.endpoint.api_keys import read as read_keys
 from pomarium.cluster.machine import disk, listening, units
@@ -25,14 +25,16 @@ from pomarium.cluster.provision import platform_choice
 from pomarium.cluster.rack import current, inventory
 from pomarium.cluster.rack.inventory import KEEP_S
 from pomarium.cluster.rack.placement_inputs import network_of
+from pomarium.cluster.replica import download, parsers
 from pomarium.cluster.replica.serve_plan import RACK_INGRESSES, ModelPlan, Scaling, ServePlan, served_names
 from pomarium.worker import settings
 from pomarium.worker.address import authority
 from pomarium.worker.errors import SettingsError
-from pomarium.worker.models import look_up
+from pomarium.worker.models import hub, look_up
 
 if TYPE_CHECKING:
     from pomarium.cluster.endpoint.watch import Watch
+    from pomarium.cluster.replica.model_check import Found
 
 KEY_VARIABLE = "POMARIUM_API_KEY"
 EMBEDDED_NAME = "smollm2"
@@ -49,8 +51,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Serves each MODEL (a folder, a GGUF file, or an id of Hugging Face or ModelScope; without one the "
         "embedded SmolLM2-135M-Instruct) at http://HOST:PORT/v1: on the rack that is up on this machine (`pomarium "
         "rack up`), else on the Ray at RAY_ADDRESS, else on a Ray of its own.",
-        epilog="All other arguments go to vLLM, for example --max-num-seqs 32, --enable-auto-tool-choice "
-        "--tool-call-parser hermes; `vllm serve --help=all` lists them. They apply to every model.",
+        epilog="All other arguments go to vLLM, for example --max-num-seqs 32, --dtype float32; "
+        "`vllm serve --help=all` lists them. They apply to every model. What reads tool calls and reasoning is chosen "
+        "from the model's chat template: --tool-call-parser NAME and --reasoning-parser NAME change it, with `none` to "
+        "have none.",
         allow_abbrev=False,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -133,17 +137,18 @@ def run(args: argparse.Namespace) -> int:
             current.enter()
         plan = plan_of(args, os.environ)
         beforehand.check(plan.models, os.environ)
+        fetch(plan.models, terminal, os.environ)
         terminal.say(f"log      {terminal.log}")
         from pomarium.cluster.endpoint import lifecycle
 
         phase = phases(terminal, interrupts, own_ray=not os.environ.get("RAY_ADDRESS"))
-        with interrupts.held(), lifecycle.serving(plan, phase):
+        with interrupts.held(), lifecycle.serving(plan, phase) as found:
             interrupts.check()
             from pomarium.cluster.endpoint import watch
 
             watched = watch.Watch(terminal.say, watch.look, watch.head_answers)
             watched.step()  # what is lost right after "ready" is told too
-            terminal.say(f"ready    {time.monotonic() - started:5.1f} s\n\n{welcome(plan)}\n")
+            terminal.say(f"ready    {time.monotonic() - started:5.1f} s\n\n{welcome(plan, found)}\n")
             with suppress(KeyboardInterrupt), interrupts.raising():
                 _wait(watched)
         terminal.say("stopped")
@@ -154,6 +159,19 @@ def choose_wire(args: argparse.Namespace, environ: MutableMapping[str, str]) -> 
     """Hand --wire on as workers read it; it travels to them with the other settings."""
     if args.wire is not None:
         environ[settings.WIRE] = args.wire
+
+
+def fetch(models: Sequence[ModelPlan], terminal: Terminal, environ: Mapping[str, str]) -> None:
+    """Have Hugging Face's models whole on this machine, with a bar for each that is not. Raises CheckpointError."""
+    if settings.load(environ).use_modelscope:
+        return
+    for source in dict.fromkeys(model.source for model in models):
+        if source is None or source in look_up.EMBEDDED or look_up.local(source) is not None:
+            continue
+        folder = hub.snapshot(hub.root_of(source))
+        if folder is None or not hub.is_whole(folder):
+            terminal.say(f"fetch    {source}")
+            download.fetch(source, terminal.out)
 
 
 def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:
@@ -300,14 +318,19 @@ def check_port(host: str, port: int) -> None:
         ) from e
 
 
-def welcome(plan: ServePlan) -> str:
-    """URL and a request to try."""
+def welcome(plan: ServePlan, found: Sequence["Found"] = ()) -> str:
+    """URL, a request to try, and what reads the answers of each model found."""
     key = ' -H "Authorization: Bearer $KEY"' if plan.api_keys else ""
     messages = '[{"role": "user", "content": "What is the capital of France?"}]'
     body = f'{{"model": "{plan.models[0].name}", "messages": {messages}, "max_tokens": 100, "temperature": 0}}'
     names = ", ".join(m.name for m in plan.models)
+    several = len(plan.models) > 1
+    read = [
+        f"{f'{model.name}: ' if several else ''}{parsers.in_force(one.parsers, model.engine_args)}; {parsers.HINT}\n"
+        for model, one in zip(plan.models, found, strict=False)
+    ]
     return (
-        f"{plan.url}/v1 serves {names}; Ctrl-C stops it. Try:\n"
+        f"{''.join(read)}{plan.url}/v1 serves {names}; Ctrl-C stops it. Try:\n"
         f"curl {plan.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
     )
 

@@ -39,8 +39,8 @@ class EngineStartError(PomariumError):
 
 
 @contextmanager
-def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """The endpoint answers while the context is open. Leaving it ends all that was started.
+def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.environ) -> Iterator[Sequence[Found]]:
+    """The endpoint answers while the context is open, with the models found. Leaving it ends all that was started.
 
     Raises:
         CheckpointError: a model is missing, damaged or of an unknown kind.
@@ -65,7 +65,7 @@ def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.envir
                 _remove(joined)
             raise
         try:
-            yield
+            yield found
         except HeadLostError:  # nobody is left who could take it away in order
             raise
         except BaseException:

@@ -51,7 +51,7 @@ def rooms(ray_folder: str, environ: Mapping[str, str] = os.environ) -> tuple[Roo
     """Of the folders that an engine's processes write to."""
     state = state_folder(environ)
     folders = {"Ray's files": Path(ray_folder), "temporary files": temporary(environ), "logs": state}
-    return tuple(Room(what, folder, _free(folder)) for what, folder in folders.items())
+    return tuple(Room(what, folder, free(folder)) for what, folder in folders.items())
 
 
 def require(ray_folder: str, environ: Mapping[str, str] = os.environ) -> None:
@@ -77,7 +77,7 @@ def nearest(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def _free(folder: Path) -> int:
+def free(folder: Path) -> int:
     """Bytes that this user may write on the disk of `folder`, or of the nearest folder above it that there is."""
     found = os.statvfs(nearest(folder))
     return found.f_bavail * found.f_frsize

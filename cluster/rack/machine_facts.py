@@ -102,7 +102,7 @@ def gather(known: Known, name: str, environ: Mapping[str, str]) -> MacFacts:
     if is_to_be_measured(known, hardware):
         on_gpu = where.kind is settings.DeviceKind.GPU
         measured = speed.of_gpu(hardware.chip, environ) if on_gpu else speed.of_processor()
-    return facts(known, name, hardware, _model_memory(known.memory_limit, environ), measured)
+    return facts(known, name, hardware, model_memory(known.memory_limit, environ), measured)
 
 
 def is_to_be_measured(known: Known, hardware: Hardware) -> bool:
@@ -182,7 +182,7 @@ def cpu_name(cpuinfo: str) -> str | None:
     return match[1] if match else None
 
 
-def _model_memory(limit: int | None, environ: Mapping[str, str]) -> int:
+def model_memory(limit: int | None, environ: Mapping[str, str]) -> int:
     """What the workers of this machine together would take as their share (worker.memory)."""
     from pomarium.worker import device, memory, settings
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from pomarium.cluster.machine import disk
 from pomarium.cluster.node.ray_folder import session_folder
 from pomarium.cluster.rack import reports
 from pomarium.cluster.rack.reports import LossReport
-from pomarium.cluster.replica import kept_logging, loss, ray_llm
+from pomarium.cluster.replica import kept_logging, loss, parsers, ray_llm
 from pomarium.cluster.replica.loss import EngineFaultError, EngineLostError
 from pomarium.cluster.replica.model_check import Found
 from pomarium.cluster.replica.serve_plan import ModelPlan
@@ -262,6 +262,7 @@ async def _start(plan: ModelPlan, found: Found, name: Name, fault_file: Path) ->
 
             team = await assembly
             folder = _here(plan, found)
+            plan = _with_parsers(plan, found)
             if team is None:
                 return None, await Server.start(plan, folder, 1, None)
             stack.enter_context(handover.offer(team.members, os.environ))
@@ -271,6 +272,13 @@ async def _start(plan: ModelPlan, found: Found, name: Name, fault_file: Path) ->
             if team is not None:
                 team.dissolve()
             raise faults.StartError(faults.recorded_sentence(fault_file) or faults.sentence(error)) from None
+
+
+def _with_parsers(plan: ModelPlan, found: Found) -> ModelPlan:
+    """The plan with what reads the model's answers among its engine arguments."""
+    chosen = parsers.in_force(found.parsers, plan.engine_args)
+    logger.info("%s: %s; %s.", plan.name, chosen, parsers.HINT)
+    return replace(plan, engine_args=parsers.arguments(chosen, plan.engine_args))
 
 
 def _here(plan: ModelPlan, found: Found) -> Path:

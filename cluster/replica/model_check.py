@@ -1,5 +1,6 @@
-"""Finds, checks and profiles models in a process of its own while Ray starts: that imports mlx-lm and with it torch,
-which takes seconds and hundreds of megabytes that the command line has no other use for.
+"""Finds, checks and profiles models in a process of its own while Ray starts, and chooses the parsers of their answers:
+that imports mlx-lm and with it torch, which takes seconds and hundreds of megabytes that the command line has no other
+use for.
 
     Check(models) --> python -m ...model_check MODEL ... --pickle: Found ... or one sentence--> found()
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pomarium.cluster.placement.profile import Profiles, read_profiles
+from pomarium.cluster.replica.parsers import NO_PARSERS, Parsers, choose
 from pomarium.worker.errors import CheckpointError, PomariumError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -27,10 +29,11 @@ EMBEDDED = ""
 
 @dataclass(frozen=True)
 class Found:
-    """A model on this machine's disk, and what it costs."""
+    """A model on this machine's disk, what it costs, and what reads its answers unless the user says otherwise."""
 
     folder: Path
     profiles: Profiles
+    parsers: Parsers = NO_PARSERS
 
 
 class Check:
@@ -65,6 +68,7 @@ class Check:
 def main(models: Sequence[str]) -> int:
     """Write the pickled list of what was found: 0, or the first fault's sentence: FAULTY."""
     from pomarium.worker import settings
+    from pomarium.worker.models import chat_facts
     from pomarium.worker.models.checkpoint import inspect
     from pomarium.worker.models.resolve import resolve
 
@@ -82,7 +86,8 @@ def main(models: Sequence[str]) -> int:
             checkpoint = inspect(folder)
             if not values.use_mlx:
                 _check_for_vllm(checkpoint, model or "the embedded model")
-            found.append(Found(folder, read_profiles(str(folder))))
+            parsers = choose(chat_facts.read(folder, checkpoint.model_type))
+            found.append(Found(folder, read_profiles(str(folder)), parsers))
     except PomariumError as e:
         answer.write(str(e).encode())
         answer.flush()

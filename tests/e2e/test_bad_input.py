@@ -29,7 +29,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         ({"messages": "text"}, 400, "messages"),
         ({"response_format": BAD_SCHEMA}, 400, "nonsense"),
         ({"structured_outputs": {"regex": "[0-9"}}, 400, "regex"),
-        ({"tools": [TOOL]}, 400, "--enable-auto-tool-choice"),
+        ({"tools": [TOOL]}, 400, "--tool-call-parser NAME"),
     ],
 )
 def test_a_bad_request_gets_openais_error(client: OpenAI, change: dict[str, Any], status: int, word: str) -> None:

@@ -113,6 +113,9 @@ def port_of(reader: Reader) -> int:
 def test_one_machine(reader: Reader) -> None:
     assert "vllm: " in reader.run("README.md", ".venv/bin/pomarium doctor")
     assert "VLLM_METAL_MEMORY_FRACTION" in reader.run("README.md", ".venv/bin/pomarium env")
+    assert "answers end at <|im_end|>" in reader.run("docs/models.md", ".venv/bin/pomarium models show")
+    for page in ("README.md", "docs/models.md"):
+        assert "smollm2" in reader.run(page, ".venv/bin/pomarium models list")
     with reader.serving("README.md", ".venv/bin/pomarium serve ./my-mlx-model") as told:
         assert "serves my-mlx-model, other;" in told
         listed = json.loads(reader.run("docs/operations.md", "curl http://HEAD:8000/v1/models"))
@@ -124,6 +127,7 @@ def test_a_rack(reader: Reader) -> None:
     with reader.serving("README.md", ".venv/bin/pomarium serve --stages 3"):
         answer = json.loads(reader.run("README.md", "curl http://127.0.0.1:8000/v1/chat/completions"))
         assert "Paris" in answer["choices"][0]["message"]["content"]
+        assert "Paris" in reader.run("docs/serving.md", 'echo "What is the capital of France?"')
         for page in ("README.md", "docs/distributed.md", "docs/operations.md"):
             assert "3 of 3 Macs alive" in reader.run(page, ".venv/bin/pomarium rack status")
         assert "3 of 3 Macs alive" in reader.run("docs/rack.md", "pomarium rack status")

@@ -11,12 +11,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
-
 from pomarium.worker.errors import CheckpointError
-from pomarium.worker.models import embedded, look_up
+from pomarium.worker.models import embedded, hub, look_up
 from pomarium.worker.models.gguf.cache import converted
 from pomarium.worker.models.look_up import ACCEPTED
 
@@ -48,7 +44,7 @@ def resolve(name: str | None, *, use_modelscope: bool = False, modelscope_cache:
         raise CheckpointError(f"There is no model {name!r}{look_up.meant(name)}: a model is {ACCEPTED}.")
     if use_modelscope:
         return _from_modelscope(name, modelscope_cache)
-    return _from_hugging_face(name)
+    return hub.download(name)
 
 
 def _from_gguf(path: Path) -> Path:
@@ -59,17 +55,6 @@ def _from_gguf(path: Path) -> Path:
     facts = path.stat()
     identity = f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}"
     return converted(path, f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
-
-
-def _from_hugging_face(name: str) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=DEFAULT_ALLOW_PATTERNS)).resolve()
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise look_up.absent(name) from error
-    except LocalEntryNotFoundError as error:
-        raise look_up.unreachable(name) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the model {name!r} could not be fetched from Hugging Face: {_line(error)}.") from error
 
 
 def _from_modelscope(name: str, cache: Path | None) -> Path:

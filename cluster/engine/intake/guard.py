@@ -1,6 +1,7 @@
 """Stands before vLLM's OpenAI application and refuses what would raise in it, hold its event loop or its compilers.
 
-    request --Guard: bodies.parsed, texts, calls, responses, constraints, grammars--> 400, or the application alone
+    request --Guard: bodies.parsed, texts, calls, conversations, responses, constraints, grammars (in a thread)--> 400,
+               or the application as if alone
 
 An ASGI middleware, since the application's own checks run on the event loop that streams and heartbeats share, and
 after others have read the body and walked through it. `pomarium serve` and `vllm serve` have it by default
@@ -14,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pomarium.cluster.engine.intake import calls, constraints, responses, texts
+from pomarium.cluster.engine.intake import calls, constraints, conversations, responses, texts
 from pomarium.cluster.engine.intake.constraints import Constraint
+from pomarium.cluster.engine.intake.conversations import Abilities
 from pomarium.cluster.http import bodies, openai_errors, protocols
 from pomarium.cluster.http.anthropic_errors import Retold
 from pomarium.cluster.http.asgi import App, Message, Receive, Send, answer_json
@@ -31,11 +33,13 @@ class Rules:
 
     Attributes:
         chars: of one request, at most. compiles: constraints are tried on llguidance, the engine's own compiler.
+        abilities: what requests in messages may ask for.
     """
 
     chars: int
     compiles: bool
     any_whitespace: bool = True
+    abilities: Abilities = conversations.ALL
 
 
 class Guard:
@@ -58,7 +62,7 @@ class Guard:
         if body is None:
             return
         if self._rules is None:
-            self._rules = rules_of(scope["app"].state.vllm_config)
+            self._rules = rules_of(scope["app"].state)
         ahead = asyncio.ensure_future(receive())
         judging = asyncio.ensure_future(self._refusal(self._rules, path, body))
         try:
@@ -86,6 +90,8 @@ class Guard:
             return refusal
         if path == protocols.RESPONSES and (refusal := responses.refusal(fields)):
             return refusal
+        if refusal := conversations.refusal(path, fields, rules.abilities):
+            return refusal
         found = constraints.of_body(fields)
         for constraint in found:
             if refusal := constraints.refusal(constraint):
@@ -102,11 +108,14 @@ class Guard:
         return await asyncio.get_running_loop().run_in_executor(self._compiler, asked)
 
 
-def rules_of(vllm_config: Any) -> Rules:
-    """The rules for an engine of `vllm_config`, as the platform completed it. Raises SettingsError."""
-    outputs = vllm_config.structured_outputs_config
-    chars = settings.load(os.environ).max_request_chars or texts.limit_of(vllm_config.model_config.max_model_len)
-    return Rules(chars, outputs.backend == "guidance", not outputs.disable_any_whitespace)
+def rules_of(state: Any) -> Rules:
+    """The rules for the engine of vLLM's application `state`, configured as the platform completed it. Raises
+    SettingsError."""
+    outputs, model = state.vllm_config.structured_outputs_config, state.vllm_config.model_config
+    chars = settings.load(os.environ).max_request_chars or texts.limit_of(model.max_model_len)
+    own_form = model.hf_config.model_type == "gpt_oss"
+    abilities = conversations.abilities_of(state.online_renderer, own_form)
+    return Rules(chars, outputs.backend == "guidance", not outputs.disable_any_whitespace, abilities)
 
 
 class _Replayed:

@@ -16,7 +16,8 @@ from pomarium.cluster.cli import serve
 from pomarium.cluster.endpoint.app import passed_environment
 from pomarium.cluster.node.worker_environment import worker_environment
 from pomarium.cluster.replica.engine_args import parse
-from pomarium.cluster.replica.model_check import Check
+from pomarium.cluster.replica.model_check import Check, Found
+from pomarium.cluster.replica.parsers import Parsers
 from pomarium.cluster.replica.serve_plan import ModelPlan, ServePlan
 from pomarium.worker.errors import PomariumError, SettingsError
 from pomarium.worker.models import embedded
@@ -212,6 +213,17 @@ def test_welcome_shows_a_request_that_fits() -> None:
     assert 0 < body["max_tokens"] <= 200
     assert "$KEY" in text
     assert '"k"' not in text
+
+
+def test_welcome_says_what_reads_the_answers_of_each_model() -> None:
+    found = [Found(Path("/a"), None, Parsers("hermes", "qwen3")), Found(Path("/b"), None)]
+    plans = (ModelPlan("a"), ModelPlan("b", engine_args={"reasoning_parser": "glm45"}))
+    change = "--tool-call-parser and --reasoning-parser change it"
+    assert serve.welcome(ServePlan(plans), found).splitlines()[:2] == [
+        f"a: tools: hermes, reasoning: qwen3; {change}",
+        f"b: tools: none, reasoning: glm45; {change}",
+    ]
+    assert serve.welcome(ServePlan(plans[:1]), found[:1]).startswith("tools: hermes, reasoning: qwen3; ")
 
 
 def test_only_given_engine_arguments_are_passed_on() -> None:

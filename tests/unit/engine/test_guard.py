@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from pomarium.cluster.engine.intake import grammars
 from pomarium.cluster.engine.intake.constraints import Constraint
+from pomarium.cluster.engine.intake.conversations import NO_CALLS, Abilities
 from pomarium.cluster.engine.intake.guard import Guard, Rules, rules_of
 from pomarium.cluster.http.asgi import Message
 
@@ -236,6 +238,13 @@ def test_the_loop_goes_on_while_a_constraint_is_compiled_and_nothing_is_for_who_
     assert [answer[0]["status"] for answer in (first, third, plain)] == [200, 200, 200]
 
 
+def test_what_the_model_cannot_take_is_refused() -> None:
+    body = json.dumps({"messages": [], "tools": [{"type": "function"}]}).encode()
+    client, application = ask(body, rules=replace(RULES, abilities=Abilities(calls=False)))
+    assert (client.status, client.error["message"]) == (400, NO_CALLS)
+    assert application.received == []
+
+
 @pytest.mark.parametrize(
     ("backend", "length", "environment", "rules"),
     [
@@ -251,6 +260,7 @@ def test_rules_are_the_engines(
         monkeypatch.setenv(name, value)
     config = SimpleNamespace(
         structured_outputs_config=SimpleNamespace(backend=backend, disable_any_whitespace=False),
-        model_config=SimpleNamespace(max_model_len=length),
+        model_config=SimpleNamespace(max_model_len=length, hf_config=SimpleNamespace(model_type="llama")),
     )
-    assert rules_of(config) == rules
+    renderer = SimpleNamespace(renderer=SimpleNamespace(tokenizer=None), parser=None, chat_template=None)
+    assert rules_of(SimpleNamespace(vllm_config=config, online_renderer=renderer)) == rules

@@ -37,7 +37,7 @@ def test_rooms_are_those_of_the_folders_that_are_written_to(tmp_path: Path, monk
 
 
 def test_a_full_disk_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(disk, "_free", lambda folder: 0)
+    monkeypatch.setattr(disk, "free", lambda folder: 0)
     with pytest.raises(DiskFullError, match=f"The disk of {tmp_path} .* is full: less than 64 MiB are free"):
         disk.require(str(tmp_path))
 

@@ -98,7 +98,7 @@ def new_mac(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     monkeypatch.setattr(machine_facts, "_output", lambda *command: told[command[0]])
     gpu = Device(DeviceKind.GPU, GpuBackend.METAL, "Apple M9", ("float16",))
     monkeypatch.setattr(device, "detect", lambda values: gpu)
-    monkeypatch.setattr(machine_facts, "_model_memory", lambda limit, environ: 9 * GIB)
+    monkeypatch.setattr(machine_facts, "model_memory", lambda limit, environ: 9 * GIB)
     return {"XDG_STATE_HOME": str(tmp_path)}
 
 

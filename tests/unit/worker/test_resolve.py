@@ -1,19 +1,17 @@
 """What a user types becomes a directory, or one sentence that lists what is accepted."""
 
-import json
 import re
 import socket
 import sys
-import threading
 import time
 import types
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from hub_stub import Hub, serving
 from tiny_gguf import write_gguf
 from tiny_models import write_checkpoint
 
@@ -21,8 +19,6 @@ from pomarium.worker.errors import CheckpointError
 from pomarium.worker.models.checkpoint import inspect
 from pomarium.worker.models.look_up import EMBEDDED, local, look_up
 from pomarium.worker.models.resolve import resolve
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
@@ -122,68 +118,18 @@ def test_other_files(tmp_path: Path) -> None:
         resolve(str(tmp_path / "absent.gguf"))
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """The four answers of the Hub that a snapshot download asks for; only `tiny/model` exists."""
-
-    folder: Path
-    requests: list[str]
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def _answer(self, body: bool) -> None:
-        self.requests.append(self.path)
-        path = self.path.partition("?")[0]
-        files = sorted(p.name for p in self.folder.iterdir())
-        headers = {"X-Repo-Commit": COMMIT}
-        if path.startswith("/api/models/tiny/model/tree/"):
-            listing = [{"type": "file", "path": n, "size": (self.folder / n).stat().st_size, "oid": n} for n in files]
-            content, status = json.dumps(listing).encode(), 200
-        elif path.startswith("/api/models/tiny/model"):
-            info = {"id": "tiny/model", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
-            content, status = json.dumps(info).encode(), 200
-        elif path.startswith("/tiny/model/resolve/") and path.rsplit("/", 1)[1] in files:
-            name = path.rsplit("/", 1)[1]
-            content, status = (self.folder / name).read_bytes(), 200
-            headers |= {"ETag": f'"{name}"'}
-        else:
-            content, status = b"{}", 404
-            headers |= {"X-Error-Code": "RepoNotFound"}
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *arguments: object) -> None:
-        del arguments
-
-
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
-    folder = write_checkpoint("llama_untied", tmp_path / "remote")
-    handler = type("Hub", (_Hub,), {"folder": folder, "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", endpoint)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with serving(write_checkpoint("llama_untied", tmp_path / "remote")) as found:
+        template = found.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", found.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", found.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        yield found
 
 
-def test_an_id_is_downloaded_from_the_hub(hub: type[_Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_id_is_downloaded_from_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = resolve("tiny/model")
     assert inspect(directory).model_type == "llama"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -192,7 +138,7 @@ def test_an_id_is_downloaded_from_the_hub(hub: type[_Hub], monkeypatch: pytest.M
     assert hub.requests == []
 
 
-def test_an_id_that_the_hub_does_not_have(hub: type[_Hub]) -> None:
+def test_an_id_that_the_hub_does_not_have(hub: Hub) -> None:
     for find in (look_up, resolve):
         with pytest.raises(CheckpointError, match="Hugging Face has no model 'no/model'"):
             find("no/model")
@@ -200,7 +146,7 @@ def test_an_id_that_the_hub_does_not_have(hub: type[_Hub]) -> None:
         hub.requests.clear()
 
 
-def test_an_id_is_looked_up_by_one_request_and_without_one_where_it_is_cached(hub: type[_Hub]) -> None:
+def test_an_id_is_looked_up_by_one_request_and_without_one_where_it_is_cached(hub: Hub) -> None:
     assert look_up("tiny/model") is None
     assert len(hub.requests) == 1
     directory = resolve("tiny/model")
@@ -209,7 +155,7 @@ def test_an_id_is_looked_up_by_one_request_and_without_one_where_it_is_cached(hu
     assert hub.requests == []
 
 
-def test_a_repository_of_gguf_files_is_not_served_as_it_is(hub: type[_Hub]) -> None:
+def test_a_repository_of_gguf_files_is_not_served_as_it_is(hub: Hub) -> None:
     (hub.folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"tiny/model of Hugging Face holds no config\.json.*GGUF"):
         look_up("tiny/model")
@@ -232,7 +178,7 @@ def test_offline_and_not_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> Non
         resolve("some/model")
 
 
-def test_modelscope_without_its_package(hub: type[_Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modelscope_without_its_package(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "modelscope", None)
     for find in (look_up, resolve):
         with pytest.raises(CheckpointError, match="pip install modelscope"):
@@ -240,7 +186,7 @@ def test_modelscope_without_its_package(hub: type[_Hub], monkeypatch: pytest.Mon
     assert hub.requests == []
 
 
-def test_modelscope_and_its_folder(hub: type[_Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modelscope_and_its_folder(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = types.ModuleType("modelscope")
 
     def download(name: str, cache_dir: str | None = None) -> str:
