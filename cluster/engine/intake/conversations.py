@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PATHS = ("/chat/completions", "/messages")
+PATHS = ("/chat/completions", "/messages", "/responses")
 """What the paths of requests in messages end with."""
 
 NO_TEMPLATE = (

@@ -20,7 +20,7 @@ TOOLS = {"tools": [{"type": "function", "function": {"name": "f"}}]}
 NO_TOOLS = Abilities(calls=False)
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/responses"])
 @pytest.mark.parametrize(
     ("fields", "abilities", "reason"),
     [
