@@ -31,7 +31,7 @@ from pomarium.worker.address import authority
 FREE_S = 10.0
 """For how long the port of an ingress that was lost may still be taken."""
 
-SHOWN = ("/health", "/metrics", "/v1/models", "/v1/files", "/v1/batches")
+SHOWN = ("/", "/health", "/metrics", "/v1/rack", "/v1/models", "/v1/files", "/v1/batches")
 """Paths that requests are counted by, with all below them, beside GENERATED."""
 
 

@@ -42,6 +42,9 @@ class ReplicaReport:
     Attributes:
         model: as requests call it. replica: unique. layers: of the model.
         tokens_per_s: generated of late. running, waiting: requests.
+        requests_per_min: answered in the last minute.
+        kv_use: share of its KV cache that requests hold, 0 to 1.
+        cached_share: of the prompts' tokens, what its cache knew, over the last thousand requests; 0 to 1.
         written: Unix time in seconds, by the clock of the replica's machine.
     """
 
@@ -52,6 +55,9 @@ class ReplicaReport:
     tokens_per_s: float
     running: int
     waiting: int
+    requests_per_min: float
+    kv_use: float
+    cached_share: float
     written: float
 
 

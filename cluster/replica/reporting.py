@@ -9,10 +9,10 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ray.exceptions import RayError
-from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
+from vllm.v1.metrics.stats import CachingMetrics, IterationStats, MultiModalCacheStats, SchedulerStats
 
 from pomarium.cluster.executor.member import Member
 from pomarium.cluster.rack import reports
@@ -24,6 +24,27 @@ logger = logging.getLogger(__name__)
 REPORT_S = 2.0
 WINDOW_S = 5.0
 """Tokens per second are counted over so long."""
+MINUTE_S = 60.0
+
+
+class Recent:
+    """A count of what happened in the last `window_s` seconds of `clock`."""
+
+    def __init__(self, window_s: float, clock: Callable[[], float]) -> None:
+        self._window_s, self._clock = window_s, clock
+        self._counts: deque[tuple[float, int]] = deque()
+
+    def add(self, count: int) -> None:
+        """So many, now."""
+        self._counts.append((self._clock(), count))
+
+    @property
+    def total(self) -> int:
+        """Of the window that ends now."""
+        since = self._clock() - self._window_s
+        while self._counts and self._counts[0][0] < since:
+            self._counts.popleft()
+        return sum(count for _, count in self._counts)
 
 
 class Load:
@@ -31,13 +52,17 @@ class Load:
 
     Attributes:
         steps: told of each step's end.
+        running, waiting, kv_use: as of a ReplicaReport.
     """
 
-    def __init__(self, steps: StepWatch) -> None:
+    def __init__(self, steps: StepWatch, clock: Callable[[], float] = time.monotonic) -> None:
         self.steps = steps
         self.running = 0
         self.waiting = 0
-        self._tokens: deque[tuple[float, int]] = deque()
+        self.kv_use = 0.0
+        self._clock = clock
+        self._tokens, self._answered = Recent(WINDOW_S, clock), Recent(MINUTE_S, clock)
+        self._cache = CachingMetrics()
 
     def record(
         self,
@@ -47,11 +72,15 @@ class Load:
         engine_idx: int = 0,
     ) -> None:
         """One step's figures."""
-        self.steps.ended(time.monotonic())
+        self.steps.ended(self._clock())
         if scheduler_stats is not None:
             self.running, self.waiting = scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs
+            self.kv_use = scheduler_stats.kv_cache_usage
+            self._cache.observe(scheduler_stats.prefix_cache_stats)
         if iteration_stats is not None and iteration_stats.num_generation_tokens:
-            self._tokens.append((time.monotonic(), iteration_stats.num_generation_tokens))
+            self._tokens.add(iteration_stats.num_generation_tokens)
+        if iteration_stats is not None and iteration_stats.finished_requests:
+            self._answered.add(len(iteration_stats.finished_requests))
 
     def log(self) -> None:
         """Nothing to print."""
@@ -64,10 +93,25 @@ class Load:
 
     def tokens_per_s(self) -> float:
         """Generated over the last WINDOW_S seconds."""
-        since = time.monotonic() - WINDOW_S
-        while self._tokens and self._tokens[0][0] < since:
-            self._tokens.popleft()
-        return sum(count for _, count in self._tokens) / WINDOW_S
+        return self._tokens.total / WINDOW_S
+
+    def report(
+        self, model: str, replica: str, layers: int, stages: tuple[StageReport, ...], written: float
+    ) -> ReplicaReport:
+        """What the engine does now. The arguments are as of a ReplicaReport."""
+        return ReplicaReport(
+            model,
+            replica,
+            layers,
+            stages,
+            tokens_per_s=self.tokens_per_s(),
+            running=self.running,
+            waiting=self.waiting,
+            requests_per_min=float(self._answered.total),
+            kv_use=self.kv_use,
+            cached_share=float(self._cache.hit_rate),
+            written=written,
+        )
 
 
 def stages_of(members: Sequence[Member], layers: int, memory: Sequence[int]) -> tuple[StageReport, ...]:
@@ -81,10 +125,8 @@ def stages_of(members: Sequence[Member], layers: int, memory: Sequence[int]) -> 
 async def report(model: str, replica: str, layers: int, stages: tuple[StageReport, ...], load: Load) -> None:
     """Publish for ever. A head that does not answer is tried again: whoever runs without one has other worries."""
     while True:
-        now = time.time()
-        told = ReplicaReport(model, replica, layers, stages, load.tokens_per_s(), load.running, load.waiting, now)
         try:
-            await asyncio.to_thread(reports.publish, told)
+            await asyncio.to_thread(reports.publish, load.report(model, replica, layers, stages, time.time()))
         except RayError:
             logger.warning("The replica's report did not reach the rack's head.", exc_info=True)
         await asyncio.sleep(REPORT_S)
