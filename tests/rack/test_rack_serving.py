@@ -21,6 +21,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from chromium import browser
 from openai import APIError
 from rack_serving import HEAL_S, Rack, answer, served_again, serving
 
@@ -31,6 +32,7 @@ FAULT_S = 10.0
 LAYERS = 30
 DISK_BYTES = 1 << 30
 WATCHED_S = 20.0
+PAGE_S = 90.0
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +244,20 @@ def test_a_mac_that_comes_back_is_used(rack: Rack) -> None:
     rack.simulated.rejoin(next(mac["name"] for mac in rack.status()["macs"] if not mac["alive"]))
     served_again(rack)
     assert rack.status()["waiting"] == []
+
+
+def test_the_page_shows_a_mac_that_is_killed(rack: Rack) -> None:
+    """Opened by a browser while it happens. The last test: nobody heals the rack."""
+    served_again(rack)
+    victim = rack.stages()[0]["mac"]
+    with browser() as opened, opened.opened(rack.server.url) as tab:
+        of_victim = (
+            f"[...document.querySelectorAll('.mac')].find((one) => one.innerText.includes({victim!r})).innerText"
+        )
+        tab.until(f"document.querySelectorAll('.mac').length === 3 && {of_victim}.includes('alive')", PAGE_S)
+        tab.until("document.querySelector('.model').innerText.includes('serving')", PAGE_S)
+        rack.simulated.kill(victim)
+        tab.until(f"{of_victim}.includes('lost')", PAGE_S)
+        tab.until("!document.querySelector('.model').innerText.includes('serving')", PAGE_S)
+        tab.until("document.querySelector('.model').innerText.includes('2 stages need 2 Macs')", HEAL_S)
+        assert tab.faults == []

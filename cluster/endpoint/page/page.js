@@ -7,7 +7,8 @@
 const POLL_MS = 1000;
 const HIDDEN_MS = 5000;
 const LIMIT_MS = 10000;
-const WINDOW_S = 600;
+const SHORTEST_S = 60; // that a plot shows
+const LONGEST_S = 600;
 const GAP_S = 15; // between two samples: what was in between is not known, and not drawn
 const KEY = "pomarium-key";
 
@@ -100,7 +101,7 @@ function take(found) {
     running: total(found.replicas.map((replica) => replica.running)),
     waiting: total(found.replicas.map((replica) => replica.waiting)),
   });
-  while (samples[0].time < now - WINDOW_S) samples.shift();
+  while (samples[0].time < now - LONGEST_S) samples.shift();
   const shown = JSON.stringify({ ...found, at: 0 });
   if (shown !== drawn) draw(found);
   drawn = shown;
@@ -150,7 +151,8 @@ function bar(shares, label, high = false) {
 }
 
 function draw(found) {
-  at("notes").replaceChildren(...notes(found));
+  const said = notes(found);
+  if (said.map((note) => note.textContent).join("") !== at("notes").textContent) at("notes").replaceChildren(...said);
   at("models").replaceChildren(...found.models.map((model) => modelCard(model, found)));
   const macs = found.macs.map((mac) => macCard(mac, found));
   at("macs").replaceChildren(...(macs.length ? macs : [make("p", { class: "empty" }, "No Mac runs a stage now.")]));
@@ -236,7 +238,7 @@ function macCard(mac, found) {
 
 const PLOTS = [
   { title: "Tokens per second", lines: [{ key: "speed" }] },
-  { title: "Requests answered per minute", lines: [{ key: "answered" }] },
+  { title: "Requests per minute", lines: [{ key: "answered" }] },
   { title: "Requests at once", lines: [{ key: "running", name: "running" }, { key: "waiting", name: "queued" }] },
 ];
 
@@ -247,11 +249,12 @@ function drawPlots(now) {
 function plotCard({ title, lines }, now) {
   const [width, height] = [300, 60];
   const most = ceiling(Math.max(1, ...lines.flatMap((line) => samples.map((sample) => sample[line.key]))));
-  const x = (sample) => width * (1 - (now - sample.time) / WINDOW_S);
+  const span = Math.max(SHORTEST_S, now - samples[0].time);
+  const x = (sample) => width * (1 - (now - sample.time) / span);
   const y = (value) => height * (1 - value / most);
   const last = samples[samples.length - 1];
   const figures = lines.map((line) => `${number(last[line.key])}${line.name ? ` ${line.name}` : ""}`).join(", ");
-  const label = `${title}, the last ten minutes: now ${figures}; the axis ends at ${number(most)}`;
+  const label = `${title}, the last ${seconds(span)}: now ${figures}; the axis ends at ${number(most)}`;
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": label });
   svg.append(make("line", { class: "floor", x1: 0, x2: width, y1: height, y2: height }));
   lines.forEach((line, index) => {
@@ -265,9 +268,9 @@ function plotCard({ title, lines }, now) {
   return make(
     "article", { class: "card plot" },
     make("h3", {}, title),
-    make("div", { class: "now" }, figures),
+    make("div", { class: "now" }, ...lines.flatMap((line) => [number(last[line.key]), make("span", {}, line.name ? ` ${line.name} ` : "")])),
     svg,
-    make("div", { class: "axis", "aria-hidden": "true" }, make("span", {}, "10 min ago"), make("span", {}, `top ${number(most)}`), make("span", {}, "now")),
+    make("div", { class: "axis", "aria-hidden": "true" }, make("span", {}, `${seconds(span)} ago`), make("span", {}, `top ${number(most)}`), make("span", {}, "now")),
   );
 }
 
@@ -283,7 +286,7 @@ function runs() {
 
 function ceiling(value) {
   const step = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((factor) => factor * step).find((round) => round >= value);
+  return [1, 1.5, 2, 3, 5, 7.5, 10].map((factor) => factor * step).find((round) => round >= value);
 }
 
 // --- chat ------------------------------------------------------------------------------------------------------------
@@ -320,6 +323,7 @@ async function ask(question) {
     speed.textContent = rate(answer);
   } catch (error) {
     speed.textContent = own.signal.aborted ? `stopped; ${rate(answer)}` : rate(answer);
+    if (!own.signal.aborted && answer.first === null) speed.remove();
     if (!own.signal.aborted) say("fault", error.message);
   } finally {
     clearInterval(clock);
