@@ -27,7 +27,7 @@ GIB = 1 << 30
 VERSION = "0.1.0-py3.11"
 FACTS = MacFacts("mac-1", "M2 Ultra", 192 * GIB, 128 * GIB, 6e11, 1e13, VERSION)
 MAC = Member("mac-1", "10.0.0.1", True, True, FACTS)
-REPORT = ReplicaReport("m", "r1", 30, (StageReport("mac-1", 0, 30, 7, GIB),), 12.5, 3, 1, 40.0, 0.25, 0.5, 1000.0)
+REPORT = ReplicaReport("m", "r1", 30, (StageReport("mac-1", 0, 30, 7, GIB),), (), 12.5, 3, 1, 40.0, 0.25, 0.5, 1000.0)
 SERVES = RackStatus("10.0.0.1:6379", False, (MAC,), (REPORT,), VERSION, at=1000.0)
 """One Mac that serves all of the model `m`."""
 

@@ -10,13 +10,16 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 from ray.exceptions import RayError
 from vllm.v1.metrics.stats import CachingMetrics, IterationStats, MultiModalCacheStats, SchedulerStats
 
 from pomarium.cluster.executor.member import Member
+from pomarium.cluster.placement.model import Network
 from pomarium.cluster.rack import reports
-from pomarium.cluster.rack.reports import ReplicaReport, StageReport
+from pomarium.cluster.rack.reports import LinkReport, ReplicaReport, StageReport
 from pomarium.cluster.replica.step_watch import StepWatch
 
 logger = logging.getLogger(__name__)
@@ -95,15 +98,14 @@ class Load:
         """Generated over the last WINDOW_S seconds."""
         return self._tokens.total / WINDOW_S
 
-    def report(
-        self, model: str, replica: str, layers: int, stages: tuple[StageReport, ...], written: float
-    ) -> ReplicaReport:
-        """What the engine does now. The arguments are as of a ReplicaReport."""
+    def report(self, engine: "Engine", written: float) -> ReplicaReport:
+        """What the engine does now. written: Unix time, seconds."""
         return ReplicaReport(
-            model,
-            replica,
-            layers,
-            stages,
+            engine.model,
+            engine.replica,
+            engine.layers,
+            engine.stages,
+            engine.links,
             tokens_per_s=self.tokens_per_s(),
             running=self.running,
             waiting=self.waiting,
@@ -122,11 +124,33 @@ def stages_of(members: Sequence[Member], layers: int, memory: Sequence[int]) -> 
     )
 
 
-async def report(model: str, replica: str, layers: int, stages: tuple[StageReport, ...], load: Load) -> None:
+def links_of(stages: Sequence[StageReport], network: Network | None) -> tuple[LinkReport, ...]:
+    """The links that the stages hand on over. network: between the Macs; None where nothing is known of it."""
+    found = []
+    for one, other in pairwise(stage.mac for stage in stages):
+        link = None if network is None else network.pairs.get(frozenset((one, other)), network.default)
+        if one != other:
+            facts = (None, None) if link is None else (link.bandwidth, link.latency)
+            found.append(LinkReport(one, other, *facts))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What of a ReplicaReport stays as it is while the engine lives."""
+
+    model: str
+    replica: str
+    layers: int
+    stages: tuple[StageReport, ...]
+    links: tuple[LinkReport, ...]
+
+
+async def report(engine: Engine, load: Load) -> None:
     """Publish for ever. A head that does not answer is tried again: whoever runs without one has other worries."""
     while True:
         try:
-            await asyncio.to_thread(reports.publish, load.report(model, replica, layers, stages, time.time()))
+            await asyncio.to_thread(reports.publish, load.report(engine, time.time()))
         except RayError:
             logger.warning("The replica's report did not reach the rack's head.", exc_info=True)
         await asyncio.sleep(REPORT_S)

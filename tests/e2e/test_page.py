@@ -18,7 +18,7 @@ from pomarium.cluster import faults
 from pomarium.cluster.endpoint.holding import State
 from pomarium.cluster.node import ports
 from pomarium.cluster.rack.labels import MacFacts
-from pomarium.cluster.rack.reports import StageReport
+from pomarium.cluster.rack.reports import LinkReport, StageReport
 from pomarium.cluster.rack.status import RackStatus
 from pomarium.worker.errors import SettingsError
 
@@ -123,7 +123,8 @@ def test_a_key_is_asked_for_once_and_kept_in_the_tab(chromium: Browser) -> None:
 def test_a_mac_that_is_lost_is_shown_and_so_is_why_a_model_is_not_served(chromium: Browser) -> None:
     two = replace(MAC, name="mac-2", head=False, facts=replace(MAC.facts or MacFacts("", "", 1, 1, 1, 1), name="mac-2"))
     stages = (StageReport("mac-1", 0, 20, 7, GIB), StageReport("mac-2", 20, 30, 8, GIB))
-    whole = replace(SERVES, members=(MAC, two), replicas=(replace(REPORT, stages=stages),))
+    links = (LinkReport("mac-1", "mac-2", 1.25e9, 1e-4),)
+    whole = replace(SERVES, members=(MAC, two), replicas=(replace(REPORT, stages=stages, links=links),))
     broken = replace(whole, members=(MAC, replace(two, alive=False)), replicas=(), at=1001.0)
     missing = faults.StartError("2 stages need 2 Macs and there is 1.")
     now = {"found": whole, "m": State(running=1)}
@@ -139,7 +140,7 @@ def test_a_mac_that_is_lost_is_shown_and_so_is_why_a_model_is_not_served(chromiu
         return {"m": state, "big": State(f"Error:\n{faults.StartError('big needs 3 GiB more.')}")}
 
     with serving(ingress(look=look, states=states)) as url, chromium.opened(url) as tab:
-        tab.until(shows(".model", "m", "serving", "mac-1 0–19", "mac-2 20–29"), SOON_S)
+        tab.until(shows(".model", "m", "serving", "mac-1 0–19", "10 Gb/s", "mac-2 20–29"), SOON_S)
         tab.until(shows(".model", "big", "failed", "big needs 3 GiB more."), SOON_S)
         tab.until(shows("#said", "2 of 2 Macs alive"), SOON_S)
         now |= {"found": broken, "m": State(str(missing), waiting=True)}

@@ -42,6 +42,11 @@ function size(bytes) {
   return `${bytes < 10 && step > 0 ? bytes.toFixed(1).replace(".0", "") : bytes.toFixed(0)} ${units[step]}`;
 }
 
+function bits(perSecond) {
+  const [factor, unit] = [[1e12, "Tb/s"], [1e9, "Gb/s"], [1e6, "Mb/s"]].find(([least]) => perSecond >= least) ?? [1e3, "kb/s"];
+  return `${Number((perSecond / factor).toPrecision(3))} ${unit}`;
+}
+
 function seconds(passed) {
   return passed < 120 ? `${Math.round(passed)} s` : `${Math.round(passed / 60)} min`;
 }
@@ -206,10 +211,14 @@ function modelCard(model, found) {
 function path(replica) {
   // In the order in which hidden states pass from Mac to Mac.
   const hops = replica.stages.flatMap((stage, place) => [
-    place ? make("span", { "aria-label": "then" }, "→") : null,
+    place ? arrow(replica.links.find((link) => link.here === replica.stages[place - 1].mac && link.there === stage.mac)) : null,
     make("span", { class: "hop" }, make("b", {}, stage.mac), ` ${layers(stage)}`),
   ]);
   return make("div", { class: "path" }, make("span", { class: "sub" }, `${replica.layers} layers`), ...hops.filter(Boolean));
+}
+
+function arrow(link) {
+  return make("span", { class: "sub" }, "→", link?.bandwidth ? ` ${bits(8 * link.bandwidth)} →` : "");
 }
 
 function macCard(mac, found) {

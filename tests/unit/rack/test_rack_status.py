@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pomarium.cluster.rack import reports, status
 from pomarium.cluster.rack.labels import MacFacts, labels_of
 from pomarium.cluster.rack.mac_power import MacPower, Power
-from pomarium.cluster.rack.reports import LossReport, ReplicaReport, StageReport, WaitingReport
+from pomarium.cluster.rack.reports import LinkReport, LossReport, ReplicaReport, StageReport, WaitingReport
 from pomarium.cluster.rack.roster import Member, members, namesake
 from pomarium.cluster.rack.serve_actors import CONTROLLER, ENGINE, INGRESS, ServeActor
 from pomarium.cluster.rack.status import RackStatus
@@ -21,8 +21,9 @@ ONE = Member("mac-1", "10.0.0.1", True, True, FACTS)
 TWO = Member("mac-2", "10.0.0.2", True, False, replace(FACTS, name="mac-2"))
 LOST = replace(TWO, alive=False)
 HEAD = Member("box", "10.0.0.9", True, True, None)
+LINKS = (LinkReport("mac-1", "mac-2", 1.25e9, None),)
 STAGES = (StageReport("mac-1", 0, 20, 7, 2 * GIB), StageReport("mac-2", 20, 30, 8, GIB))
-REPORT = ReplicaReport("smollm2", "r1", 30, STAGES, 12.5, 3, 1, 40.0, 0.25, 0.5, 1000.0)
+REPORT = ReplicaReport("smollm2", "r1", 30, STAGES, LINKS, 12.5, 3, 1, 40.0, 0.25, 0.5, 1000.0)
 
 
 def test_a_node_that_rejoined_counts_once() -> None:
@@ -47,6 +48,9 @@ def test_a_name_is_taken_by_a_live_node_only() -> None:
         ReplicaReport,
         st.text(), st.text(), st.integers(0, 200),
         st.lists(st.builds(StageReport, st.text(), *[st.integers(0, 1 << 50)] * 4), max_size=3).map(tuple),
+        st.lists(
+            st.builds(LinkReport, st.text(), st.text(), *[st.none() | st.floats(0, 1e12)] * 2), max_size=2
+        ).map(tuple),
         st.floats(0, 1e6), st.integers(0, 999), st.integers(0, 999),
         st.floats(0, 1e6), st.floats(0, 1), st.floats(0, 1), st.floats(0, 4e9),
     )
