@@ -118,6 +118,16 @@ def test_same_text_as_from_one_machine_and_status_shows_the_layers(rack: Rack) -
         assert held == [(s["first"], s["end"]) for s in stages if s["mac"] == mac["name"]]
 
 
+def test_the_page_reads_what_rack_status_prints(rack: Rack) -> None:
+    told, printed = httpx.get(f"{rack.server.url}/v1/rack", timeout=60).json(), rack.status()
+    assert told.pop("models") == [{"name": "smollm2", "state": "serving", "reason": None}]
+    assert told.keys() == printed.keys()
+    for field in ("address", "simulated", "version", "macs", "waiting", "missing", "disk"):
+        assert told[field] == printed[field]
+    assert [replica["stages"] for replica in told["replicas"]] == [replica["stages"] for replica in printed["replicas"]]
+    assert printed["at"] > 0
+
+
 def fill(path: Path) -> None:
     with path.open("wb", buffering=0) as file:
         while file.write(bytes(1 << 20)):
