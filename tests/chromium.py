@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -157,7 +158,9 @@ def browser() -> Iterator[Browser]:
                 "--disable-background-networking", "--disable-component-update", "--no-proxy-server",
                 "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]  # fmt: skip
         with (Path(folder) / "output").open("wb") as output:
-            process = subprocess.Popen(line, stdout=output, stderr=output, env=os.environ | {"HOME": folder})
+            process = subprocess.Popen(
+                line, stdout=output, stderr=output, env=os.environ | {"HOME": folder}, start_new_session=True
+            )
         try:
             told, deadline = Path(folder) / PORT_FILE, time.monotonic() + START_S
             while not told.exists() or len(told.read_text().split()) < 2:
@@ -168,8 +171,6 @@ def browser() -> Iterator[Browser]:
             with connect(f"ws://127.0.0.1:{port}{address}", max_size=None, proxy=None) as opened:
                 yield Browser(opened)
         finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its pages have processes of their own
             process.wait()
