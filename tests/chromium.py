@@ -168,7 +168,9 @@ def browser() -> Iterator[Browser]:
                 assert time.monotonic() < deadline, (Path(folder) / "output").read_text()
                 time.sleep(LOOK_S)
             port, address = told.read_text().split()
-            with connect(f"ws://127.0.0.1:{port}{address}", max_size=None, proxy=None) as opened:
+            where = f"ws://127.0.0.1:{port}{address}"
+            # No pings: their answers wait behind events, which are read when a test asks for something.
+            with connect(where, max_size=None, proxy=None, ping_interval=None) as opened:
                 yield Browser(opened)
         finally:
             with contextlib.suppress(ProcessLookupError):
