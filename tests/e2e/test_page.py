@@ -215,6 +215,7 @@ def test_a_chat_streams_and_is_stopped(chromium: Browser, embedded_server: Serve
         tab.script("document.getElementById('stop').click()")
         tab.until(shows(".speed", "stopped;"), SOON_S)
         tab.until("!document.getElementById('send').hidden", SOON_S)
+        tab.until("Number(document.querySelectorAll('.plot .now')[1].innerText) > 0", SOON_S)
         tab.until(shows(".model", "running\n0"), ANSWERED_S)
         tab.script("document.getElementById('new').click()")
         assert tab.script("document.getElementById('talk').children.length") == 0
