@@ -7,6 +7,7 @@ A process of Ray's (driver, actor) can call this at once; any other calls `repor
 
 import time
 
+import psutil
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
 from pomarium.cluster.machine import disk
@@ -39,4 +40,5 @@ def look(client: GcsClient, address: str, simulated: bool, ray_folder: str) -> R
         reports.read_losses(),
         disk.shortage(disk.rooms(ray_folder)),
         at,
+        psutil.virtual_memory().total,
     )

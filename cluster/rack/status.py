@@ -29,7 +29,7 @@ class RackStatus:
     version: of Pomarium and Python here; Macs of another one serve nothing.
     actors: Ray Serve's processes, the oldest first. losses: the last of each model.
     disk: a sentence on a full disk of this machine; None: all have room.
-    at: when all of this was read, Unix seconds.
+    at: when all of this was read, Unix seconds. memory: of the machine that read it, bytes.
     """
 
     address: str
@@ -43,6 +43,7 @@ class RackStatus:
     losses: tuple[LossReport, ...] = ()
     disk: str | None = None
     at: float = 0.0
+    memory: int | None = None
 
     @property
     def unserved(self) -> tuple[LossReport, ...]:
@@ -127,7 +128,7 @@ def document(status: RackStatus) -> dict[str, object]:
             "state": status.state_of(mac),
             "reason": reasons.get(mac.name),
             "head": mac.head,
-            **({} if mac.facts is None else {k: v for k, v in asdict(mac.facts).items() if k != "name"}),
+            **_facts(mac, status),
             "stages": [asdict(stage) | {"model": replica.model, "replica": replica.replica}
                        for replica, stage in _stages_on(mac.name, status.serving)],
         }
@@ -145,6 +146,13 @@ def document(status: RackStatus) -> dict[str, object]:
         "losses": [asdict(loss) for loss in status.unserved],
         "disk": status.disk,
     }
+
+
+def _facts(mac: Member, status: RackStatus) -> dict[str, object]:
+    """What a Mac's labels tell of it; of a host without any its memory, if it is the machine that looks: the head."""
+    if mac.facts is not None:
+        return {name: value for name, value in asdict(mac.facts).items() if name != "name"}
+    return {"memory": status.memory} if mac.head and status.memory is not None else {}
 
 
 def _mac_rows(status: RackStatus) -> list[tuple[str, ...]]:

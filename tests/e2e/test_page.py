@@ -201,7 +201,7 @@ def test_it_fits_a_phone_and_can_be_read_in_light_and_dark(chromium: Browser, wi
 def test_a_chat_streams_and_is_stopped(chromium: Browser, embedded_server: Server) -> None:
     with chromium.opened(embedded_server.url) as tab:
         tab.until(shows(".model", MODEL, "serving"), SOON_S)
-        tab.until(shows(".mac", "127.0.0.1", "alive", "layers 0–29"), SOON_S)
+        tab.until(shows(".mac", "127.0.0.1", "alive", "GiB of", "layers 0–29"), SOON_S)
         tab.script("document.getElementById('question').focus()")
         tab.type("What is the capital of France?")
         tab.press("Enter")

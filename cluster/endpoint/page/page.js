@@ -223,11 +223,14 @@ function arrow(link) {
 
 function macCard(mac, found) {
   const held = mac.stages.map((stage) => stage.memory);
-  const room = mac.model_memory ?? null;
-  const words = room === null ? `${size(total(held))} held by models` : `${size(total(held))} of ${size(room)} for models`;
+  const room = mac.model_memory ?? mac.memory ?? null;
+  const purpose = mac.model_memory === undefined ? "" : " for models";
+  const words = `${size(total(held))}${room === null ? "" : ` of ${size(room)}`}${purpose}`;
   const replicas = found.replicas.filter((replica) => replica.stages.some((stage) => stage.mac === mac.name));
   const speed = total(replicas.map((replica) => replica.tokens_per_s));
   const other = mac.version !== undefined && mac.version !== found.version;
+  const parts = [mac.chip, mac.chip && size(mac.memory), mac.address !== mac.name && mac.address, mac.chip && mac.head && "head"];
+  const about = parts.filter(Boolean).join(" · ");
   const away = mac.alive ? "" : mac.state === "lost" ? " lost" : " away";
   const stages = mac.stages.map((stage) => make(
     "li", {}, make("b", {}, stage.model), ` layers ${layers(stage)}, ${size(stage.memory)}`,
@@ -235,10 +238,10 @@ function macCard(mac, found) {
   return make(
     "article", { class: `card mac${away}` },
     make("div", { class: "head" }, make("h3", {}, mac.name), pill(mac.state)),
-    make("p", { class: "sub" }, [mac.chip, mac.memory && size(mac.memory), mac.address, mac.head && "head"].filter(Boolean).join(" · ")),
+    about ? make("p", { class: "sub" }, about) : null,
     mac.reason || other ? make("p", { class: "reason" }, mac.reason || `Runs ${mac.version}: left out.`) : null,
     room === null ? null : bar(held.map((bytes) => bytes / room), `Memory: ${words}`, total(held) > 0.95 * room),
-    make("p", { class: "sub" }, mac.stages.length ? `${words} · ${number(speed)} tokens/s` : room === null ? "no stage" : `no stage · ${size(room)} for models`),
+    make("p", { class: "sub" }, mac.stages.length ? `${words} · ${number(speed)} tokens/s` : room === null ? "no stage" : `no stage · ${size(room)}${purpose}`),
     stages.length ? make("ul", { class: "stages" }, ...stages) : null,
   );
 }

@@ -146,10 +146,11 @@ def test_a_machine_of_a_ray_that_is_no_rack_is_shown_if_it_runs_stages() -> None
     """As of `pomarium serve` on one machine, whose node is no Mac of any rack."""
     report = replace(REPORT, stages=(StageReport("127.0.0.1", 0, 30, 7, GIB),))
     here, other = Member("node", "127.0.0.1", True, True, None), Member("node", "10.0.0.7", True, False, None)
-    found = RackStatus("127.0.0.1:6379", False, (here, other), (report,), VERSION, at=7.0)
+    found = RackStatus("127.0.0.1:6379", False, (here, other), (report,), VERSION, at=7.0, memory=24 * GIB)
     document = status.document(found)
     (host,) = document["macs"]  # type: ignore[misc]
     assert (host["name"], host["state"], host["stages"][0]["memory"]) == ("127.0.0.1", "alive", GIB)
+    assert (host["memory"], "chip" in host) == (24 * GIB, False)
     assert (document["at"], document["version"]) == (7.0, VERSION)
     assert found.macs == (), "nor is it one that a plan could count on"
 
