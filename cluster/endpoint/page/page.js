@@ -11,6 +11,7 @@ const SHORTEST_S = 60; // that a plot shows
 const LONGEST_S = 600;
 const GAP_S = 15; // between two samples: what was in between is not known, and not drawn
 const KEY = "pomarium-key";
+const SILENT = "The endpoint does not answer.";
 
 const at = (id) => document.getElementById(id);
 const needsKey = document.documentElement.dataset.key === "needed";
@@ -43,7 +44,8 @@ function size(bytes) {
 }
 
 function bits(perSecond) {
-  const [factor, unit] = [[1e12, "Tb/s"], [1e9, "Gb/s"], [1e6, "Mb/s"]].find(([least]) => perSecond >= least) ?? [1e3, "kb/s"];
+  const units = [[1e12, "Tb/s"], [1e9, "Gb/s"], [1e6, "Mb/s"]];
+  const [factor, unit] = units.find(([least]) => perSecond >= least) ?? [1e3, "kb/s"];
   return `${Number((perSecond / factor).toPrecision(3))} ${unit}`;
 }
 
@@ -54,12 +56,21 @@ function seconds(passed) {
 const stored = () => sessionStorage.getItem(KEY);
 const headers = () => (stored() === null ? {} : { Authorization: `Bearer ${stored()}` });
 
-async function sentence(answer) {
-  const text = await answer.text();
+function sentence(status, text) {
   try {
     return JSON.parse(text).error.message;
   } catch {
-    return `The endpoint answered with status ${answer.status}.`;
+    return status === null ? SILENT : `The endpoint answered with status ${status}.`;
+  }
+}
+
+async function fetched(path) {
+  // Status and text; null and nothing if there is no answer.
+  try {
+    const answer = await fetch(path, { cache: "no-store", headers: headers(), signal: AbortSignal.timeout(LIMIT_MS) });
+    return [answer.status, await answer.text()];
+  } catch {
+    return [null, ""];
   }
 }
 
@@ -72,22 +83,14 @@ async function poll() {
 
 async function look() {
   const key = stored();
-  try {
-    const limits = { cache: "no-store", headers: headers(), signal: AbortSignal.timeout(LIMIT_MS) };
-    const answer = await fetch("v1/rack", limits);
-    if (key !== stored()) return; // forgotten meanwhile
-    if (answer.status === 401) {
-      askForKey(key !== null);
-      return;
-    }
-    if (!answer.ok) {
-      fault = await sentence(answer);
-    } else {
-      take(await answer.json());
-    }
-  } catch {
-    fault = "The endpoint does not answer.";
+  const [status, text] = await fetched("v1/rack");
+  if (key !== stored()) return; // forgotten meanwhile
+  if (status === 401) {
+    askForKey(key !== null);
+    return;
   }
+  if (status === 200) take(JSON.parse(text));
+  else fault = sentence(status, text);
   at("door").hidden = true;
   at("main").hidden = facts === null;
   at("forget").hidden = stored() === null;
@@ -116,7 +119,7 @@ function take(found) {
 function tell() {
   const age = heard === null ? null : (performance.now() - heard) / 1000;
   const gone = fault !== null || (age !== null && age > 2 * LIMIT_MS / 1000);
-  let text = gone ? fault ?? "The endpoint does not answer." : "connecting";
+  let text = gone ? fault ?? SILENT : "connecting";
   if (gone && age !== null) text += ` No answer since ${seconds(age)}.`;
   if (!gone && facts !== null) text = whole(facts);
   if (at("said").textContent !== text) at("said").textContent = text;
@@ -170,9 +173,10 @@ function draw(found) {
 
 function notes(found) {
   const note = (text, mild = false) => make("p", { class: mild ? "note mild" : "note" }, text);
+  const because = (part) => (part.why ? `: ${part.why}` : "");
   const serving = new Set(found.models.filter((model) => model.state === "serving").map((model) => model.name));
   return [
-    ...found.missing.map((part) => note(`The endpoint is without ${part.what}${part.why ? `: ${part.why}` : ""}.`, part.coming)),
+    ...found.missing.map((part) => note(`The endpoint is without ${part.what}${because(part)}.`, part.coming)),
     ...found.losses.map((loss) => note(`${loss.model}: ${loss.reason}`)),
     ...found.waiting
       .filter((report) => serving.has(report.model))
@@ -210,11 +214,13 @@ function modelCard(model, found) {
 
 function path(replica) {
   // In the order in which hidden states pass from Mac to Mac.
+  const between = (one, two) => replica.links.find((link) => link.here === one.mac && link.there === two.mac);
   const hops = replica.stages.flatMap((stage, place) => [
-    place ? arrow(replica.links.find((link) => link.here === replica.stages[place - 1].mac && link.there === stage.mac)) : null,
+    place ? arrow(between(replica.stages[place - 1], stage)) : null,
     make("span", { class: "hop" }, make("b", {}, stage.mac), ` ${layers(stage)}`),
   ]);
-  return make("div", { class: "path" }, make("span", { class: "sub" }, `${replica.layers} layers`), ...hops.filter(Boolean));
+  const whole = make("span", { class: "sub" }, `${replica.layers} layers`);
+  return make("div", { class: "path" }, whole, ...hops.filter(Boolean));
 }
 
 function arrow(link) {
@@ -229,8 +235,9 @@ function macCard(mac, found) {
   const replicas = found.replicas.filter((replica) => replica.stages.some((stage) => stage.mac === mac.name));
   const speed = total(replicas.map((replica) => replica.tokens_per_s));
   const other = mac.version !== undefined && mac.version !== found.version;
-  const parts = [mac.chip, mac.chip && size(mac.memory), mac.address !== mac.name && mac.address, mac.chip && mac.head && "head"];
-  const about = parts.filter(Boolean).join(" · ");
+  const known = mac.chip ? [mac.chip, size(mac.memory), mac.address, mac.head && "head"] : [];
+  const about = known.filter(Boolean).join(" · ");
+  const idle = room === null ? "no stage" : `no stage · ${size(room)}${purpose}`;
   const away = mac.alive ? "" : mac.state === "lost" ? " lost" : " away";
   const stages = mac.stages.map((stage) => make(
     "li", {}, make("b", {}, stage.model), ` layers ${layers(stage)}, ${size(stage.memory)}`,
@@ -241,7 +248,7 @@ function macCard(mac, found) {
     about ? make("p", { class: "sub" }, about) : null,
     mac.reason || other ? make("p", { class: "reason" }, mac.reason || `Runs ${mac.version}: left out.`) : null,
     room === null ? null : bar(held.map((bytes) => bytes / room), `Memory: ${words}`, total(held) > 0.95 * room),
-    make("p", { class: "sub" }, mac.stages.length ? `${words} · ${number(speed)} tokens/s` : room === null ? "no stage" : `no stage · ${size(room)}${purpose}`),
+    make("p", { class: "sub" }, mac.stages.length ? `${words} · ${number(speed)} tokens/s` : idle),
     stages.length ? make("ul", { class: "stages" }, ...stages) : null,
   );
 }
@@ -267,22 +274,29 @@ function plotCard({ title, lines }, now) {
   const last = samples[samples.length - 1];
   const figures = lines.map((line) => `${number(last[line.key])}${line.name ? ` ${line.name}` : ""}`).join(", ");
   const label = `${title}, the last ${seconds(span)}: now ${figures}; the axis ends at ${number(most)}`;
-  const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": label });
+  const box = { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none" };
+  const svg = make("svg", { ...box, role: "img", "aria-label": label });
   svg.append(make("line", { class: "floor", x1: 0, x2: width, y1: height, y2: height }));
   lines.forEach((line, index) => {
     for (const run of runs()) {
       const points = run.map((sample) => `${x(sample).toFixed(1)},${y(sample[line.key]).toFixed(1)}`);
       const ends = [x(run[0]).toFixed(1), x(run[run.length - 1]).toFixed(1)];
-      if (index === 0) svg.append(make("path", { class: "area", d: `M${ends[0]},${height}L${points.join("L")}L${ends[1]},${height}Z` }));
+      const area = `M${ends[0]},${height}L${points.join("L")}L${ends[1]},${height}Z`;
+      if (index === 0) svg.append(make("path", { class: "area", d: area }));
       svg.append(make("path", { class: index ? "line b" : "line", d: `M${points.join("L")}` }));
     }
   });
+  const values = lines.flatMap((line) => [
+    number(last[line.key]),
+    make("span", {}, line.name ? ` ${line.name} ` : ""),
+  ]);
+  const axis = [`${seconds(span)} ago`, `top ${number(most)}`, "now"].map((text) => make("span", {}, text));
   return make(
     "article", { class: "card plot" },
     make("h3", {}, title),
-    make("div", { class: "now" }, ...lines.flatMap((line) => [number(last[line.key]), make("span", {}, line.name ? ` ${line.name} ` : "")])),
+    make("div", { class: "now" }, ...values),
     svg,
-    make("div", { class: "axis", "aria-hidden": "true" }, make("span", {}, `${seconds(span)} ago`), make("span", {}, `top ${number(most)}`), make("span", {}, "now")),
+    make("div", { class: "axis", "aria-hidden": "true" }, ...axis),
   );
 }
 
@@ -324,11 +338,13 @@ async function ask(question) {
   asking = own;
   busy(true);
   const clock = setInterval(() => {
-    if (answer.first === null) speed.textContent = `waiting for the first token, ${seconds((performance.now() - answer.began) / 1000)}`;
+    const passed = seconds((performance.now() - answer.began) / 1000);
+    if (answer.first === null) speed.textContent = `waiting for the first token, ${passed}`;
   }, 1000);
   try {
     await stream(own, answer, () => {
-      line.replaceChildren(...(answer.thought ? [make("span", { class: "thought" }, `${answer.thought}\n`)] : []), answer.text);
+      const thought = answer.thought ? [make("span", { class: "thought" }, `${answer.thought}\n`)] : [];
+      line.replaceChildren(...thought, answer.text);
       speed.textContent = rate(answer);
       at("talk").scrollTop = at("talk").scrollHeight;
     });
@@ -357,9 +373,9 @@ async function stream(own, answer, changed) {
     method: "POST", body: JSON.stringify(body), signal: own.signal,
     headers: { "Content-Type": "application/json", ...headers() },
   }).catch((error) => {
-    throw own.signal.aborted ? error : new Error("The endpoint does not answer.");
+    throw own.signal.aborted ? error : new Error(SILENT);
   });
-  if (!got.ok) throw new Error(await sentence(got));
+  if (!got.ok) throw new Error(sentence(got.status, await got.text()));
   let left = "";
   for await (const piece of texts(got.body)) {
     const events = (left + piece).split("\n\n");
@@ -395,13 +411,16 @@ function rate(answer) {
   const began = `first token after ${((answer.first.time - answer.began) / 1000).toFixed(1)} s`;
   const passed = (answer.last - answer.first.time) / 1000;
   const tokens = answer.tokens - answer.first.tokens;
-  return passed > 0 && tokens > 0 ? `${answer.tokens} tokens, ${number(tokens / passed)} tokens/s, ${began}` : `${answer.tokens} tokens, ${began}`;
+  const rate = passed > 0 && tokens > 0 ? `, ${number(tokens / passed)} tokens/s` : "";
+  return `${answer.tokens} tokens${rate}, ${began}`;
 }
 
 function busy(yes) {
+  const focused = document.activeElement === at(yes ? "send" : "stop");
   at("send").hidden = yes;
   at("stop").hidden = !yes;
   at("talk").setAttribute("aria-busy", yes);
+  if (focused) at(yes ? "stop" : "question").focus();
 }
 
 // --- what its user does ----------------------------------------------------------------------------------------------
