@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from websockets.sync.client import ClientConnection, connect
@@ -40,6 +41,17 @@ def program() -> str:
     return found
 
 
+def has(text: str) -> str:
+    """An expression: whether the page shows the text."""
+    return f"document.body.innerText.includes({text!r})"
+
+
+def shows(selector: str, *texts: str) -> str:
+    """An expression: whether one element shows all the texts."""
+    found = " && ".join(f"one.innerText.includes({text!r})" for text in texts)
+    return f"[...document.querySelectorAll({selector!r})].some((one) => {found})"
+
+
 class Tab:
     """A page that is open.
 
@@ -52,6 +64,11 @@ class Tab:
         self._browser, self._session = browser, session
         self.asked: list[str] = []
         self.faults: list[str] = []
+
+    @property
+    def places(self) -> set[str]:
+        """HOST:PORT of all that was asked for anything."""
+        return {urlsplit(address).netloc for address in self.asked if not address.startswith("data:")}
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """A command of the protocol."""
