@@ -52,6 +52,10 @@ def shows(selector: str, *texts: str) -> str:
     return f"[...document.querySelectorAll({selector!r})].some((one) => {found})"
 
 
+class RefusedError(Exception):
+    """The browser refuses a command, as one to a page that is just being left."""
+
+
 class Tab:
     """A page that is open.
 
@@ -75,7 +79,7 @@ class Tab:
         return self._browser.call(method, self._session, **parameters)
 
     def script(self, text: str) -> Any:
-        """What the JavaScript expression gives, as JSON."""
+        """What the JavaScript expression gives, as JSON. Raises RefusedError."""
         done = self.call("Runtime.evaluate", expression=text, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
@@ -83,10 +87,16 @@ class Tab:
     def until(self, text: str, seconds: float) -> Any:
         """What the expression gives, once that is true; a failure shows what the page says."""
         deadline = time.monotonic() + seconds
-        while not (value := self.script(text)):
+        while not (value := self._tried(text)):
             assert time.monotonic() < deadline, f"never {text}: {self.text()!r}, {self.faults}"
             time.sleep(LOOK_S)
         return value
+
+    def _tried(self, text: str) -> Any:
+        try:
+            return self.script(text)
+        except RefusedError:
+            return None
 
     def text(self) -> str:
         """All that can be read."""
@@ -134,14 +144,15 @@ class Browser:
         self._tabs: dict[str, Tab] = {}
 
     def call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
-        """A command, and its result. What happens meanwhile is told to the tabs."""
+        """A command, and its result; raises RefusedError. What happens meanwhile is told to the tabs."""
         self._count += 1
         target = {} if session is None else {"sessionId": session}
         self._line.send(json.dumps({"id": self._count, "method": method, "params": parameters, **target}))
         while True:
             message = json.loads(self._line.recv(ANSWER_S))
             if message.get("id") == self._count:
-                assert "error" not in message, (method, message["error"])
+                if "error" in message:
+                    raise RefusedError(method, message["error"])
                 result: dict[str, Any] = message["result"]
                 return result
             if message.get("sessionId") in self._tabs:

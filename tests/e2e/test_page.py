@@ -99,6 +99,7 @@ def test_a_key_is_asked_for_once_and_kept_in_the_tab(chromium: Browser) -> None:
         tab.until(has("This endpoint takes a key"), SOON_S)
         assert not tab.script(has("mac-1"))
         assert tab.script("sessionStorage.length") == 0
+        assert not tab.script(has("does not take this key"))
         assert tab.faults == []
 
 

@@ -450,8 +450,8 @@ at("door").addEventListener("submit", (event) => {
 });
 
 at("forget").addEventListener("click", () => {
-  clear();
-  askForKey(false);
+  sessionStorage.removeItem(KEY);
+  location.reload(); // what the key has shown is forgotten with it
 });
 
 at("ask").addEventListener("submit", (event) => {
