@@ -4,12 +4,13 @@ Most of it over an ingress without Ray (idle_ingress.py), the chat over `pomariu
 busy machines.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from urllib.parse import urlsplit
 
 import pytest
-from chromium import Browser, browser, has, shows
+from chromium import Browser, Tab, browser, has, shows
 from idle_ingress import GIB, MAC, REPORT, SERVES, ingress, serving
 from serve_process import MODEL, Server
 
@@ -181,24 +182,31 @@ def test_it_fits_a_phone_and_can_be_read_in_light_and_dark(chromium: Browser, wi
         assert tab.script(unnamed) == 0
 
 
+def ask(tab: Tab, question: str, **fields: object) -> None:
+    """Type it and press Enter. fields: that the request has beside what the page gives it."""
+    tab.script(
+        "window.plain ??= window.fetch; window.fetch = (path, about) => window.plain(path, about.body === undefined ? about"
+        f" : {{...about, body: JSON.stringify({{...JSON.parse(about.body), ...{json.dumps(fields)}}})}})"
+    )
+    tab.script("document.getElementById('question').focus()")
+    tab.type(question)
+    tab.press("Enter")
+
+
 def test_a_chat_streams_and_is_stopped(chromium: Browser, embedded_server: Server) -> None:
     with chromium.opened(embedded_server.url) as tab:
         tab.until(shows(".model", MODEL, "serving"), SOON_S)
         tab.until(shows(".mac", "127.0.0.1", "alive", "GiB of", "layers 0–29"), SOON_S)
-        tab.script("document.getElementById('question').focus()")
-        tab.type("What is the capital of France?")
-        tab.press("Enter")
-        tab.until(shows(".said.model", "Paris"), ANSWERED_S)
+        ask(tab, "What is the capital of France?", temperature=0)
+        tab.until(shows(".said.model", "The capital of France is Paris."), ANSWERED_S)
         tab.until("!document.getElementById('send').hidden", ANSWERED_S)
         tab.until(shows(".speed", "tokens/s", "first token after"), SOON_S)
-        tab.script("document.getElementById('question').focus()")
-        tab.type("Count from one to nine hundred, and write each number as a word.")
-        tab.press("Enter")
+        tab.until("Number(document.querySelectorAll('.plot .now')[1].innerText) > 0", SOON_S)
+        ask(tab, "And now?", ignore_eos=True)
         tab.until("document.querySelectorAll('.said.model')[1]?.innerText.length > 3", ANSWERED_S)
         tab.script("document.getElementById('stop').click()")
         tab.until(shows(".speed", "stopped;"), SOON_S)
         tab.until("!document.getElementById('send').hidden", SOON_S)
-        tab.until("Number(document.querySelectorAll('.plot .now')[1].innerText) > 0", SOON_S)
         tab.until(shows(".model", "running\n0"), ANSWERED_S)
         tab.script("document.getElementById('new').click()")
         assert tab.script("document.getElementById('talk').children.length") == 0
