@@ -184,9 +184,10 @@ def test_it_fits_a_phone_and_can_be_read_in_light_and_dark(chromium: Browser, wi
 
 def ask(tab: Tab, question: str, **fields: object) -> None:
     """Type it and press Enter. fields: that the request has beside what the page gives it."""
+    more = f"JSON.stringify({{...JSON.parse(about.body), ...{json.dumps(fields)}}})"
     tab.script(
-        "window.plain ??= window.fetch; window.fetch = (path, about) => window.plain(path, about.body === undefined ? about"
-        f" : {{...about, body: JSON.stringify({{...JSON.parse(about.body), ...{json.dumps(fields)}}})}})"
+        "window.plain ??= window.fetch; window.fetch = (path, about) =>"
+        f" window.plain(path, about.body === undefined ? about : {{...about, body: {more}}}); true"
     )
     tab.script("document.getElementById('question').focus()")
     tab.type(question)
