@@ -16,10 +16,8 @@ from typing import NoReturn
 from pomarium.cluster.autoscaling.setup import for_simulated, with_autoscaler
 from pomarium.cluster.cli import rack_options
 from pomarium.cluster.cli.interrupts import Interrupts
-from pomarium.cluster.machine import disk
 from pomarium.cluster.machine.state import state_folder
 from pomarium.cluster.machine.units import format_size
-from pomarium.cluster.machine.version import own_version
 from pomarium.cluster.node import ray_node
 from pomarium.cluster.node.ray_node import GCS_PORT, NodeSpec
 from pomarium.cluster.node.starting import NodeStartError
@@ -207,23 +205,11 @@ def run_status(args: argparse.Namespace) -> int:
             "Ray's head process (GCS) has ended: the rack serves for a minute at most. Take it down with "
             "`pomarium rack down`, and start it again with `pomarium rack up`."
         )
-    from pomarium.cluster.rack import power_states, reports, roster, serve_actors, status
+    from pomarium.cluster.rack import look, reports, roster, status
 
     client = roster.connect(rack.membership)
     reports.use(client)
-    members, serving, waiting = roster.read(client), reports.read_all(), reports.read_waiting()
-    found = status.RackStatus(
-        rack.address,
-        rack.simulated,
-        members,
-        serving,
-        own_version(),
-        waiting,
-        power_states.read_all(),
-        serve_actors.read(),
-        reports.read_losses(),
-        disk.shortage(disk.rooms(str(rack.folder))),
-    )
+    found = look.look(client, rack.address, rack.simulated, str(rack.folder))
     print(json.dumps(status.document(found), indent=1) if args.json else status.text(found))
     return 1 if found.lost or found.missing else 0
 

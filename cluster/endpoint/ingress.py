@@ -22,6 +22,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -29,11 +30,12 @@ from starlette.routing import Route
 from pomarium.cluster import faults
 from pomarium.cluster.batch.api import routes
 from pomarium.cluster.batch.api.store import BatchStore
-from pomarium.cluster.endpoint import cards, holding, ledger, metrics_page, reasons, watch
+from pomarium.cluster.endpoint import cards, front_page, holding, ledger, metrics_page, rack_view, reasons, watch
 from pomarium.cluster.endpoint.answers import Answers
 from pomarium.cluster.endpoint.cards import Served
 from pomarium.cluster.endpoint.dispatch import dispatch
 from pomarium.cluster.endpoint.holding import SILENT
+from pomarium.cluster.endpoint.rack_view import RackView
 from pomarium.cluster.endpoint.reasons import Reasons
 from pomarium.cluster.endpoint.relay import Relay
 from pomarium.cluster.endpoint.routing import NoReplicaError, keys_of
@@ -43,6 +45,7 @@ from pomarium.cluster.http.asgi import Message, Receive, Send, while_there
 from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.http.openai_errors import RefusalError
 from pomarium.cluster.http.protocols import GENERATED, OTHER_KINDS
+from pomarium.cluster.rack.status import RackStatus
 from pomarium.cluster.replica.answering import ReplyTo
 from pomarium.cluster.replica.loss import EngineLostError
 from pomarium.cluster.replica.replica import Routing
@@ -90,7 +93,7 @@ class Ingress:
     uploaded files and batches are kept; None: there are none. `served`: what is known of each model. `created`: Unix
     time, since when they are served; None: now.
     `head_answers`: whether Ray's head does. `shortage`: a sentence on a disk that is full, if one is. `listen`: for
-    answers.
+    answers. `look`: at the rack; blocks.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Ingress:
         head_answers: Callable[[], bool] = watch.head_answers,
         shortage: Callable[[], str | None] = watch.shortage,
         listen: Callable[[], Awaitable[Answers]] = _listen,
+        look: Callable[[], RackStatus] = rack_view.read,
     ) -> None:
         self._engines = dict(engines)
         self._served = {name: (served or {}).get(name, Served(name)) for name in engines}
@@ -110,6 +114,7 @@ class Ingress:
         self._keys = tuple(key.encode() for key in api_keys)
         self._created = int(time.time()) if created is None else created
         self._reasons = Reasons()
+        self._view = RackView(look)
         self._head_answers, self._shortage = head_answers, shortage
         self._batches = batches
         self._store = None if batches is None else BatchStore(Path(batches.folder))
@@ -119,8 +124,10 @@ class Ingress:
         self._batch_work: asyncio.Task[None] | None = None
         self._others = openai_app.application(
             [
+                Route("/", self.page),
                 Route("/health", self.health),
                 Route("/metrics", self.prometheus),
+                Route("/v1/rack", self.rack),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{model:path}", self.model),
                 Route("/version", self.version),
@@ -191,6 +198,26 @@ class Ingress:
         """Prometheus text of all machines: Ray's, vLLM's and our own series."""
         self._authorise(request)
         return PlainTextResponse(await metrics_page.collect(), media_type="text/plain; version=0.0.4")
+
+    async def page(self, request: Request) -> Response:
+        """The page, which anybody may have: what it shows takes the key. Who is no browser finds nothing here."""
+        if not front_page.wanted(request.headers.get("accept", "")):
+            raise HTTPException(404, headers={"Vary": "Accept"})
+        made = front_page.page(bool(self._keys))
+        return Response(made.content, media_type=front_page.HTML, headers=made.headers)
+
+    async def rack(self, request: Request) -> Response:
+        """The state of the rack and of the models."""
+        self._authorise(request)
+        found, states = await asyncio.gather(
+            self._view.status(),
+            asyncio.gather(*(self._reasons.state(engine.deployment_name) for engine in self._engines.values())),
+        )
+        models = [
+            rack_view.model_state(name, self._served[name].sleeps, state, found)
+            for name, state in zip(self._engines, states, strict=True)
+        ]
+        return JSONResponse(rack_view.document(found, models), headers={"Cache-Control": "no-store"})
 
     async def models(self, request: Request) -> Response:
         """The models served here."""

@@ -32,7 +32,9 @@ from pomarium.worker.address import authority
 FREE_S = 10.0
 """For how long the port of an ingress that was lost may still be taken."""
 
-SHOWN = ("/health", "/metrics", "/version", "/v1/models", "/v1/files", "/v1/batches", RESPONSES, MESSAGES)
+SHOWN = (
+    "/", "/health", "/metrics", "/version", "/v1/rack", "/v1/models", "/v1/files", "/v1/batches", RESPONSES, MESSAGES
+)  # fmt: skip
 """Paths that requests are counted by, with all below them, beside GENERATED and OTHER_KINDS."""
 
 

@@ -8,12 +8,10 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import Any
 
 import aiohttp
 import ray
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
 from pomarium.cluster.rack import power_states, roster
 from pomarium.cluster.rack.mac_power import LOST, MacPower, Power, without_node
@@ -95,16 +93,11 @@ async def collect() -> str:
 
 def _macs() -> str:
     try:
-        members = roster.read(_client(ray.get_runtime_context().gcs_address))
+        members = roster.read(roster.client_of(ray.get_runtime_context().gcs_address))
     except SettingsError as error:
         logger.warning("/metrics is without %s: %s", MACS, error)
         return ""
     return macs_page(macs_by_state(power_states.read_all(), members))
-
-
-@cache
-def _client(address: str) -> GcsClient:
-    return GcsClient(address=address)
 
 
 async def fetched(urls: Iterable[str]) -> list[str]:

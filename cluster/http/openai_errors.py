@@ -97,6 +97,11 @@ def engine_unavailable(model: str, reason: str) -> tuple[int, dict[str, Any]]:
     return _error(HTTPStatus.SERVICE_UNAVAILABLE, message, "ServiceUnavailableError")
 
 
+def unavailable(message: str) -> tuple[int, dict[str, Any]]:
+    """503 for what cannot be told now."""
+    return _error(HTTPStatus.SERVICE_UNAVAILABLE, message, "ServiceUnavailableError")
+
+
 def http(status: int, message: str) -> tuple[int, dict[str, Any]]:
     """No such path, or not with this method."""
     kind = "NotFoundError" if status == HTTPStatus.NOT_FOUND else "BadRequestError"

@@ -36,12 +36,27 @@ class StageReport:
 
 
 @dataclass(frozen=True)
+class LinkReport:
+    """Over which a stage hands on to the next: names of both Macs. bandwidth: bytes/s. latency: seconds, one way; both
+    as rack.yaml has them, None where none was given."""
+
+    here: str
+    there: str
+    bandwidth: float | None
+    latency: float | None
+
+
+@dataclass(frozen=True)
 class ReplicaReport:
     """One engine.
 
     Attributes:
         model: as requests call it. replica: unique. layers: of the model.
+        links: between stages on different Macs, in their order.
         tokens_per_s: generated of late. running, waiting: requests.
+        requests_per_min: answered in the last minute.
+        kv_use: share of its KV cache that requests hold, 0 to 1.
+        cached_share: of the prompts' tokens, what its cache knew, over the last thousand requests; 0 to 1.
         written: Unix time in seconds, by the clock of the replica's machine.
     """
 
@@ -49,9 +64,13 @@ class ReplicaReport:
     replica: str
     layers: int
     stages: tuple[StageReport, ...]
+    links: tuple[LinkReport, ...]
     tokens_per_s: float
     running: int
     waiting: int
+    requests_per_min: float
+    kv_use: float
+    cached_share: float
     written: float
 
 
@@ -143,7 +162,9 @@ def encode(report: ReplicaReport | WaitingReport | LossReport) -> bytes:
 def decode(text: bytes) -> ReplicaReport:
     """The inverse of `encode`. Raises ValueError or TypeError for other text."""
     data: dict[str, Any] = json.loads(text)
-    return ReplicaReport(**{**data, "stages": tuple(StageReport(**stage) for stage in data["stages"])})
+    stages = tuple(StageReport(**stage) for stage in data["stages"])
+    links = tuple(LinkReport(**link) for link in data["links"])
+    return ReplicaReport(**{**data, "stages": stages, "links": links})
 
 
 def decode_waiting(text: bytes) -> WaitingReport:

@@ -7,6 +7,7 @@ Import this module after `Membership.variables()` is in os.environ: Ray reads it
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
@@ -55,6 +56,12 @@ def connect(membership: Membership) -> GcsClient:
     except (RayError, RpcError, OSError, RuntimeError) as error:
         said = local_network.explained(_line(error), membership.address)
         raise SettingsError(f"What answers at {membership.address} is not the rack's head ({said}).") from error
+
+
+@cache
+def client_of(address: str) -> GcsClient:
+    """A client of the head of the Ray that this process is part of, made once. address: HOST:PORT."""
+    return GcsClient(address=address)
 
 
 def read(client: GcsClient) -> tuple[Member, ...]:

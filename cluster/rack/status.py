@@ -1,12 +1,13 @@
 """The state of a rack as text and as JSON. Pure.
 
 Members (roster.py), replicas (reports.py), sleeping Macs (power_states.py), Ray Serve's processes (serve_actors.py)
-                                                                                --> RackStatus --text--> tables
-                                                                                              --json--> one document
+                                                                                --look.py--> RackStatus
+    RackStatus --text--> tables for people
+               --document--> what `rack status --json` prints, and the endpoint's page reads
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from pomarium.cluster.machine.units import format_size
 from pomarium.cluster.rack import serve_actors
@@ -28,6 +29,7 @@ class RackStatus:
     version: of Pomarium and Python here; Macs of another one serve nothing.
     actors: Ray Serve's processes, the oldest first. losses: the last of each model.
     disk: a sentence on a full disk of this machine; None: all have room.
+    at: when all of this was read, Unix seconds. memory: of the machine that read it, bytes.
     """
 
     address: str
@@ -40,6 +42,8 @@ class RackStatus:
     actors: tuple[ServeActor, ...] = ()
     losses: tuple[LossReport, ...] = ()
     disk: str | None = None
+    at: float = 0.0
+    memory: int | None = None
 
     @property
     def unserved(self) -> tuple[LossReport, ...]:
@@ -68,6 +72,14 @@ class RackStatus:
             if mac.name not in known
         ]
         return (*(member for member in self.members if member.facts is not None), *away)
+
+    @property
+    def hosts(self) -> tuple[Member, ...]:
+        """Machines that are no Macs of the rack and run stages all the same: of a Ray that is no rack, such as the own
+        one of `pomarium serve`. They go by their addresses."""
+        used = {stage.mac for report in self.serving for stage in report.stages}
+        plain = [member for member in self.members if member.facts is None and member.address in used]
+        return tuple(replace(member, name=member.address) for member in plain)
 
     @property
     def lost(self) -> tuple[Member, ...]:
@@ -106,21 +118,25 @@ def text(status: RackStatus) -> str:
 
 
 def document(status: RackStatus) -> dict[str, object]:
-    """What --json prints: sizes in bytes, layers as half-open ranges."""
+    """What --json prints and the endpoint's page reads: sizes in bytes, layers as half-open ranges."""
+    reasons = {mac.name: mac.reason for mac in status.powers if mac.reason}
     macs = [
         {
             "name": mac.name,
             "address": mac.address,
             "alive": mac.alive,
             "state": status.state_of(mac),
+            "reason": reasons.get(mac.name),
             "head": mac.head,
-            **({} if mac.facts is None else {k: v for k, v in asdict(mac.facts).items() if k != "name"}),
+            **_facts(mac, status),
             "stages": [asdict(stage) | {"model": replica.model, "replica": replica.replica}
                        for replica, stage in _stages_on(mac.name, status.serving)],
         }
-        for mac in status.macs
+        for mac in (*status.macs, *status.hosts)
     ]  # fmt: skip
     return {
+        "at": status.at,
+        "version": status.version,
         "address": status.address,
         "simulated": status.simulated,
         "macs": macs,
@@ -130,6 +146,13 @@ def document(status: RackStatus) -> dict[str, object]:
         "losses": [asdict(loss) for loss in status.unserved],
         "disk": status.disk,
     }
+
+
+def _facts(mac: Member, status: RackStatus) -> dict[str, object]:
+    """What a Mac's labels tell of it; of a host without any its memory, if it is the machine that looks: the head."""
+    if mac.facts is not None:
+        return {name: value for name, value in asdict(mac.facts).items() if name != "name"}
+    return {"memory": status.memory} if mac.head and status.memory is not None else {}
 
 
 def _mac_rows(status: RackStatus) -> list[tuple[str, ...]]:

@@ -84,9 +84,9 @@ class Name:
 class Hosted:
     """A running engine. Made by `start`."""
 
-    def __init__(self, name: str, replica: str, team: "Team | None", server: "Server", fault_file: Path) -> None:
+    def __init__(self, plan: ModelPlan, replica: str, team: "Team | None", server: "Server", fault_file: Path) -> None:
         # The team is kept, for a process of Ray's ends with the last handle to it.
-        self._name, self._replica, self._team, self._server = name, replica, team, server
+        self._plan, self._replica, self._team, self._server = plan, replica, team, server
         self._fault_file = fault_file
         self._cause: asyncio.Task[str] | None = None
         self._steps = StepWatch(settings.load(os.environ).step_seconds)
@@ -119,7 +119,7 @@ class Hosted:
         except BaseException:
             shutil.rmtree(fault_file.parent, ignore_errors=True)
             raise
-        return cls(plan.name, name.replica, team, server, fault_file)
+        return cls(plan, name.replica, team, server, fault_file)
 
     async def answer(self, asked: Asked, exchange: Exchange) -> None:
         """Have vLLM's OpenAI application answer one HTTP request.
@@ -174,7 +174,7 @@ class Hosted:
     async def _watch_steps(self) -> None:
         from pomarium.cluster.executor.step_metrics import StepRunning
 
-        gauge = StepRunning(self._name, self._replica)
+        gauge = StepRunning(self._plan.name, self._replica)
         while True:
             now = time.monotonic()
             self._steps.look(now, self._server.busy())
@@ -182,10 +182,11 @@ class Hosted:
             await asyncio.sleep(WATCH_S)
 
     async def _report(self, team: "Team") -> None:
-        from pomarium.cluster.replica.reporting import report
+        from pomarium.cluster.replica.reporting import Engine, links_of, report
 
         stages = await self._server.stages(team.members)
-        await report(self._name, self._replica, stages[-1].end, stages, self._load)
+        links = links_of(stages, self._plan.network)
+        await report(Engine(self._plan.name, self._replica, stages[-1].end, stages, links), self._load)
 
     async def _leave_when_dead(self) -> None:
         """End the process once the engine is dead: a lost one is replaced at once, an unhealthy one later."""
@@ -194,7 +195,9 @@ class Hosted:
             try:
                 await self.check_health()
             except EngineLostError as lost:
-                logger.exception("The engine of %s is dead; its process ends, so that another is started.", self._name)
+                logger.exception(
+                    "The engine of %s is dead; its process ends, so that another is started.", self._plan.name
+                )
                 telling = asyncio.create_task(asyncio.to_thread(self._tell_of_the_loss, str(lost)))
                 await asyncio.wait({telling}, timeout=FLUSH_S)
                 await asyncio.sleep(FLUSH_S)
@@ -202,7 +205,7 @@ class Hosted:
                 os._exit(1)
 
     def _tell_of_the_loss(self, reason: str) -> None:
-        reports.publish_loss(LossReport(self._name, self._replica, reason, time.time()))
+        reports.publish_loss(LossReport(self._plan.name, self._replica, reason, time.time()))
         reports.withdraw(self._replica)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from chromium import browser
 from openai import APIError
 from rack_serving import HEAL_S, Rack, answer, served_again, serving
 
@@ -31,6 +32,7 @@ FAULT_S = 10.0
 LAYERS = 30
 DISK_BYTES = 1 << 30
 WATCHED_S = 20.0
+PAGE_S = 90.0
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,16 @@ def test_same_text_as_from_one_machine_and_status_shows_the_layers(rack: Rack) -
     for mac in status["macs"]:
         held = [(stage["first"], stage["end"]) for stage in mac["stages"]]
         assert held == [(s["first"], s["end"]) for s in stages if s["mac"] == mac["name"]]
+
+
+def test_the_page_reads_what_rack_status_prints(rack: Rack) -> None:
+    told, printed = httpx.get(f"{rack.server.url}/v1/rack", timeout=60).json(), rack.status()
+    assert told.pop("models") == [{"name": "smollm2", "state": "serving", "reason": None}]
+    assert told.keys() == printed.keys()
+    for field in ("address", "simulated", "version", "macs", "waiting", "missing", "disk"):
+        assert told[field] == printed[field]
+    assert [replica["stages"] for replica in told["replicas"]] == [replica["stages"] for replica in printed["replicas"]]
+    assert printed["at"] > 0
 
 
 def fill(path: Path) -> None:
@@ -242,3 +254,22 @@ def test_a_mac_that_comes_back_is_used(rack: Rack) -> None:
     rack.simulated.rejoin(next(mac["name"] for mac in rack.status()["macs"] if not mac["alive"]))
     served_again(rack)
     assert rack.status()["waiting"] == []
+
+
+def test_the_page_shows_macs_that_are_killed(rack: Rack) -> None:
+    """Open in a browser while it happens. The last test: nobody heals the rack."""
+    served_again(rack)
+    first, *others = [stage["mac"] for stage in rack.stages()]
+    spare = [mac["name"] for mac in rack.status()["macs"] if mac["alive"] and mac["name"] not in (first, *others)]
+    with browser() as opened, opened.opened(rack.server.url) as tab:
+        of_first = f"[...document.querySelectorAll('.mac')].find((one) => one.innerText.includes({first!r})).innerText"
+        of_model = "document.querySelector('.model').innerText"
+        tab.until(f"document.querySelectorAll('.mac').length === 3 && {of_first}.includes('alive')", PAGE_S)
+        tab.until(f"{of_model}.includes('serving')", PAGE_S)
+        rack.simulated.kill(first)
+        tab.until(f"{of_first}.includes('lost')", PAGE_S)
+        tab.until(f"!{of_model}.includes('serving')", PAGE_S)
+        for mac in spare:  # so that one is left
+            rack.simulated.kill(mac)
+        tab.until(f"{of_model}.includes('waiting') && {of_model}.includes('2 stages need 2 Macs')", HEAL_S)
+        assert tab.faults == []

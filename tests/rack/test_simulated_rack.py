@@ -49,7 +49,8 @@ def look():
 workers = ray.get([look.options(scheduling_strategy=At(group, i)).remote() for i in range(3)], timeout=60)
 stages = tuple(reports.StageReport(f"mac-{i + 1}", 10 * i, 10 * i + 10, 100 + i, 1 << 30) for i in range(3))
 for replica, age in (("fresh", 0), ("silent", 60), ("ended", 0)):
-    reports.publish(reports.ReplicaReport("smollm2", replica, 30, stages, 42.5, 2, 1, time.time() - age))
+    figures = (42.5, 2, 1, 6.0, 0.5, 0.5)
+    reports.publish(reports.ReplicaReport("smollm2", replica, 30, stages, (), *figures, time.time() - age))
 reports.withdraw("ended")
 head = ray.util.get_node_ip_address()
 print(json.dumps({"head": head, "workers": workers, "survey": [[n.mac.name, n.mac.memory, n.free] for n in survey()]}))

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pomarium.cluster.rack import reports, status
-from pomarium.cluster.rack.labels import MacFacts
-from pomarium.cluster.rack.reports import LossReport, ReplicaReport, StageReport, WaitingReport
+from pomarium.cluster.rack.labels import MacFacts, labels_of
+from pomarium.cluster.rack.mac_power import MacPower, Power
+from pomarium.cluster.rack.reports import LinkReport, LossReport, ReplicaReport, StageReport, WaitingReport
 from pomarium.cluster.rack.roster import Member, members, namesake
 from pomarium.cluster.rack.serve_actors import CONTROLLER, ENGINE, INGRESS, ServeActor
 from pomarium.cluster.rack.status import RackStatus
@@ -20,8 +21,9 @@ ONE = Member("mac-1", "10.0.0.1", True, True, FACTS)
 TWO = Member("mac-2", "10.0.0.2", True, False, replace(FACTS, name="mac-2"))
 LOST = replace(TWO, alive=False)
 HEAD = Member("box", "10.0.0.9", True, True, None)
+LINKS = (LinkReport("mac-1", "mac-2", 1.25e9, None),)
 STAGES = (StageReport("mac-1", 0, 20, 7, 2 * GIB), StageReport("mac-2", 20, 30, 8, GIB))
-REPORT = ReplicaReport("smollm2", "r1", 30, STAGES, 12.5, 3, 1, 1000.0)
+REPORT = ReplicaReport("smollm2", "r1", 30, STAGES, LINKS, 12.5, 3, 1, 40.0, 0.25, 0.5, 1000.0)
 
 
 def test_a_node_that_rejoined_counts_once() -> None:
@@ -46,7 +48,11 @@ def test_a_name_is_taken_by_a_live_node_only() -> None:
         ReplicaReport,
         st.text(), st.text(), st.integers(0, 200),
         st.lists(st.builds(StageReport, st.text(), *[st.integers(0, 1 << 50)] * 4), max_size=3).map(tuple),
-        st.floats(0, 1e6), st.integers(0, 999), st.integers(0, 999), st.floats(0, 4e9),
+        st.lists(
+            st.builds(LinkReport, st.text(), st.text(), *[st.none() | st.floats(0, 1e12)] * 2), max_size=2
+        ).map(tuple),
+        st.floats(0, 1e6), st.integers(0, 999), st.integers(0, 999),
+        st.floats(0, 1e6), st.floats(0, 1), st.floats(0, 1), st.floats(0, 4e9),
     )
 )  # fmt: skip
 def test_reports_survive_json(report: ReplicaReport) -> None:
@@ -134,3 +140,25 @@ def test_the_document_is_json_in_bytes() -> None:
 def test_a_mac_that_runs_another_version_is_said_to_be_left_out() -> None:
     text = status.text(RackStatus("10.0.0.9:6379", False, (HEAD, ONE), (REPORT,), "0.2.0-py3.11"))
     assert "alive, head, runs 0.1.0-py3.11: left out" in text
+
+
+def test_a_machine_of_a_ray_that_is_no_rack_is_shown_if_it_runs_stages() -> None:
+    """As of `pomarium serve` on one machine, whose node is no Mac of any rack."""
+    report = replace(REPORT, stages=(StageReport("127.0.0.1", 0, 30, 7, GIB),))
+    here, other = Member("node", "127.0.0.1", True, True, None), Member("node", "10.0.0.7", True, False, None)
+    found = RackStatus("127.0.0.1:6379", False, (here, other), (report,), VERSION, at=7.0, memory=24 * GIB)
+    document = status.document(found)
+    (host,) = document["macs"]  # type: ignore[misc]
+    assert (host["name"], host["state"], host["stages"][0]["memory"]) == ("127.0.0.1", "alive", GIB)
+    assert (host["memory"], "chip" in host) == (24 * GIB, False)
+    assert (document["at"], document["version"]) == (7.0, VERSION)
+    assert found.macs == (), "nor is it one that a plan could count on"
+
+
+def test_why_a_mac_is_set_aside_is_in_the_document() -> None:
+    away = MacPower("mac-2", "10.0.0.2", Power.SET_ASIDE, 0.0, reason="it did not wake", labels=labels_of(TWO.facts))
+    document = status.document(RackStatus("a:1", False, (ONE,), (), VERSION, powers=(away,)))
+    assert [(mac["name"], mac["state"], mac["reason"]) for mac in document["macs"]] == [  # type: ignore[attr-defined]
+        ("mac-1", "alive", None),
+        ("mac-2", "set aside", "it did not wake"),
+    ]
