@@ -67,6 +67,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         f"is lost the streams of the others go on (default: {RACK_INGRESSES} on a rack, else 1)",
     )
     parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let browsers use the endpoint from pages of this origin, such as https://chat.example, or * for all; may "
+        "be repeated (default: from none)",
+    )
+    parser.add_argument(
         "--replicas",
         metavar="N|MIN-MAX",
         help="engines per model, or how few and how many as the load asks for them, such as 0-2: with 0 all Macs may "
@@ -190,7 +198,8 @@ def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:
     ingresses = args.ingresses
     if ingresses is None:
         ingresses = RACK_INGRESSES if environ.get("RAY_ADDRESS") else 1
-    return ServePlan(tuple(models_of(args, environ)), args.host, args.port, api_keys(args, environ), ingresses)
+    models, keys = tuple(models_of(args, environ)), api_keys(args, environ)
+    return ServePlan(models, args.host, args.port, keys, ingresses, tuple(args.allow_origin))
 
 
 def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[ModelPlan]:

@@ -78,6 +78,7 @@ class EndpointArgs(_Strict):
         api_key_file: a file on the head with the keys that requests may carry, one a line; None for none.
         api_key_variable: an environment variable with such a key. Without either, everybody is admitted.
         host, port: where the endpoint listens, on the head. ingresses: processes that take requests there.
+        origins: of pages that browsers may let use it.
         rack: a rack.yaml on the head, whose links placement then knows.
     """
 
@@ -87,6 +88,7 @@ class EndpointArgs(_Strict):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     ingresses: Annotated[int, Field(ge=1, le=MOST_INGRESSES)] = RACK_INGRESSES
+    origins: tuple[str, ...] = ()
     rack: str | None = None
 
 
@@ -151,7 +153,7 @@ def plan_of(args: EndpointArgs, environ: Mapping[str, str]) -> ServePlan:
     keys = _keys(args.api_key_variable, environ)
     if args.api_key_file is not None:
         keys |= api_keys.read(Path(args.api_key_file))
-    return ServePlan(models, args.host, args.port, keys, args.ingresses)
+    return ServePlan(models, args.host, args.port, keys, args.ingresses, args.origins)
 
 
 def _model(args: ModelArgs, network: Network | None) -> ModelPlan:

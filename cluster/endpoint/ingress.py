@@ -5,8 +5,7 @@
 
 Bodies pass through unread but for `model`, so that everything vLLM accepts works and its own error bodies arrive. What
 engines answer passes below the framework of the other routes, which would cost each piece of a stream as much again as
-all else here. The process stays small: it imports no vLLM. No CORS headers are sent: browsers of other origins are kept
-out.
+all else here. The process stays small: it imports no vLLM.
 """
 
 import asyncio

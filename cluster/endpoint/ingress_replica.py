@@ -10,7 +10,7 @@ what it is good for: it starts the processes, finds that one has died, and start
 import asyncio
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ray.serve.handle import DeploymentHandle
@@ -45,13 +45,14 @@ class IngressReplica:
         self,
         host: str,
         port: int,
+        origins: Sequence[str],
         engines: Mapping[str, DeploymentHandle],
         api_keys: frozenset[str],
         batches: Batches,
         served: Mapping[str, Served],
         created: int,
     ) -> None:
-        """`host`, `port`: where it listens, from now on. The others are Ingress's.
+        """`host`, `port`: where it listens, from now on. `origins`: see ServePlan. The others are Ingress's.
 
         Raises:
             StartError: it cannot listen there.
@@ -69,7 +70,7 @@ class IngressReplica:
         listener = await _listener(folder, host, port)
         self._siblings = Siblings(ledger.of_this_process())
         await self._siblings.start(folder)
-        self._server = HttpServer(ingress, listener, Bounds.of(settings.load(os.environ)), count)
+        self._server = HttpServer(ingress, listener, Bounds.of(settings.load(os.environ)), count, origins)
         await ingress.open()
         await self._server.start()
 

@@ -4,6 +4,7 @@ command line --> ServePlan --> app.py (Ray Serve application) --> replica.py (on
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,9 @@ SERVE_CPUS = 2.0
 RACK_INGRESSES = 2
 """Of an endpoint on a rack, where nothing else is said: when one is lost, the other's streams go on."""
 MOST_INGRESSES = 64
+
+_ORIGIN = re.compile(r"\*|https?://[^/\s*]+")
+"""RFC 6454: scheme, host and port, as browsers send them."""
 
 STEP_TOKENS, STEP_REQUESTS = 2048, 256
 """Tokens of one step, and requests in it, where the user says nothing. vLLM's own defaults vary with the machine and
@@ -115,6 +119,7 @@ class ServePlan:
     Attributes:
         host, port: where it listens. api_keys: empty means that everybody may ask.
         ingresses: processes that take its requests, all on the head's machine and behind one port.
+        origins: of pages that browsers may let use it, such as https://chat.example, or * for all.
     """
 
     models: tuple[ModelPlan, ...]
@@ -122,10 +127,17 @@ class ServePlan:
     port: int = 8000
     api_keys: frozenset[str] = frozenset()
     ingresses: int = 1
+    origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.models:
             raise SettingsError("No model to serve: name at least one.")
+        for origin in self.origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise SettingsError(
+                    f"--allow-origin {origin} is no origin: write it as https://chat.example or http://localhost:3000, "
+                    "without a path, or * for all."
+                )
         if not 1 <= self.ingresses <= MOST_INGRESSES:
             raise SettingsError(f"--ingresses {self.ingresses} is not a number from 1 to {MOST_INGRESSES}.")
         for model in self.models:

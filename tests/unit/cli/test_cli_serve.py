@@ -105,6 +105,14 @@ def test_mistakes_are_found_before_anything_starts(tokens: list[str], environ: d
     assert sentence in str(caught.value)
 
 
+def test_pages_of_other_origins_are_let_in_by_name() -> None:
+    assert plan([], {}).origins == ()
+    assert plan(["--allow-origin", "https://a.example", "--allow-origin", "*"], {}).origins == (
+        "https://a.example",
+        "*",
+    )
+
+
 def test_a_rack_has_two_ingresses_unless_told_otherwise() -> None:
     rack = {"RAY_ADDRESS": "10.0.0.1:6379"}
     assert [plan([], environ).ingresses for environ in ({}, rack)] == [1, 2]

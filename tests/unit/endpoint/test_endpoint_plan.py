@@ -33,6 +33,17 @@ def test_nothing_to_serve_is_refused() -> None:
         ServePlan(())
 
 
+@pytest.mark.parametrize("origin", ["*", "https://chat.example", "http://localhost:3000", "http://[::1]:3000"])
+def test_origins_are_as_browsers_send_them(origin: str) -> None:
+    assert ServePlan((model(),), origins=(origin,)).origins == (origin,)
+
+
+@pytest.mark.parametrize("origin", ["", "chat.example", "https://chat.example/", "https://*.example", "null"])
+def test_what_no_browser_sends_is_no_origin(origin: str) -> None:
+    with pytest.raises(SettingsError, match="is no origin: write it as"):
+        ServePlan((model(),), origins=(origin,))
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [

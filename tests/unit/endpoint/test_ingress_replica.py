@@ -81,7 +81,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, s
 async def started(port: int, folder: Path, handle: Handle) -> IngressReplica:
     replica = IngressReplica.__new__(IngressReplica)
     batches = Batches(str(folder / "batches"), f"http://127.0.0.1:{port}")
-    await replica.__init__("127.0.0.1", port, {"m": handle}, frozenset({"key"}), batches, {}, 7)  # type: ignore[misc]
+    await replica.__init__("127.0.0.1", port, (), {"m": handle}, frozenset({"key"}), batches, {}, 7)  # type: ignore[misc]
     return replica
 
 

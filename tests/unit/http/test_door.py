@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,7 +54,9 @@ class Application:
 
 
 @contextmanager
-def serving(app: Any, timeout: float, counted: list[tuple[str, str, int]] | None = None) -> Iterator[int]:
+def serving(
+    app: Any, timeout: float, counted: list[tuple[str, str, int]] | None = None, origins: Sequence[str] = ()
+) -> Iterator[int]:
     """The port of an HttpServer in a thread; it is drained with the context."""
     listener = listening.listener("127.0.0.1", 0)
     port: int = listener.getsockname()[1]
@@ -65,7 +67,7 @@ def serving(app: Any, timeout: float, counted: list[tuple[str, str, int]] | None
             counted.append((method, path, status))
 
     async def serve() -> None:
-        server = HttpServer(app, listener, Bounds(BODY, UPLOAD, timeout), count)
+        server = HttpServer(app, listener, Bounds(BODY, UPLOAD, timeout), count, origins)
         await server.start()
         started.set()
         await asyncio.to_thread(over.wait)
@@ -228,6 +230,34 @@ def test_a_request_id_comes_back_and_each_request_is_counted() -> None:
         with sent(port, post("/v1/files", Content_Length=UPLOAD + 1)) as client:
             assert status(client) == 413
     assert counted == [("POST", "/v1/completions", 200), ("POST", "/v1/files", 413)]
+
+
+PAGE, OTHER = "https://chat.example", "https://other.example"
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "allowed"),
+    [((), PAGE, None), ((PAGE,), PAGE, PAGE), ((PAGE,), OTHER, None), (("*",), OTHER, "*")],
+)
+def test_pages_of_other_origins_may_ask_where_they_are_let(
+    origins: Sequence[str], origin: str, allowed: str | None
+) -> None:
+    asks = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization, content-type"}
+    with serving(Application(), 600.0, origins=origins) as port:
+        with sent(port, post(Origin=origin, Content_Length=BODY + 1)) as client:
+            refused, head, _ = answer(client)
+        assert (refused, header(head, b"access-control-allow-origin")) == (413, allowed), "errors are read, too"
+        before = post(Origin=origin, Content_Length=0, **asks).replace(b"POST", b"OPTIONS", 1)
+        with sent(port, before) as client:
+            _, head, _ = answer(client)
+        assert header(head, b"access-control-allow-origin") == allowed
+        if allowed is not None:
+            assert header(head, b"access-control-allow-headers") == asks["Access_Control_Request_Headers"]
+
+
+def header(head: bytes, name: bytes) -> str | None:
+    lines = [line.partition(b": ") for line in head.split(b"\r\n")]
+    return next((value.decode() for found, _, value in lines if found.lower() == name), None)
 
 
 def test_what_runs_is_answered_before_the_server_ends_and_nobody_else_is() -> None:

@@ -33,10 +33,13 @@ def test_every_argument_of_the_file_reaches_the_plan(tmp_path: Path) -> None:
     model = {"source": "/models/a.gguf", "stages": 2, "replicas": 3, "share_macs": True, "max_model_len": 512,
              "streams": 4, "engine_args": ["--max-num-seqs", 8]}  # fmt: skip
     rack = DEPLOY / "rack.example.yaml"
-    args = endpoint_args(models=[model], api_key_variable="K", host="0.0.0.0", port=81, rack=str(rack), ingresses=3)
+    args = endpoint_args(
+        models=[model], api_key_variable="K", host="0.0.0.0", port=81, rack=str(rack), ingresses=3, origins=["*"]
+    )
     plan = builder.plan_of(args, {"K": "sk"})
     (found,) = plan.models
     assert (plan.host, plan.port, plan.api_keys, plan.ingresses) == ("0.0.0.0", 81, frozenset({"sk"}), 3)
+    assert plan.origins == ("*",)
     assert (found.name, found.source, found.stages, found.replicas) == ("a", "/models/a.gguf", 2, 3)
     assert (found.share_macs, found.streams, found.engine_args) == (True, 4, {"max_num_seqs": 8, "max_model_len": 512})
     assert found.network is not None
