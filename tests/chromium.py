@@ -53,7 +53,7 @@ def shows(selector: str, *texts: str) -> str:
 
 
 class RefusedError(Exception):
-    """The browser refuses a command, as one to a page that is just being left."""
+    """The browser refuses a command, or a script raises: as in a page that is just being left, or not there yet."""
 
 
 class Tab:
@@ -81,22 +81,22 @@ class Tab:
     def script(self, text: str) -> Any:
         """What the JavaScript expression gives, as JSON. Raises RefusedError."""
         done = self.call("Runtime.evaluate", expression=text, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in done, done["exceptionDetails"]
+        if "exceptionDetails" in done:
+            raise RefusedError(done["exceptionDetails"])
         return done["result"].get("value")
 
     def until(self, text: str, seconds: float) -> Any:
         """What the expression gives, once that is true; a failure shows what the page says."""
         deadline = time.monotonic() + seconds
-        while not (value := self._tried(text)):
-            assert time.monotonic() < deadline, f"never {text}: {self.text()!r}, {self.faults}"
+        while True:
+            try:
+                value, refused = self.script(text), None
+            except RefusedError as error:
+                value, refused = None, error
+            if value:
+                return value
+            assert time.monotonic() < deadline, f"never {text}: {refused or self.text()}, {self.faults}"
             time.sleep(LOOK_S)
-        return value
-
-    def _tried(self, text: str) -> Any:
-        try:
-            return self.script(text)
-        except RefusedError:
-            return None
 
     def text(self) -> str:
         """All that can be read."""
