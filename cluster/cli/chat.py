@@ -157,7 +157,7 @@ class _Chat:
                 raise ChatError(_sentence(error)) from None
             _tell(_sentence(error))
             return
-        print(flush=True)
+        print(PLAIN if self.live else "", flush=True)  # an answer that ends in its thoughts leaves them dim
         _tell("stopped" if speed is None else str(speed))
         if pieces:
             talk.turns.append(("assistant", "".join(pieces)))
@@ -187,11 +187,9 @@ class _Chat:
                         print(f"{'' if thinking else DIM}{thought}", end="", flush=True)
                         thinking = True
                     if text:
+                        pieces.append(text)  # first, for Ctrl-C may come as soon as it is seen
                         print(f"{f'{PLAIN}{chr(10)}' if thinking else ''}{text}", end="", flush=True)
                         thinking = False
-                        pieces.append(text)
-        if thinking:
-            print(PLAIN, end="")
         whole_s = time.monotonic() - began
         return Speed(tokens, whole_s if first_s is None else first_s, whole_s)
 
