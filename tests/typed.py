@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-DEADLINE_S = 300.0
+DEADLINE_S, AGAIN_S = 300.0, 20.0
 SIZE = (24, 120)
 """Rows and columns; bars are not drawn where there are none."""
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -70,10 +70,16 @@ class Typed:
         seen, self.shown = self.shown, ""
         return seen
 
-    def ended(self) -> int:
-        """The exit code, once it has ended by itself."""
+    def ended(self, key: str = "") -> int:
+        """The exit code, once it has ended by itself. key: typed, and again while nothing happens: a Ctrl-C that comes
+        while `input` is about to wait is only seen with the next one (CPython's readline.c)."""
+        deadline, typed_at = time.monotonic() + DEADLINE_S, time.monotonic()
+        self.type(key)
         while self._read():
-            pass
+            assert time.monotonic() < deadline, self.shown
+            if key and time.monotonic() - typed_at > AGAIN_S:
+                self.type(key)
+                typed_at = time.monotonic()
         return self._process.wait(DEADLINE_S)
 
     def _read(self) -> bool:

@@ -55,7 +55,9 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     """Kill it, and take away the parts of files that it was writing: their names are of no use to anyone else."""
     parts: list[str] = []
     with suppress(psutil.Error):  # it has ended by itself
-        parts = [file.path for file in psutil.Process(process.pid).open_files() if file.path.endswith(PART)]
+        downloading = psutil.Process(process.pid)
+        downloading.suspend()  # its threads would begin files that nobody has listed
+        parts = [file.path for file in downloading.open_files() if file.path.endswith(PART)]
     process.kill()
     process.wait()
     for part in parts:

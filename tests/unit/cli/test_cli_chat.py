@@ -190,8 +190,7 @@ def test_a_conversation_at_a_terminal(endpoint: Endpoint) -> None:
 def test_the_prompt_is_left_by(key: str, endpoint: Endpoint) -> None:
     with Typed(["chat", "--url", endpoint.url], os.environ) as typed:
         typed.until("> ")
-        typed.type(key)
-        assert typed.ended() == 0
+        assert typed.ended(key) == 0
 
 
 def test_commands_change_the_conversation() -> None:
