@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 TURNS = 20
-SYSTEM = "You are a coding agent. Read before you write, and run the tests before you say that they pass. " * 8
+SYSTEM = "You are a coding agent. Read before you write, and run the tests before you say that they pass. " * 18
 TASK = "The parser fails on empty lines. Find out why, and correct it."
 REMINDER = "<system-reminder>The list of tasks is empty. Do not mention this.</system-reminder>"
 SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
