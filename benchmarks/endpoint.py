@@ -16,6 +16,7 @@ tenth more: beyond that, what engines have said and the endpoint has not carried
 (or there is no processor left for the engines themselves). Late is by how much longer a stream took than that.
 
     python benchmarks/endpoint.py [--sides pomarium vllm ray-llm] [--streams 1 8 32 256] [--rounds 5] [--seconds 10]
+                                  [--tokens 256]
     python benchmarks/endpoint.py --stub [--engines 1 2 4 8] [--per-engine 2 5 10 20 30 40 50] [--ingresses 1 2]
     either with --quick: sees that it runs
 
@@ -365,6 +366,7 @@ def _options() -> argparse.Namespace:
         "--sides", nargs="+", choices=SIDES, help="default: all but ray-llm-direct; with --stub the first two"
     )
     parser.add_argument("--streams", nargs="+", type=int, help="at once (default: 1 8 32 256)")
+    parser.add_argument("--tokens", type=int, help=f"of an answer (default: {TOKENS}); few show what a request costs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="that a run takes about; with --stub a stream's length"
@@ -383,7 +385,7 @@ def _options() -> argparse.Namespace:
     options.per_engine = options.per_engine or ([4] if options.quick else [2, 5, 10, 20, 30, 40, 50])
     if options.quick:
         options.rounds, options.seconds = 1, QUICK_TOKENS * PERIOD_S
-    options.tokens = QUICK_TOKENS if options.quick else TOKENS
+    options.tokens = options.tokens or (QUICK_TOKENS if options.quick else TOKENS)
     if options.stub:
         options.tokens = min(max(QUICK_TOKENS, round(options.seconds / PERIOD_S)), MOST_TOKENS)
         if not {POMARIUM, VLLM}.issuperset(options.sides):

@@ -11,7 +11,7 @@ Then Pomarium as it is, without calls where it needs none, with as many ingresse
 other: each request is sent by a connection of its own, and reaches any of them.
 
     python benchmarks/routing.py [--model FOLDER] [--systems 6] [--users 6] [--system-words 300] [--rounds 2]
-                                 [--ingresses 1 2]
+                                 [--policies ...] [--ingresses 1 2]
 """
 
 import argparse
@@ -187,14 +187,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--policies", nargs="*", choices=POLICIES, default=POLICIES, help="side by side")
     parser.add_argument("--ingresses", type=int, nargs="*", default=[1, 2], help="of Pomarium as it is")
     options = parser.parse_args()
-    rounds = measured(options, "routers.SideBySide", 1, POLICIES, {policy: policy for policy in POLICIES})
+    rounds: dict[str, list[Figures]] = {}
+    if options.policies:
+        same = {policy: policy for policy in options.policies}
+        rounds = measured(options, "routers.SideBySide", 1, options.policies, same)
     for count in options.ingresses:
         name = f"Pomarium, {count} ingress" + ("es" if count > 1 else "")
         rounds |= measured(options, None, count, [name], {name: "Pomarium"})
     requests = options.rounds * options.systems * options.users
-    prompts = [a.prompt_tokens for a in rounds["Pomarium"][0].answers]
+    prompts = [a.prompt_tokens for figures in rounds.values() for a in figures[0].answers]
     print(
         f"\n{REPLICAS} replicas; for each policy {requests} requests of about {sum(prompts) // len(prompts)} tokens, "
         f"{options.users} for each system prompt, {options.clients} at once\n\n"

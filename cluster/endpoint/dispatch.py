@@ -3,9 +3,9 @@
     Ledger.candidates --rank--> the replica that Serve's router would choose --Answers.idle--> Dispatch: a line to it
     it has no idle line here, or owes a sign of life: None; then Serve chooses, calls, and a new line is dialled
 
-A call takes some 4 ms of the two processes, as much as thirty tokens of a stream (docs/benchmarks.md), and crosses four
-threads before the engine hears of the request. Serve sees no request that goes this way: only engines whose number is
-fixed get any, since its scaling counts calls.
+A call costs the two processes as much as thirty tokens of a stream, and crosses four threads before the engine hears of
+the request. Serve sees no request that goes this way: only engines whose number is fixed get any, since its scaling
+counts calls.
 """
 
 from collections.abc import Sequence
