@@ -12,6 +12,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pomarium.cluster.http.asgi import App
 from pomarium.cluster.http.escaped_json import EscapedJson
 
 
@@ -42,11 +43,10 @@ def serving(stub: Stub) -> Iterator[str]:
 
 
 @contextmanager
-def app_serving(app: Starlette) -> Iterator[str]:
-    """The URL at which it answers."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+def app_serving(app: App, port: int = 0) -> Iterator[str]:
+    """The URL at which it answers. port: 0 for a free one."""
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:

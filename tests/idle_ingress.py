@@ -1,18 +1,13 @@
 """An ingress whose engines nobody asks, over a rack of which a test says the state: no Ray runs.
 
-RackStatus, Serve's word on the model --> Ingress --asked: one answer; serving: a URL
+RackStatus, Serve's word on the model --> Ingress --asked: one answer; endpoint_stub.app_serving: a URL
 """
 
 import asyncio
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import httpx
-import uvicorn
 
 from pomarium.cluster.endpoint.cards import Served
 from pomarium.cluster.endpoint.holding import State
@@ -60,19 +55,3 @@ def asked(path: str, keys: frozenset[str] = frozenset(), **headers: str) -> http
             return await client.get(path, headers=headers)
 
     return asyncio.run(ask())
-
-
-@contextmanager
-def serving(made: Ingress, port: int = 0) -> Iterator[str]:
-    """The ingress on a real socket, while the context is open."""
-    with socket.create_server(("127.0.0.1", port)) as listener:
-        server = uvicorn.Server(uvicorn.Config(made, log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 from chromium import Browser, Tab, browser, has, shows
-from idle_ingress import GIB, MAC, REPORT, SERVES, ingress, serving
+from endpoint_stub import app_serving
+from idle_ingress import GIB, MAC, REPORT, SERVES, ingress
 from serve_process import MODEL, Server
 
 from pomarium.cluster import faults
@@ -54,7 +55,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def test_it_shows_models_macs_and_their_figures_and_asks_nobody_else(chromium: Browser) -> None:
-    with serving(ingress()) as url, chromium.opened(url) as tab:
+    with app_serving(ingress()) as url, chromium.opened(url) as tab:
         tab.until(shows(".model", "m", "serving", "12.5", "25%", "50%", "mac-1 0–29"), SOON_S)
         tab.until(
             shows(".mac", "mac-1", "M2 Ultra", "alive", "1 GiB of 128 GiB", "layers 0–29", "12.5 tokens/s"), SOON_S
@@ -68,7 +69,7 @@ def test_it_shows_models_macs_and_their_figures_and_asks_nobody_else(chromium: B
 
 def test_what_is_not_ours_does_not_run(chromium: Browser) -> None:
     """The policy holds: neither a script nor a picture nor a request that somebody smuggles in."""
-    with serving(ingress()) as url, chromium.opened(url) as tab, serving(ingress()) as other:
+    with app_serving(ingress()) as url, chromium.opened(url) as tab, app_serving(ingress()) as other:
         tab.until(shows(".model", "serving"), SOON_S)
         tab.script(
             "{ const one = document.createElement('script'); one.textContent = 'document.title = \"smuggled\"';"
@@ -82,7 +83,7 @@ def test_what_is_not_ours_does_not_run(chromium: Browser) -> None:
 
 
 def test_a_key_is_asked_for_once_and_kept_in_the_tab(chromium: Browser) -> None:
-    with serving(ingress(frozenset({"sk-1"}))) as url, chromium.opened(url) as tab:
+    with app_serving(ingress(frozenset({"sk-1"}))) as url, chromium.opened(url) as tab:
         tab.until(has("This endpoint takes a key"), SOON_S)
         assert {urlsplit(address).path for address in tab.asked} == {"/"}, "nothing is asked before there is a key"
         assert tab.faults == []
@@ -123,7 +124,7 @@ def test_a_mac_that_is_lost_is_shown_and_so_is_why_a_model_is_not_served(chromiu
         assert isinstance(state, State)
         return {"m": state, "big": State(f"Error:\n{faults.StartError('big needs 3 GiB more.')}")}
 
-    with serving(ingress(look=look, states=states)) as url, chromium.opened(url) as tab:
+    with app_serving(ingress(look=look, states=states)) as url, chromium.opened(url) as tab:
         tab.until(shows(".model", "m", "serving", "mac-1 0–19", "10 Gb/s", "mac-2 20–29"), SOON_S)
         tab.until(shows(".model", "big", "failed", "big needs 3 GiB more."), SOON_S)
         tab.until(shows("#said", "2 of 2 Macs alive"), SOON_S)
@@ -140,7 +141,7 @@ def test_a_mac_that_is_lost_is_shown_and_so_is_why_a_model_is_not_served(chromiu
 
 def test_an_endpoint_that_is_gone_is_said_to_be_and_comes_back(chromium: Browser) -> None:
     port = ports.free(1)[0]
-    with serving(ingress(), port) as url:
+    with app_serving(ingress(), port) as url:
         opened = chromium.opened(url)
         tab = opened.__enter__()
         tab.until(shows(".model", "serving"), SOON_S)
@@ -148,7 +149,7 @@ def test_an_endpoint_that_is_gone_is_said_to_be_and_comes_back(chromium: Browser
     try:
         tab.until(shows("#said", "The endpoint does not answer. No answer since"), SOON_S)
         assert tab.script("document.querySelector('.facts').classList.contains('stale')"), "old figures look old"
-        with serving(ingress(look=lambda: replace(SERVES, at=2000.0)), port):
+        with app_serving(ingress(look=lambda: replace(SERVES, at=2000.0)), port):
             tab.until(shows("#said", "1 of 1 Macs alive"), SOON_S)
             assert not tab.script("document.querySelector('.facts').classList.contains('stale')")
     finally:
@@ -159,7 +160,7 @@ def test_a_head_that_does_not_answer_is_said_to(chromium: Browser) -> None:
     def look() -> RackStatus:
         raise SettingsError("The rack's head does not answer (gone).")
 
-    with serving(ingress(look=look)) as url, chromium.opened(url) as tab:
+    with app_serving(ingress(look=look)) as url, chromium.opened(url) as tab:
         tab.until(shows("#said", "The rack's head does not answer (gone)."), SOON_S)
 
 
@@ -170,7 +171,7 @@ def test_it_fits_a_phone_and_can_be_read_in_light_and_dark(chromium: Browser, wi
     long = "organisation/a-model-with-a-rather-long-name-of-one-word-0123456789-0123456789-0123456789"
     found = replace(SERVES, members=(MAC, lost), replicas=(replace(REPORT, model=long),), disk="The disk is full.")
     states = {long: State(running=1), "asleep": State(), "lost": State(lost="it was killed")}
-    with serving(ingress(look=lambda: found, states=lambda: states)) as url, chromium.opened(url) as tab:
+    with app_serving(ingress(look=lambda: found, states=lambda: states)) as url, chromium.opened(url) as tab:
         tab.shown_as(width, 844, scheme)
         tab.until(shows(".model", "serving"), SOON_S)
         tab.until(has("The disk is full."), SOON_S)
