@@ -269,6 +269,8 @@ class ReplicaLine:
             self._begun(rest)
         elif self.answer is not None:
             self.answer.heard = time.monotonic()
+            if kind is Kind.LOST:
+                self._answers.lost(self.replica)
             self.answer.take(kind, rest)
             if kind in ENDS:
                 self._free()
@@ -308,7 +310,7 @@ class ReplicaLine:
             self._answers.keep(self)
 
     def _lost(self) -> None:
-        self._answers.lines.discard(self)
+        self._answers.forget(self)
         if self._sending is not None:
             self._sending.cancel()
         if self.answer is not None:
@@ -322,8 +324,10 @@ class Answers:
         secret: of all lines. lines: connections that are open.
     """
 
-    def __init__(self, host: str) -> None:
-        """`host`: of this machine, where replicas reach it. `start` listens there."""
+    def __init__(self, host: str, lost: Callable[[str], None] = lambda replica: None) -> None:
+        """`host`: of this machine, where replicas reach it. `start` listens there. `lost`: told of each replica that
+        says that its engine is dead."""
+        self.lost = lost
         self.secret = secrets.token_bytes(KEY_BYTES)
         self.lines: set[ReplicaLine] = set()
         self._host = host
@@ -372,11 +376,16 @@ class Answers:
     def idle(self, replica: str) -> "ReplicaLine | None":
         """A line that `replica` keeps open here and nobody uses, for one request."""
         lines = self._idle.get(replica, [])
-        while lines:
-            if (line := lines.pop()) in self.lines:
-                return line
-        self._idle.pop(replica, None)
-        return None
+        return lines.pop() if lines else None
+
+    def forget(self, line: "ReplicaLine") -> None:
+        """`line` is over."""
+        self.lines.discard(line)
+        lines = self._idle.get(line.replica, [])
+        if line in lines:
+            lines.remove(line)
+        if not lines:
+            self._idle.pop(line.replica, None)
 
     def keep(self, line: "ReplicaLine") -> None:
         """`line` is idle from now on."""

@@ -26,11 +26,12 @@ class Dispatch:
     def __init__(self, ledger: Ledger, deployment: str, line: ReplicaLine, keys: tuple[int, ...]) -> None:
         self.line = line
         self._ledger, self._deployment, self._replica, self._keys = ledger, deployment, line.replica, keys
-        self._over = False
+        self._over = self._taken = False
         self._write(What.SENT)
 
     def taken(self) -> None:
         """The replica has it."""
+        self._taken = True
         self._ledger.answered(self._deployment, self._replica)
         if self._keys:
             self._write(What.READ, self._keys)
@@ -40,6 +41,8 @@ class Dispatch:
         if not self._over:
             self._over = True
             self._write(What.OVER)
+            if not self._taken:
+                self._ledger.withdrawn(self._deployment, self._replica)
 
     def _write(self, what: What, keys: tuple[int, ...] = ()) -> None:
         self._ledger.write(Entry(what, self._deployment, self._replica, keys))

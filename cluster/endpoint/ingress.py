@@ -69,15 +69,15 @@ NOT_KEPT = (
 KEPT = (f"{protocols.RESPONSES}/{{name}}", f"{protocols.RESPONSES}/{{name}}/{{what}}")
 """Paths of responses that a server has kept."""
 
-LARGE = 256 << 10
-"""Bytes of a body that takes longer to parse than to hand to a thread: some 2 ms."""
+LARGE_AT_ONCE = 2
+"""Large bodies (bodies.LARGE) that are parsed at once: one of nothing but brackets takes some 25 times its bytes."""
 
 PASSED_HEADERS = frozenset({"content-type", "x-request-id", "traceparent", "tracestate"})
 
 
 async def _listen() -> Answers:
     """Where other machines of the rack reach this one."""
-    answers = Answers(ray.util.get_node_ip_address())
+    answers = Answers(ray.util.get_node_ip_address(), ledger.of_this_process().lost)
     await answers.start()
     return answers
 
@@ -118,6 +118,7 @@ class Ingress:
         self._batches = batches
         self._store = None if batches is None else BatchStore(Path(batches.folder))
         self._ledger, self._random = ledger.of_this_process(), Random()
+        self._reading_large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._listen = listen
         self._listening: asyncio.Future[Answers] | None = None
         self._batch_work: asyncio.Task[None] | None = None
@@ -257,8 +258,11 @@ class Ingress:
         self._authorise(request)
         path = request.url.path
         body = b"".join([piece async for piece in request.stream()])  # body() would keep it as long as the request
-        # Beside the loop that streams use, as far as Python's lock lets it.
-        name, routing = await asyncio.to_thread(self._read, path, body) if len(body) > LARGE else self._read(path, body)
+        if len(body) > bodies.LARGE:  # beside the loop that streams use, as far as Python's lock lets it
+            async with self._reading_large:
+                name, routing = await asyncio.to_thread(self._read, path, body)
+        else:
+            name, routing = self._read(path, body)
         headers = tuple((k, v) for k, v in request.headers.items() if k.lower() in PASSED_HEADERS)
         engine, answers = self._engines[name], await self._answers()
         deployment, served = engine.deployment_name, self._served[name]

@@ -106,6 +106,18 @@ class Ledger:
         with self._lock:
             self._unanswered.pop((deployment, replica), None)
 
+    def withdrawn(self, deployment: str, replica: str) -> None:
+        """A request that `replica` had not taken is not asked any more. That says nothing of it, unless it had time."""
+        with self._lock:
+            if self._unanswered_s((deployment, replica)) <= SILENT_S:
+                self._unanswered.pop((deployment, replica), None)
+
+    def lost(self, replica: str) -> None:
+        """The engine of `replica` is dead. Its process refuses what comes until it ends, and has the least to do."""
+        with self._lock:
+            for deployment in [name for name, replicas in self._replicas.items() if replica in replicas]:
+                self._unanswered[deployment, replica] = self._clock() - 2 * SILENT_S  # as if silent
+
     def replicas(self, deployment: str) -> frozenset[str]:
         """Those that run, as Serve told the router; none before it did."""
         with self._lock:

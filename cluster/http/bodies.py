@@ -14,7 +14,7 @@ fault: 7 ms per MB of text, 20 ms per MB of token ids.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pomarium.worker.errors import PomariumError
@@ -22,6 +22,9 @@ from pomarium.worker.errors import PomariumError
 DEPTH = 128
 """Objects and arrays within each other. Of the requests of OpenAI's protocol only schemas nest at all, by two for each
 object in an object; what walks through them takes up to three of Python's 1,000 calls a level."""
+
+LARGE = 256 << 10
+"""Bytes of a body that takes longer to parse than to hand to a thread: some 2 ms."""
 
 _LONG = re.compile(r"\d{19}")
 """Digits of which some numbers need more than 64 bits."""
@@ -63,32 +66,62 @@ def parsed(body: bytes | str) -> dict[str, Any]:
 
 def check_depth(value: Any, limit: int = DEPTH) -> None:
     """Raises BodyError if objects and arrays are nested deeper than `limit`. Does not recurse."""
-    level: list[tuple[str, Any]] = [("", value)]
+    level = [value]
     for _ in range(limit):
-        level = [child for place, container in level for child in _containers(place, container)]
+        level = [inner for container in level for inner in _inner(container) if isinstance(inner, dict | list)]
         if not level:
             return
-    raise BodyError(_too_deep(level[0][0], limit))
+    del level
+    deep = (path for inner, path in _walked(value) if len(path) == limit and isinstance(inner, dict | list))
+    raise BodyError(_too_deep(_place(next(deep)), limit))
 
 
 def check_values(value: Any) -> None:
     """Raises BodyError for half of a surrogate pair in a text or key, or an integer that msgpack has no room for: it
     takes -2**63 to 2**64 - 1. Does not recurse."""
-    waiting: list[tuple[str, Any]] = [("", value)]
-    while waiting:
-        place, item = waiting.pop()
+    for item, path in _walked(value):
         if isinstance(item, str):
             if not _encodable(item):
-                raise BodyError(_half(place))
+                raise BodyError(_half(_place(path)))
         elif isinstance(item, dict):
-            for key, inner in item.items():
-                if not _encodable(key):
-                    raise BodyError(_half(place, "a key of "))
-                waiting.append((_within(place, key), inner))
-        elif isinstance(item, list):
-            waiting.extend((f"{place}[{i}]", inner) for i, inner in enumerate(item))
+            if not all(map(_encodable, item)):
+                raise BodyError(_half(_place(path), "a key of "))
         elif isinstance(item, int) and not -(2**63) <= item < 2**64:
-            raise BodyError(f"has an integer of more than 64 bits in `{_shown(place)}`: make it smaller")
+            raise BodyError(f"has an integer of more than 64 bits in `{_shown(_place(path))}`: make it smaller")
+
+
+def _walked(value: Any) -> Iterator[tuple[Any, list[str | int]]]:
+    """All that is in `value`, itself first, with the way there, which is read before the walk goes on: a body may have
+    millions of values, and a place is shown of one at most."""
+    path: list[str | int] = []
+    yield value, path
+    entered = [_entries(value)]
+    while entered:
+        entry = next(entered[-1], None)
+        if entry is None:
+            entered.pop()
+            if path:
+                path.pop()
+            continue
+        key, inner = entry
+        path.append(key)
+        yield inner, path
+        if isinstance(inner, dict | list):
+            entered.append(_entries(inner))
+        else:
+            path.pop()
+
+
+def _entries(value: Any) -> Iterator[tuple[str | int, Any]]:
+    if isinstance(value, dict):
+        return iter(value.items())
+    return enumerate(value) if isinstance(value, list) else iter(())
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _text(body: bytes | str) -> str:
@@ -105,17 +138,14 @@ def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _containers(place: str, container: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(container, dict):
-        yield from ((_within(place, key), v) for key, v in container.items() if isinstance(v, dict | list))
-    elif isinstance(container, list):
-        yield from ((f"{place}[{i}]", v) for i, v in enumerate(container) if isinstance(v, dict | list))
-
-
-def _within(place: str, key: str) -> str:
-    if len(place) > SHOWN:  # it is not shown anyhow, and grows with each level
-        return place
-    return f"{place}.{key[:SHOWN]}" if place else key[:SHOWN]
+def _place(path: Iterable[str | int]) -> str:
+    place = ""
+    for key in path:
+        if len(place) > SHOWN:  # what follows is not shown anyhow
+            break
+        name = f"[{key}]" if isinstance(key, int) else key[:SHOWN]
+        place += f".{name}" if place and isinstance(key, str) else name
+    return place
 
 
 def _encodable(text: str) -> bool:

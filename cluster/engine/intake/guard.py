@@ -83,7 +83,8 @@ class Guard:
         if not body:
             return None
         try:
-            fields = bodies.parsed(body)
+            large = len(body) > bodies.LARGE
+            fields = await asyncio.to_thread(bodies.parsed, body) if large else bodies.parsed(body)
         except bodies.BodyError as error:
             return str(error)
         if refusal := texts.refusal(fields, rules.chars, len(body)) or calls.refusal(fields):

@@ -30,6 +30,7 @@ class Endpoint(Both):
         self.now = 100.0
         self.ledger = Ledger(lambda: self.now)
         self.ledger.keep(ENGINE, ["r1"])
+        self.answers.lost = self.ledger.lost
 
     def ask(self, path: str, body: bytes = b"", **how: Any) -> Answer:
         over = dispatch(self.ledger, self.answers, ENGINE, KEYS, Random(0))
@@ -145,8 +146,25 @@ def test_the_reason_of_a_loss_comes_over_a_kept_line_too() -> None:
         await whole(endpoint.ask("/echo"))
         with pytest.raises(EngineLostError, match="its worker was killed"):
             await whole(endpoint.ask("/lost"))
+        assert [known.silent for known in endpoint.ledger.candidates(ENGINE, ["r1"], ())] == [True], "others come first"
+        assert dispatch(endpoint.ledger, endpoint.answers, ENGINE, KEYS, Random(0)) is None
+        endpoint.now += ledger_module.SILENT_NO_MORE_S
+        assert [known.silent for known in endpoint.ledger.candidates(ENGINE, ["r1"], ())] == [False]
+
+    scene(play)
+
+
+@pytest.mark.parametrize(("after_s", "silent"), [(0.1, False), (ledger_module.SILENT_S + 0.1, True)])
+def test_a_client_that_leaves_before_a_replica_had_time_says_nothing_of_it(after_s: float, silent: bool) -> None:
+    async def play(endpoint: Endpoint) -> None:
         await whole(endpoint.ask("/echo"))
-        assert endpoint.calls == 1
+        for line in await endpoint.kept(1):
+            line._stream._received = lambda message: None
+        leaves = endpoint.ask("/echo")
+        endpoint.now += after_s
+        leaves.cancel()
+        endpoint.now += 2.0
+        assert [known.silent for known in endpoint.ledger.candidates(ENGINE, ["r1"], ())] == [silent]
 
     scene(play)
 
@@ -180,6 +198,7 @@ def test_a_replica_whose_endpoint_ends_keeps_no_line() -> None:
         await endpoint.kept(1)
         await endpoint.answers.close()
         await endpoint.kept(0)
+        await until(lambda: not endpoint.answers._idle)
 
     scene(play)
 

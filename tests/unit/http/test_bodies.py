@@ -1,13 +1,14 @@
 """Bodies: what JSON's reader takes and nothing behind it does is told in one sentence, whatever its size."""
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pomarium.cluster.http.bodies import DEPTH, BodyError, check_depth, parsed
+from pomarium.cluster.http.bodies import DEPTH, BodyError, check_depth, check_values, parsed
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 VALUES = st.recursive(
@@ -73,6 +74,21 @@ def test_deep_nesting_is_refused_at_any_depth(levels: int, bracket: str) -> None
 def test_the_place_of_the_nesting_is_named() -> None:
     with pytest.raises(BodyError, match=r"in `tools\[1\]\.parameters\[0\]"):
         parsed(json.dumps({"tools": [{}, {"parameters": nested(DEPTH)}]}).encode())
+
+
+def test_a_body_of_nothing_but_brackets_is_looked_at_in_little_memory() -> None:
+    """As many values as fit below the bound on bodies, each as deep as may be."""
+    body = b'{"x":' + b"[" * 121 + b"],[".join([b""] * 1_900_000) + b"]" * 121 + b"}"
+    assert 5 << 20 < len(body) < 8 << 20
+    value = json.loads(body)
+    tracemalloc.start()
+    try:
+        check_depth(value)
+        check_values(value)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 << 20
 
 
 @given(st.integers(1, DEPTH - 1))
