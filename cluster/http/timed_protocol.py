@@ -1,19 +1,26 @@
-"""Connections that do not wait for ever: uvicorn's HTTP protocol with a bound on heads.
+"""Connections that do not wait for ever, and whose end is noticed: uvicorn's HTTP protocol with a bound on heads.
 
     bytes --> TimedProtocol: is a head whole in time, is it small enough? --> uvicorn's HttpToolsProtocol --> Door
 
 uvicorn bounds idle connections between two requests (timeout_keep_alive) and nothing else: neither the first head on
 a connection, nor one that has begun. Bodies are bounded where they are asked for (door.py), but for the rest of one
 that was refused: it is read so that the answer arrives, and no longer than a head may take.
+
+uvicorn reads no more of a connection once another request has come behind the one that is answered, and so does not see
+that the client has left; and tells the last request alone when it does.
 """
 
 import asyncio
 from enum import Enum
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MOST_HEAD_BYTES = 64 << 10
 """Beyond what is read at once with its first byte, which may be the end of something else."""
+
+MOST_BEHIND = 16
+"""Requests behind the one that is answered, on one connection; with more of them nothing is read until it is."""
 
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -39,6 +46,7 @@ class TimedProtocol(HttpToolsProtocol):
     _part = Part.NONE
     _head_bytes = 0
     _deadline: asyncio.TimerHandle | None = None
+    _answered: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         """asyncio's: the first head has to come."""
@@ -46,8 +54,11 @@ class TimedProtocol(HttpToolsProtocol):
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """asyncio's."""
+        """asyncio's: the request that is answered is told, whatever came behind it."""
         self._disarm()
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -73,6 +84,13 @@ class TimedProtocol(HttpToolsProtocol):
         """The parser's: a body follows, which may be empty."""
         self._part = Part.BODY
         super().on_headers_complete()
+        if 0 < len(self.pipeline) <= MOST_BEHIND:
+            self.flow.resume_reading()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        """uvicorn's: it is this one's turn."""
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_message_complete(self) -> None:
         """The parser's: another head may follow."""

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from starlette.requests import ClientDisconnect
 
-from pomarium.cluster.http import door, openai_errors, request_log
+from pomarium.cluster.http import door, openai_errors, request_log, timed_protocol
 from pomarium.cluster.http.asgi import Message, while_there
 from pomarium.cluster.http.door import Bounds
 from pomarium.cluster.http.http_server import HttpServer
@@ -311,6 +311,40 @@ def test_a_client_that_leaves_ends_the_work_for_it() -> None:
         client = sent(port, post(Content_Length=1), b"x")
         client.close()
         assert ended.wait(PATIENCE_S / 2)
+
+
+@pytest.mark.parametrize(("behind", "later"), [(0, False), (1, False), (1, True), (3, True)])
+def test_a_client_that_leaves_is_noticed_whatever_it_sent_behind_its_request(behind: int, later: bool) -> None:
+    came, left = threading.Event(), threading.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        came.set()
+        assert (await receive())["type"] == "http.disconnect"
+        left.set()
+
+    with serving(app, 600.0) as port:
+        request = post(Content_Length=1) + b"x"
+        client = sent(port, request * (1 if later else 1 + behind))
+        assert came.wait(PATIENCE_S)
+        if later:
+            client.sendall(request * behind)
+            time.sleep(0.3)  # the server has read it
+        client.close()
+        assert left.wait(PATIENCE_S)
+
+
+def test_requests_behind_each_other_are_answered_in_their_order() -> None:
+    app = Application()
+    app.think_s = 0.05
+    with serving(app, 600.0) as port:
+        sizes = range(1, 2 * timed_protocol.MOST_BEHIND + 5)
+        with sent(port, b"".join(post(Content_Length=size) + b"x" * size for size in sizes)) as client:
+            whole = b""
+            while whole.count(b"HTTP/1.1 200") < len(sizes) or not whole.endswith(str(sizes[-1]).encode()):
+                whole += piece if (piece := client.recv(1 << 16)) else pytest.fail(f"cut: {whole!r}")
+    told = [int(part.partition(b"\r\n\r\n")[2]) for part in whole.split(b"HTTP/1.1 200")[1:]]
+    assert told == list(sizes)
 
 
 def test_work_whose_client_stays_says_what_it_found() -> None:
