@@ -69,7 +69,7 @@ def test_serve_accepts_the_settings_and_its_own_delays_are_off() -> None:
 
 def deployments(plan: ModelPlan, macs_sleep: bool) -> Any:
     found = Found(Path("/models/m"), Profiles.__new__(Profiles))  # only handed on
-    return app.build(ServePlan((plan,)), [found], {}, macs_sleep)._bound_deployment.init_args[2][plan.name]
+    return app.build(ServePlan((plan,)), [found], {}, macs_sleep)._bound_deployment.init_args[3][plan.name]
 
 
 def test_a_model_that_may_sleep_holds_requests_and_its_engines_own_processes_are_on_the_head() -> None:

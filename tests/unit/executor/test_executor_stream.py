@@ -381,6 +381,7 @@ def test_an_answer_too_large_to_send_is_the_loss_of_the_peer(
     waiting = call(link, lambda worker: bytes(2000))
     with pytest.raises(WorkerLostError, match="worker 0 was lost: it closed the connection"):
         waiting.result()
+    assert isinstance(failures.first.result(WAIT_S), WorkerLostError)
     assert failures.count == 1
 
 
