@@ -26,7 +26,7 @@ class Dispatch:
     def __init__(self, ledger: Ledger, deployment: str, line: ReplicaLine, keys: tuple[int, ...]) -> None:
         self.line = line
         self._ledger, self._deployment, self._replica, self._keys = ledger, deployment, line.replica, keys
-        self._over = self._taken = False
+        self._taken = False
         self._write(What.SENT)
 
     def taken(self) -> None:
@@ -37,19 +37,17 @@ class Dispatch:
             self._write(What.READ, self._keys)
 
     def over(self) -> None:
-        """It has ended, one way or another. Once is enough."""
-        if not self._over:
-            self._over = True
-            self._write(What.OVER)
-            if not self._taken:
-                self._ledger.withdrawn(self._deployment, self._replica)
+        """It has ended, one way or another; told once."""
+        self._write(What.OVER)
+        if not self._taken:
+            self._ledger.withdrawn(self._deployment, self._replica)
 
     def _write(self, what: What, keys: tuple[int, ...] = ()) -> None:
         self._ledger.write(Entry(what, self._deployment, self._replica, keys))
 
 
 def dispatch(
-    ledger: Ledger, answers: "Answers", deployment: str, keys: tuple[int, ...], random: Random
+    ledger: Ledger, answers: Answers, deployment: str, keys: tuple[int, ...], random: Random
 ) -> Dispatch | None:
     """A way for a request whose prompt has `keys`; None if it takes a call."""
     replica = _chosen(ledger, deployment, keys, random)

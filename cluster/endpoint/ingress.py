@@ -245,7 +245,7 @@ class Ingress:
         """What takes another kind of model than those that are served."""
         self._authorise(request)
         path = request.url.path
-        name, _ = self._read(path, await request.body())
+        name, _ = await self._read_beside(path, await request.body())
         raise RefusalError(*openai_errors.other_kind(name, path, OTHER_KINDS[path]))
 
     async def generate(self, request: Request, send: Send) -> None:
@@ -258,11 +258,7 @@ class Ingress:
         self._authorise(request)
         path = request.url.path
         body = b"".join([piece async for piece in request.stream()])  # body() would keep it as long as the request
-        if len(body) > bodies.LARGE:  # beside the loop that streams use, as far as Python's lock lets it
-            async with self._reading_large:
-                name, routing = await asyncio.to_thread(self._read, path, body)
-        else:
-            name, routing = self._read(path, body)
+        name, routing = await self._read_beside(path, body)
         headers = tuple((k, v) for k, v in request.headers.items() if k.lower() in PASSED_HEADERS)
         engine, answers = self._engines[name], await self._answers()
         deployment, served = engine.deployment_name, self._served[name]
@@ -321,6 +317,13 @@ class Ingress:
         if self._listening is None:
             self._listening = asyncio.ensure_future(self._listen())
         return await asyncio.shield(self._listening)
+
+    async def _read_beside(self, path: str, body: bytes) -> tuple[str, Routing]:
+        """`_read`, of a large body beside the loop that streams use, as far as Python's lock lets it."""
+        if len(body) <= bodies.LARGE:
+            return self._read(path, body)
+        async with self._reading_large:
+            return await asyncio.to_thread(self._read, path, body)
 
     def _read(self, path: str, body: bytes) -> tuple[str, Routing]:
         """The model that `body` asks for, the only one if it names none, and what a replica is chosen by."""

@@ -68,7 +68,7 @@ def check_depth(value: Any, limit: int = DEPTH) -> None:
     """Raises BodyError if objects and arrays are nested deeper than `limit`. Does not recurse."""
     level = [value]
     for _ in range(limit):
-        level = [inner for container in level for inner in _inner(container) if isinstance(inner, dict | list)]
+        level = [inner for container in level for _, inner in _entries(container) if isinstance(inner, dict | list)]
         if not level:
             return
     del level
@@ -116,12 +116,6 @@ def _entries(value: Any) -> Iterator[tuple[str | int, Any]]:
     if isinstance(value, dict):
         return iter(value.items())
     return enumerate(value) if isinstance(value, list) else iter(())
-
-
-def _inner(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
 
 
 def _text(body: bytes | str) -> str:

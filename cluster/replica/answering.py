@@ -199,9 +199,6 @@ class Lines:
 
     def _keep(self, line: Line, answer: Callable[[Asked, Line], Awaitable[None]]) -> None:
         self._used.discard(line)
-        if self._draining.is_set():
-            line.close()
-            return
         task = asyncio.create_task(self._go_on(line, answer))
         self._kept[task] = line
         task.add_done_callback(self._ended)
