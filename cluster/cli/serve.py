@@ -26,7 +26,7 @@ from pomarium.cluster.rack import current, inventory
 from pomarium.cluster.rack.inventory import KEEP_S
 from pomarium.cluster.rack.placement_inputs import network_of
 from pomarium.cluster.replica import download, parsers
-from pomarium.cluster.replica.serve_plan import RACK_INGRESSES, ModelPlan, Scaling, ServePlan, served_names
+from pomarium.cluster.replica.serve_plan import RACK_INGRESSES, Limits, ModelPlan, Scaling, ServePlan, served_names
 from pomarium.worker import settings
 from pomarium.worker.address import authority
 from pomarium.worker.errors import SettingsError
@@ -73,6 +73,20 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="ORIGIN",
         help="let browsers use the endpoint from pages of this origin, such as https://chat.example, or * for all; may "
         "be repeated (default: from none)",
+    )
+    parser.add_argument(
+        "--failovers",
+        type=int,
+        default=Limits.times,
+        metavar="N",
+        help="how many engines a request may lose and still be answered by another; 0: it ends with its engine "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--failover-wait",
+        default=f"{Limits.wait_s:g}s",
+        metavar="TIME",
+        help="how long it waits for another, such as 2m (default: %(default)s)",
     )
     parser.add_argument(
         "--replicas",
@@ -198,8 +212,12 @@ def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:
     ingresses = args.ingresses
     if ingresses is None:
         ingresses = RACK_INGRESSES if environ.get("RAY_ADDRESS") else 1
+    try:
+        limits = Limits(args.failovers, units.parse_duration(args.failover_wait))
+    except ValueError as error:
+        raise SettingsError(f"--failover-wait: {error}.") from None
     models, keys = tuple(models_of(args, environ)), api_keys(args, environ)
-    return ServePlan(models, args.host, args.port, keys, ingresses, tuple(args.allow_origin))
+    return ServePlan(models, args.host, args.port, keys, ingresses, tuple(args.allow_origin), limits)
 
 
 def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[ModelPlan]:

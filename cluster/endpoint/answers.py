@@ -26,19 +26,21 @@ from pomarium.cluster.http.answer_frames import (
     TICKET_BYTES,
     Asked,
     Kind,
+    asking,
     frame,
     in_pieces,
-    packed_asked,
     parted,
+    parted_told,
     unpacked_head,
 )
 from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.http.progress import Resume
 from pomarium.cluster.http.sealed_stream import SealedStream
 from pomarium.cluster.http.sealing import KEY_BYTES, End
 from pomarium.cluster.replica import heartbeat
 from pomarium.cluster.replica.answering import ReplyTo
 from pomarium.cluster.replica.heartbeat import SilentError
-from pomarium.cluster.replica.loss import EngineFaultError, EngineLostError
+from pomarium.cluster.replica.loss import EngineFaultError, EngineGoneError, EngineLostError
 
 MOST_WAITING = 256 << 10
 """Bytes of an answer that wait for its reader before its replica does."""
@@ -51,6 +53,9 @@ ADMIT_S = 10.0
 
 LAST_WORD_S = 0.5
 """For what a replica had said on its line before its call failed: both tell of a loss, one of them why."""
+
+LOSSES = {Kind.LOST: EngineLostError, Kind.GONE: EngineGoneError}
+"""How an answer may end with its engine."""
 
 LOOK_S = 0.5
 """How often it is looked who has been silent for too long."""
@@ -87,8 +92,11 @@ class Answer:
 
     Attributes:
         heard: when there was a sign of it last. over: nothing comes any more. begun: a replica is answering it.
+        replica: that answers it, or did; "" before it begins.
+        resumable: another replica could go on with it.
 
-    Raises, from `anext`: what the call of the replica raises; SilentError; CutError; EngineLostError; EngineFaultError.
+    Raises, from `anext`: what the call of the replica raises; SilentError; CutError; EngineLostError; EngineGoneError;
+    EngineFaultError.
     """
 
     def __init__(self, asked: Asked, body: bytes, *, patient: bool, keeps: bool) -> None:
@@ -97,6 +105,10 @@ class Answer:
         self.over = False
         self.begun = False
         self.keeps = keeps
+        self.replica = ""
+        self.resumable = True
+        before = asked.resume or Resume(0, b"", b"")
+        self._messages, self._groups, self._first = before.messages, bytearray(before.groups), before.first
         self._asked, self._body = asked, body
         self._patient = patient
         self._complete = False
@@ -134,6 +146,14 @@ class Answer:
             if self._line is not None:
                 self._line.stream.resume_reading()
         return item
+
+    def gained(self) -> int:
+        """A number that has grown if there is more of it."""
+        return len(self._groups) + self._messages
+
+    def resume(self) -> Resume:
+        """What another replica needs to go on with it."""
+        return Resume(self._messages, bytes(self._groups), self._first)
 
     def cancel(self) -> None:
         """Nobody waits any more. Harmless once the answer is complete."""
@@ -198,6 +218,7 @@ class Answer:
             self._line = line
             line.ask(self, self._asked, self._body)
         self.begun, self.heard, self._body = True, time.monotonic(), b""
+        self.replica = line.replica
         if self._dispatched is not None:
             self._dispatched.taken()
         self._came.append(Accepted())
@@ -205,24 +226,38 @@ class Answer:
 
     def take(self, kind: Kind, rest: bytes) -> None:
         """A message on its line."""
-        if kind is Kind.PIECE:
-            self._came.append(rest)
-            self._waiting_bytes += len(rest)
-            if self._waiting_bytes > MOST_WAITING and not self._paused and self._line is not None:
-                self._paused = True
-                self._line.stream.pause_reading()
+        if kind is Kind.TOLD:
+            groups, piece = parted_told(rest)
+            self._groups += groups
+            self._take_piece(piece)
+        elif kind is Kind.PIECE:
+            self._take_piece(rest)
         elif kind is Kind.HEAD:
             self._came.append(unpacked_head(rest))
+        elif kind is Kind.GROUPS:
+            self._groups += rest
+        elif kind is Kind.UNRESUMABLE:
+            self.resumable = False
         elif kind in ENDS:
             self._line = None  # it is another's from now on
-            if kind is Kind.LOST:
-                self.fail(EngineLostError(rest.decode()))
+            if kind in LOSSES:
+                self.fail(LOSSES[kind](rest.decode()))
             elif kind is Kind.FAILED:
                 self.fail(EngineFaultError(rest.decode()))
             else:
                 self._complete = True
                 self._end()
         self._wake()
+
+    def _take_piece(self, piece: bytes) -> None:
+        if not self._messages:
+            self._first = piece
+        self._messages += 1
+        self._came.append(piece)
+        self._waiting_bytes += len(piece)
+        if self._waiting_bytes > MOST_WAITING and not self._paused and self._line is not None:
+            self._paused = True
+            self._line.stream.pause_reading()
 
     def _end(self) -> None:
         self.over = True
@@ -269,7 +304,7 @@ class ReplicaLine:
             self._begun(rest)
         elif self.answer is not None:
             self.answer.heard = time.monotonic()
-            if kind is Kind.LOST:
+            if kind in LOSSES:
                 self._answers.lost(self.replica)
             self.answer.take(kind, rest)
             if kind in ENDS:
@@ -290,7 +325,8 @@ class ReplicaLine:
     def ask(self, answer: Answer, asked: Asked, body: bytes) -> None:
         """Have the replica answer this next."""
         self.answer = answer
-        self.stream.send(frame(Kind.ASKED, packed_asked(asked)))
+        for message in asking(asked):
+            self.stream.send(message)
         if len(body) > PIECE_BYTES:
             self._sending = asyncio.ensure_future(_send(self.stream, body))
             return

@@ -73,7 +73,10 @@ def build(
         m.name: Served(root_of(m.source, f.folder), m.engine_args.get("max_model_len"), m.sleeps, m.scaling is not None)
         for m, f in zip(plan.models, found, strict=True)
     }
-    return ingress.bind(plan.host, plan.port, plan.origins, engines, plan.api_keys, batches, served, int(time.time()))
+    created = int(time.time())
+    return ingress.bind(
+        plan.host, plan.port, plan.origins, engines, plan.api_keys, batches, served, created, plan.limits
+    )
 
 
 def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str], on_head: bool) -> Application:

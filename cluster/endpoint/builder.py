@@ -24,6 +24,7 @@ from pomarium.cluster.replica.serve_plan import (
     ENDPOINT,
     MOST_INGRESSES,
     RACK_INGRESSES,
+    Limits,
     ModelPlan,
     Scaling,
     ServePlan,
@@ -79,6 +80,7 @@ class EndpointArgs(_Strict):
         api_key_variable: an environment variable with such a key. Without either, everybody is admitted.
         host, port: where the endpoint listens, on the head. ingresses: processes that take requests there.
         origins: of pages that browsers may let use it.
+        failovers: how many engines a request may lose. failover_wait: how long it waits for another, such as 2m.
         rack: a rack.yaml on the head, whose links placement then knows.
     """
 
@@ -89,6 +91,8 @@ class EndpointArgs(_Strict):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     ingresses: Annotated[int, Field(ge=1, le=MOST_INGRESSES)] = RACK_INGRESSES
     origins: tuple[str, ...] = ()
+    failovers: Annotated[int, Field(ge=0)] = Limits.times
+    failover_wait: inventory.Duration = Limits.wait_s
     rack: str | None = None
 
 
@@ -153,7 +157,8 @@ def plan_of(args: EndpointArgs, environ: Mapping[str, str]) -> ServePlan:
     keys = _keys(args.api_key_variable, environ)
     if args.api_key_file is not None:
         keys |= api_keys.read(Path(args.api_key_file))
-    return ServePlan(models, args.host, args.port, keys, args.ingresses, args.origins)
+    limits = Limits(args.failovers, args.failover_wait)
+    return ServePlan(models, args.host, args.port, keys, args.ingresses, args.origins, limits)
 
 
 def _model(args: ModelArgs, network: Network | None) -> ModelPlan:

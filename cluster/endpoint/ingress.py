@@ -11,8 +11,11 @@ all else here. The process stays small: it imports no vLLM.
 import asyncio
 import hmac
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from random import Random
@@ -30,8 +33,9 @@ from pomarium.cluster import faults
 from pomarium.cluster.batch.api import routes
 from pomarium.cluster.batch.api.store import BatchStore
 from pomarium.cluster.endpoint import cards, front_page, holding, ledger, metrics_page, rack_view, reasons, watch
-from pomarium.cluster.endpoint.answers import Answers
+from pomarium.cluster.endpoint.answers import Answer, Answers
 from pomarium.cluster.endpoint.cards import Served
+from pomarium.cluster.endpoint.continued import KEPT_BODY, Continued
 from pomarium.cluster.endpoint.dispatch import dispatch
 from pomarium.cluster.endpoint.holding import SILENT
 from pomarium.cluster.endpoint.rack_view import RackView
@@ -43,12 +47,13 @@ from pomarium.cluster.http.answer_frames import Asked
 from pomarium.cluster.http.asgi import Message, Receive, Send, while_there
 from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.http.openai_errors import RefusalError
+from pomarium.cluster.http.progress import Resume
 from pomarium.cluster.http.protocols import GENERATED, OTHER_KINDS
 from pomarium.cluster.rack.status import RackStatus
 from pomarium.cluster.replica.answering import ReplyTo
 from pomarium.cluster.replica.loss import EngineLostError
 from pomarium.cluster.replica.replica import Routing
-from pomarium.cluster.replica.serve_plan import Batches
+from pomarium.cluster.replica.serve_plan import LIMITS, Batches, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +73,8 @@ NOT_KEPT = (
 
 KEPT = (f"{protocols.RESPONSES}/{{name}}", f"{protocols.RESPONSES}/{{name}}/{{what}}")
 """Paths of responses that a server has kept."""
+
+SEED_BYTES = 8
 
 LARGE_AT_ONCE = 2
 """Large bodies (bodies.LARGE) that are parsed at once: one of nothing but brackets takes some 25 times its bytes."""
@@ -92,7 +99,8 @@ class Ingress:
     uploaded files and batches are kept; None: there are none. `served`: what is known of each model. `created`: Unix
     time, since when they are served; None: now.
     `head_answers`: whether Ray's head does. `shortage`: a sentence on a disk that is full, if one is. `listen`: for
-    answers. `look`: at the rack; blocks.
+    answers. `look`: at the rack; blocks. `limits`: of requests whose engine is lost. `resumed`: told of each that went
+    on at another, its model and how long its client waited.
     """
 
     def __init__(
@@ -106,6 +114,8 @@ class Ingress:
         shortage: Callable[[], str | None] = watch.shortage,
         listen: Callable[[], Awaitable[Answers]] = _listen,
         look: Callable[[], RackStatus] = rack_view.read,
+        limits: Limits = LIMITS,
+        resumed: Callable[[str, float], None] = lambda model, waited_s: None,
     ) -> None:
         self._engines = dict(engines)
         self._served = {name: (served or {}).get(name, Served(name)) for name in engines}
@@ -119,7 +129,7 @@ class Ingress:
         self._store = None if batches is None else BatchStore(Path(batches.folder))
         self._ledger, self._random = ledger.of_this_process(), Random()
         self._reading_large = asyncio.Semaphore(LARGE_AT_ONCE)
-        self._listen = listen
+        self._listen, self._limits, self._resumed = listen, limits, resumed
         self._listening: asyncio.Future[Answers] | None = None
         self._batch_work: asyncio.Task[None] | None = None
         self._others = openai_app.application(
@@ -260,20 +270,38 @@ class Ingress:
         body = b"".join([piece async for piece in request.stream()])  # body() would keep it as long as the request
         name, routing = await self._read_beside(path, body)
         headers = tuple((k, v) for k, v in request.headers.items() if k.lower() in PASSED_HEADERS)
-        engine, answers = self._engines[name], await self._answers()
-        deployment, served = engine.deployment_name, self._served[name]
+        asked = Asked(request.method, path, headers, secrets.token_hex(SEED_BYTES))
+        answer = await self._answer(name, routing, asked, body)
+        del body  # an answer may take minutes
+        deployment = self._engines[name].deployment_name
+        state = (lambda: self._reasons.state(deployment)) if self._served[name].sleeps else None
+        relay = Relay(name, path, answer, lambda: self._reasons.why(deployment), state)
+        await while_there(request.receive, _relayed(relay, send))
+
+    async def _answer(self, name: str, routing: Routing, asked: Asked, body: bytes) -> Continued:
+        """The answer of one of the model's engines, and of others after it if need be."""
+        engine, served, answers = self._engines[name], self._served[name], await self._answers()
+        deployment, keeps = engine.deployment_name, not served.scales
 
         def call(reply: ReplyTo) -> Any:
             return engine.request.remote(routing, reply)
 
-        keeps = not served.scales
-        over = dispatch(self._ledger, answers, deployment, routing.keys, self._random) if keeps else None
-        asked = Asked(request.method, path, headers)
-        answer = answers.ask(call, asked, body, patient=served.sleeps, keeps=keeps, over=over)
-        del body  # an answer may take minutes
-        state = (lambda: self._reasons.state(deployment)) if served.sleeps else None
-        relay = Relay(name, path, answer, lambda: self._reasons.why(deployment), state)
-        await while_there(request.receive, _relayed(relay, send))
+        def ask(resume: Resume | None, body: bytes) -> Answer:
+            over = dispatch(self._ledger, answers, deployment, routing.keys, self._random) if keeps else None
+            how = asked if resume is None else replace(asked, resume=resume)
+            return answers.ask(call, how, body, patient=served.sleeps, keeps=keeps, over=over)
+
+        again = None if len(body) > KEPT_BODY else partial(ask, body=body)
+        request_id = next((value for key, value in asked.headers if key.lower() == "x-request-id"), "a request")
+        return Continued(
+            f"{request_id} ({name})",
+            ask(None, body),
+            again,
+            self._limits,
+            lambda: self._reasons.state(deployment),
+            self._ledger.lost,
+            partial(self._resumed, name),
+        )
 
     def _stored(self, request: Request) -> BatchStore:
         self._authorise(request)

@@ -10,11 +10,11 @@ what it is good for: it starts the processes, finds that one has died, and start
 import asyncio
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ray.serve.handle import DeploymentHandle
-from ray.util.metrics import Counter
+from ray.util.metrics import Counter, Histogram
 
 from pomarium.cluster import faults
 from pomarium.cluster.endpoint import ledger, shared_port
@@ -25,12 +25,15 @@ from pomarium.cluster.http.door import Bounds
 from pomarium.cluster.http.http_server import HttpServer
 from pomarium.cluster.http.protocols import GENERATED, MESSAGES, OTHER_KINDS, RESPONSES
 from pomarium.cluster.node.ray_folder import session_folder
-from pomarium.cluster.replica.serve_plan import Batches
+from pomarium.cluster.node.ray_names import label
+from pomarium.cluster.replica.serve_plan import LIMITS, Batches, Limits
 from pomarium.worker import settings
 from pomarium.worker.address import authority
 
 FREE_S = 10.0
 """For how long the port of an ingress that was lost may still be taken."""
+
+WAITS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 SHOWN = (
     "/", "/health", "/metrics", "/version", "/v1/rack", "/v1/models", "/v1/files", "/v1/batches", RESPONSES, MESSAGES
@@ -51,6 +54,7 @@ class IngressReplica:
         batches: Batches,
         served: Mapping[str, Served],
         created: int,
+        limits: Limits = LIMITS,
     ) -> None:
         """`host`, `port`: where it listens, from now on. `origins`: see ServePlan. The others are Ingress's.
 
@@ -60,7 +64,7 @@ class IngressReplica:
         # With options() a handle begins to learn of its replicas, so that the first request finds them, also when Ray's
         # head has ended meanwhile.
         known = {name: engine.options() for name, engine in engines.items()}
-        ingress = Ingress(known, api_keys, batches, served, created)
+        ingress = Ingress(known, api_keys, batches, served, created, limits=limits, resumed=_resumptions())
         counter = Counter("pomarium_http_requests", "Requests that are over.", tag_keys=("method", "route", "status"))
 
         def count(method: str, path: str, status: int) -> None:
@@ -81,6 +85,21 @@ class IngressReplica:
     async def __del__(self) -> None:
         """Serve calls this when it is to end, and waits for graceful_shutdown_timeout_s: what runs is answered."""
         await self._server.drain()
+
+
+def _resumptions() -> Callable[[str, float], None]:
+    """Counts requests that went on at another engine."""
+    went_on = Counter("pomarium_resumed_requests", "Requests that went on at another engine.", tag_keys=("model",))
+    waits = Histogram(
+        "pomarium_resume_seconds", "How long their clients waited.", boundaries=list(WAITS_S), tag_keys=("model",)
+    )
+
+    def resumed(model: str, waited_s: float) -> None:
+        tags = {"model": label(model)}
+        went_on.inc(tags=tags)
+        waits.observe(waited_s, tags=tags)
+
+    return resumed
 
 
 async def _listener(folder: Path, host: str, port: int) -> socket.socket:

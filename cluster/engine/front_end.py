@@ -4,6 +4,7 @@
                                      the form of calls is closed (call_form.py)
                  --processor made--> end tokens from all sources (worker/models/endings.py), in the log and in force
     request --rendered, processed--> refused if it names a token that the embedding lacks (request_bounds.py)
+            --generated--> told, and shown again where another engine began it (resumption.py)
 
 vLLM's hook for platforms, `Platform.validate_request`, is told neither of the model nor of the engine (one process may
 have several), so methods of vLLM's two classes are replaced; vLLM 0.29. A request is checked when it is rendered,
@@ -24,6 +25,7 @@ from vllm.tokenizers import TokenizerLike
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.v1.engine.input_processor import InputProcessor
 
+from pomarium.cluster.engine import resumption
 from pomarium.cluster.engine.request_bounds import beyond, refusal, surplus
 from pomarium.worker.errors import CheckpointError
 from pomarium.worker.models import endings
@@ -47,6 +49,7 @@ def install() -> None:
     BaseRenderer._process_tokens_async = _bounded_async
     InputProcessor.__init__ = _with_endings
     InputProcessor._validate_model_input = _validated
+    resumption.install()
 
 
 def _with_template(renderer: BaseRenderer, config: VllmConfig, tokenizer: TokenizerLike | None) -> None:

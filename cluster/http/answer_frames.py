@@ -2,8 +2,10 @@
 
     replica: BEGUN(ticket, its name) --> ingress: ASKED, BODY ..., ASKED_ALL --> replica: HEAD, PIECE ..., END
                                                                             `-- ALIVE each second
-                                                                            `-- LOST or FAILED instead of END
+                                                                            `-- LOST, GONE or FAILED instead of END
     ingress: TAKEN, and where it keeps the connection at once or later: ASKED, BODY ... --> replica: BEGUN, HEAD, ...
+    instead of PIECE: TOLD, a piece and the tokens behind it (progress.py); GROUPS, tokens without a piece
+    behind ASKED, where another replica began the answer: RESUME ..., its Resume
 
 A message is a byte that says its kind, and the rest. After TAKEN the connection is free for another request: of the
 ingress if it keeps connections (ReplyTo.keeps), else of the replica's next call.
@@ -16,12 +18,15 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.http.progress import Resume
 
 PIECE_BYTES = 1 << 16
 """Of a body or an answer in one message, at most."""
 TICKET_BYTES = 16
 
 _STATUS = struct.Struct(">H")
+_GROUP_BYTES = struct.Struct(">I")
+_RESUME = struct.Struct(">II")
 
 
 class Kind(IntEnum):
@@ -38,22 +43,34 @@ class Kind(IntEnum):
     LOST = 9
     FAILED = 10
     TAKEN = 11
+    TOLD = 12
+    GROUPS = 13
+    RESUME = 14
+    UNRESUMABLE = 15
+    GONE = 16
 
 
 _KINDS = {int(kind): kind for kind in Kind}
 """Kind(number) takes three times as long."""
 
-ENDS = frozenset({Kind.END, Kind.LOST, Kind.FAILED})
+ENDS = frozenset({Kind.END, Kind.LOST, Kind.GONE, Kind.FAILED})
 """Of an answer."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request without its body. headers: those that an engine is told."""
+    """A request without its body.
+
+    Attributes:
+        headers: those that an engine is told.
+        seed: of the ids that are drawn for its answer. resume: an answer that another replica began.
+    """
 
     method: str
     path: str
     headers: tuple[tuple[str, str], ...] = ()
+    seed: str = ""
+    resume: Resume | None = None
 
 
 def frame(kind: Kind, rest: bytes = b"") -> bytes:
@@ -79,15 +96,40 @@ def in_pieces(kind: Kind, content: bytes) -> Iterator[bytes]:
         yield frame(kind, bytes(view[start : start + PIECE_BYTES]))
 
 
-def packed_asked(asked: Asked) -> bytes:
-    """For ASKED."""
-    return json.dumps([asked.method, asked.path, asked.headers]).encode()
+def asking(asked: Asked) -> Iterator[bytes]:
+    """The messages that say what is asked."""
+    resume = b"" if asked.resume is None else packed_resume(asked.resume)
+    yield frame(Kind.ASKED, json.dumps([asked.method, asked.path, asked.headers, asked.seed, len(resume)]).encode())
+    yield from in_pieces(Kind.RESUME, resume)
 
 
-def unpacked_asked(rest: bytes) -> Asked:
-    """Of ASKED."""
-    method, path, headers = json.loads(rest)
-    return Asked(method, path, tuple((name, value) for name, value in headers))
+def unpacked_asked(rest: bytes) -> tuple[Asked, int]:
+    """Of ASKED; and how many bytes of a Resume follow."""
+    method, path, headers, seed, resume_bytes = json.loads(rest)
+    return Asked(method, path, tuple((name, value) for name, value in headers), seed), resume_bytes
+
+
+def packed_resume(resume: Resume) -> bytes:
+    """For RESUME."""
+    return _RESUME.pack(resume.messages, len(resume.first)) + resume.first + resume.groups
+
+
+def unpacked_resume(content: bytes) -> Resume:
+    """Of RESUME, all of them."""
+    messages, first = _RESUME.unpack_from(content)
+    at = _RESUME.size + first
+    return Resume(messages, content[at:], content[_RESUME.size : at])
+
+
+def told(groups: bytes, piece: bytes) -> bytes:
+    """A TOLD message; `piece` of at most PIECE_BYTES."""
+    return frame(Kind.TOLD, _GROUP_BYTES.pack(len(groups)) + groups + piece)
+
+
+def parted_told(rest: bytes) -> tuple[bytes, bytes]:
+    """Of TOLD: groups, piece."""
+    at = _GROUP_BYTES.size + _GROUP_BYTES.unpack_from(rest)[0]
+    return rest[_GROUP_BYTES.size : at], rest[at:]
 
 
 def packed_head(head: Head) -> bytes:

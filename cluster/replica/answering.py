@@ -1,7 +1,7 @@
 """A replica's end of its answers: lines to the ingresses that ask, kept for the next request.
 
     ReplyTo (in the call, from an ingress) --Lines.take--> Line: a connection of this request alone, dialled or idle
-    Line: BEGUN --> the request and its body --> HEAD, PIECE ... --> END, LOST or FAILED --> TAKEN: idle again
+    Line: BEGUN --> the request and its body --> HEAD, PIECE ... --> END, LOST, GONE or FAILED --> TAKEN: idle again
     a line that its ingress keeps (ReplyTo.keeps): the next request comes over it by itself --> BEGUN --> HEAD ...
     Lines, each BEAT_S: ALIVE on every line in use
 
@@ -15,24 +15,28 @@ not sent yet.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
 
 from pomarium.cluster.http import sealed_stream
 from pomarium.cluster.http.answer_frames import (
+    PIECE_BYTES,
     Asked,
     Kind,
     frame,
     in_pieces,
     packed_head,
     parted,
+    told,
     unpacked_asked,
+    unpacked_resume,
 )
 from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.http.progress import Source
 from pomarium.cluster.http.sealed_stream import SealedStream
 from pomarium.cluster.http.sealing import End
 from pomarium.cluster.replica.heartbeat import BEAT_S, SILENCE_S
-from pomarium.cluster.replica.loss import EngineFaultError, EngineLostError
+from pomarium.cluster.replica.loss import EngineFaultError, EngineGoneError, EngineLostError
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +76,7 @@ class Line:
         self._stream = SealedStream(reply.secret, End.DIALLED, self._received, self._lost)
         self._came: asyncio.Queue[tuple[Kind, bytes] | None] = asyncio.Queue()
         self._given_up = False
+        self._source: Source | None = None
 
     @classmethod
     async def dial(cls, reply: ReplyTo) -> "Line":
@@ -96,11 +101,21 @@ class Line:
 
     async def asked(self) -> Asked:
         """What is asked next. Raises LineError: nothing any more."""
-        self._given_up = False
+        self._given_up, self._source = False, None
         kind, rest = await self._next()
         if kind is not Kind.ASKED:
             raise LineError(f"the endpoint began a request with {kind.name}")
-        return unpacked_asked(rest)
+        asked, resume_bytes = unpacked_asked(rest)
+        if not resume_bytes:
+            return asked
+        resume = bytearray()
+        while len(resume) < resume_bytes:
+            resume += (await self._next())[1]
+        return replace(asked, resume=unpacked_resume(bytes(resume)))
+
+    def tell(self, source: Source) -> None:
+        """From now on send with the pieces what `source` has to tell of them."""
+        self._source = source
 
     async def body(self) -> tuple[bytes, bool] | None:
         """See Exchange."""
@@ -116,10 +131,23 @@ class Line:
 
     async def piece(self, piece: bytes) -> None:
         """See Exchange."""
-        for message in in_pieces(Kind.PIECE, piece):
+        for message in self._messages(piece):
             if not self._given_up:
                 self._stream.send(message)
                 await self._stream.drain()
+
+    def _messages(self, piece: bytes) -> Iterator[bytes]:
+        """A piece, and what is to be told of it."""
+        if self._source is not None and not self._source.resumable:
+            self._source = None
+            yield frame(Kind.UNRESUMABLE)
+        if self._source is not None and (groups := self._source.taken()):
+            if len(groups) > PIECE_BYTES:  # tokens that a parser kept to itself for long
+                yield from in_pieces(Kind.GROUPS, groups)
+                groups = b""
+            yield told(groups, piece[:PIECE_BYTES])
+            piece = piece[PIECE_BYTES:]
+        yield from in_pieces(Kind.PIECE, piece)
 
     def give_up(self) -> None:
         """See Exchange."""
@@ -271,11 +299,17 @@ class Lines:
                 line.alive()
 
 
+def _end_of(fault: EngineFaultError) -> Kind:
+    if isinstance(fault, EngineGoneError):
+        return Kind.GONE
+    return Kind.LOST if isinstance(fault, EngineLostError) else Kind.FAILED
+
+
 async def _answered(line: Line, asked: Asked, answer: Callable[[Asked, Line], Awaitable[None]]) -> bool:
     """Whether the line is free for another request. Raises LineError: nobody waits for an answer."""
     try:
         await answer(asked, line)
     except EngineFaultError as fault:
         logger.exception("%s %s failed", asked.method, asked.path)
-        return await line.end(Kind.LOST if isinstance(fault, EngineLostError) else Kind.FAILED, str(fault))
+        return await line.end(_end_of(fault), str(fault))
     return await line.end(Kind.END)

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,12 +25,13 @@ from pomarium.cluster.executor.lean_import import import_vllm, without_collectio
 from pomarium.cluster.http import asgi_bridge
 from pomarium.cluster.http.answer_frames import Asked
 from pomarium.cluster.http.asgi_bridge import Exchange
+from pomarium.cluster.http.progress import Listener
 from pomarium.cluster.machine import disk
 from pomarium.cluster.node.ray_folder import session_folder
 from pomarium.cluster.rack import reports
 from pomarium.cluster.rack.reports import LossReport
 from pomarium.cluster.replica import kept_logging, loss, parsers, ray_llm
-from pomarium.cluster.replica.loss import EngineFaultError, EngineLostError
+from pomarium.cluster.replica.loss import EngineFaultError, EngineGoneError, EngineLostError
 from pomarium.cluster.replica.model_check import Found
 from pomarium.cluster.replica.serve_plan import ModelPlan
 from pomarium.cluster.replica.step_watch import StepWatch
@@ -121,16 +122,26 @@ class Hosted:
             raise
         return cls(plan, name.replica, team, server, fault_file)
 
-    async def answer(self, asked: Asked, exchange: Exchange) -> None:
+    async def answer(self, asked: Asked, exchange: Exchange, listener: Listener | None = None) -> None:
         """Have vLLM's OpenAI application answer one HTTP request.
 
+        Args:
+            listener: is told what the answer's tokens are, so that another engine could go on with it.
+
         Raises:
+            EngineGoneError: the engine was dead before the request came.
             EngineLostError: the engine is dead, before the answer was whole.
             Exception: what the application raises.
         """
-        honest = loss.Honest(exchange, self.check_health)
         try:
-            await asgi_bridge.run(self._server.app, asgi_bridge.scope(asked.method, asked.path, asked.headers), honest)
+            await self.check_health()
+        except EngineLostError as lost:
+            raise EngineGoneError(str(lost)) from None
+        honest = loss.Honest(exchange, self.check_health)
+        scope = asgi_bridge.scope(asked.method, asked.path, asked.headers)
+        try:
+            with nullcontext() if listener is None else self._server.telling(asked, listener):
+                await asgi_bridge.run(self._server.app, scope, honest)
         except Exception:
             await self.check_health()
             raise

@@ -4,7 +4,8 @@ Only replicas import this module: it takes seconds, since it imports vLLM.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.util.placement_group import PlacementGroup
 
+from pomarium.cluster.engine import resumption
 from pomarium.cluster.engine.intake import guard
+from pomarium.cluster.engine.resumption import Told
 from pomarium.cluster.executor.member import Member
+from pomarium.cluster.http.answer_frames import Asked
 from pomarium.cluster.http.asgi import App
+from pomarium.cluster.http.progress import Listener, groups_of
 from pomarium.cluster.node.ray_names import label
 from pomarium.cluster.rack.reports import StageReport
 from pomarium.cluster.replica.reporting import Load, stages_of
@@ -127,6 +132,15 @@ class Server:
         """What each of the engine's workers runs and holds."""
         layers = self._client.model_config.hf_text_config.num_hidden_layers
         return stages_of(members, layers, await self._client.collective_rpc("memory_held"))
+
+    @contextmanager
+    def telling(self, asked: Asked, listener: Listener) -> Iterator[None]:
+        """What the application is asked in here is `asked`; `listener` is told of the tokens of its answer. Raises
+        ValueError if `asked.resume` holds none."""
+        told = Told(asked.seed, () if asked.resume is None else groups_of(asked.resume.groups))
+        listener.tell(told)
+        with resumption.telling(told):
+            yield
 
     def busy(self) -> bool:
         """Whether requests are unfinished."""

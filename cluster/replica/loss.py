@@ -28,6 +28,10 @@ class EngineLostError(EngineFaultError):
     """The engine is dead. The text is the reason, a clause."""
 
 
+class EngineGoneError(EngineLostError):
+    """The engine was dead before the request came to it."""
+
+
 class Honest:
     """An Exchange that passes an answer on to `exchange`, up to where it tells of a dead engine.
 

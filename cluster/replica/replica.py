@@ -21,6 +21,7 @@ from pomarium.cluster.replica.answering import Line, LineError, Lines, ReplyTo
 from pomarium.cluster.replica.hosting import Hosted, Name, as_text
 from pomarium.cluster.replica.loss import EngineLostError
 from pomarium.cluster.replica.model_check import Found
+from pomarium.cluster.replica.resumed import Resumed
 from pomarium.cluster.replica.serve_plan import ENDPOINT, ModelPlan
 
 
@@ -78,7 +79,10 @@ class EngineReplica:
 
     async def _answer(self, asked: Asked, line: Line) -> None:
         with as_text():
-            await self._hosted.answer(asked, line)
+            if asked.resume is None:
+                await self._hosted.answer(asked, line, line)
+            else:
+                await self._hosted.answer(asked, Resumed(line, asked.resume), line)
 
     async def __del__(self) -> None:
         """Serve calls this when it is to end, and waits for graceful_shutdown_timeout_s: requests that came without a

@@ -113,6 +113,22 @@ class ModelPlan:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What is done for a request whose engine is lost while it answers.
+
+    Attributes:
+        times: it may lose so many; 0: it ends with its engine. wait_s: for another one, each time.
+    """
+
+    times: int = 5
+    wait_s: float = 120.0
+
+
+LIMITS = Limits()
+"""Where nothing else is said."""
+
+
+@dataclass(frozen=True)
 class ServePlan:
     """The whole endpoint.
 
@@ -120,6 +136,7 @@ class ServePlan:
         host, port: where it listens. api_keys: empty means that everybody may ask.
         ingresses: processes that take its requests, all on the head's machine and behind one port.
         origins: of pages that browsers may let use it, such as https://chat.example, or * for all.
+        limits: of requests whose engine is lost.
     """
 
     models: tuple[ModelPlan, ...]
@@ -128,6 +145,7 @@ class ServePlan:
     api_keys: frozenset[str] = frozenset()
     ingresses: int = 1
     origins: tuple[str, ...] = ()
+    limits: Limits = LIMITS
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -140,6 +158,8 @@ class ServePlan:
                 )
         if not 1 <= self.ingresses <= MOST_INGRESSES:
             raise SettingsError(f"--ingresses {self.ingresses} is not a number from 1 to {MOST_INGRESSES}.")
+        if self.limits.times < 0:
+            raise SettingsError(f"--failovers {self.limits.times} is less than none.")
         for model in self.models:
             ray_names.check(model.name)
         for name, count in Counter(m.name for m in self.models).items():

@@ -1,4 +1,5 @@
-"""What becomes of an endpoint of two engines whose processes are killed, one kind after the other, while it answers."""
+"""What becomes of an endpoint of two engines whose processes are killed, one kind after the other, while it answers.
+Answers end with their engine here; test_failover.py has those that go on."""
 
 import re
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ ENGINE, INGRESS = "ServeReplica:pomarium:engine", "ServeReplica:pomarium:ingress
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("lost")
     model = write_checkpoint("llama", folder / "tiny", max_position_embeddings=CONTEXT)
-    server = Server(folder, [str(model), "--replicas", "2", "--ingresses", "2", "--max-model-len", str(CONTEXT)])
+    options = ["--replicas", "2", "--ingresses", "2", "--max-model-len", str(CONTEXT), "--failovers", "0"]
+    server = Server(folder, [str(model), *options])
     server.ensure()
     yield server
     server.end()

@@ -29,7 +29,7 @@ REASON = re.compile("no engine answers|engine was lost")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("replicas")
     model = write_checkpoint("llama", folder / "tiny", max_position_embeddings=CONTEXT)
-    options = ["--replicas", "2", "--max-model-len", str(CONTEXT), "--enable-prompt-tokens-details"]
+    options = ["--replicas", "2", "--max-model-len", str(CONTEXT), "--enable-prompt-tokens-details", "--failovers", "0"]
     options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     server = Server(folder, [str(model), *options])
     server.ensure()

@@ -55,7 +55,8 @@ def rack(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Rack]
     folder = disk / "state"
     folder.mkdir()
     config = tmp_path_factory.mktemp("config")
-    with serving(folder, config, ["--simulate", "3"], ["--stages", "2"], RAY_TMPDIR=str(disk)) as rack:
+    options = ["--stages", "2", "--failovers", "0"]  # answers that go on: test_rack_failover.py
+    with serving(folder, config, ["--simulate", "3"], options, RAY_TMPDIR=str(disk)) as rack:
         yield rack
     shutil.rmtree(folder)
     assert list(disk.iterdir()) == [], "the rack left files"

@@ -20,12 +20,12 @@ from typing import Any
 from vllm.config import SchedulerConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from pomarium.cluster.engine.scheduling.budget import Demand, Limits, Prompt, plan
+from pomarium.cluster.engine.scheduling.resumed import ResumingScheduler
 from pomarium.cluster.engine.scheduling.scheduler import CohortScheduler, SyncCohortScheduler
 from pomarium.cluster.executor.step_time import StepTimes, Work
 from pomarium.cluster.executor.timed import TimedOutput, budgeted, work_of
@@ -40,7 +40,7 @@ MOST_PROMPTS = 64
 READY = frozenset({RequestStatus.WAITING, RequestStatus.PREEMPTED})
 
 
-class BoundScheduler(Scheduler):
+class BoundScheduler(ResumingScheduler):
     """For async scheduling off.
 
     Attributes:

@@ -13,7 +13,8 @@ from typing import Any
 from vllm.config import SchedulerConfig, VllmConfig
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-BOUND, COHORTS = "pomarium.cluster.engine.scheduling.bounded.", "pomarium.cluster.engine.scheduling.scheduler."
+PACKAGE = "pomarium.cluster.engine.scheduling."
+BOUND, COHORTS, RESUMED = f"{PACKAGE}bounded.", f"{PACKAGE}scheduler.", f"{PACKAGE}resumed."
 
 
 class OwnSchedulerConfig(SchedulerConfig):
@@ -32,12 +33,13 @@ class StagedConfig(VllmConfig):
         return int(self.parallel_config.pipeline_parallel_size) + bool(self.scheduler_config.async_scheduling)
 
 
-def scheduler_for(stages: int, asynchronous: bool, bound: bool) -> str | None:
-    """Qualified name of the scheduler; None, vLLM's own, for one stage without a bound of its steps."""
-    sync = "" if asynchronous else "Sync"
+def scheduler_for(stages: int, asynchronous: bool, bound: bool) -> str:
+    """Qualified name of the scheduler."""
     if stages > 1:
+        sync = "" if asynchronous else "Sync"
         return f"{BOUND}Bound{sync}CohortScheduler" if bound else f"{COHORTS}{sync}CohortScheduler"
-    return f"{BOUND}Bound{'Async' if asynchronous else ''}Scheduler" if bound else None
+    kind = "Async" if asynchronous else ""
+    return f"{BOUND}Bound{kind}Scheduler" if bound else f"{RESUMED}Resuming{kind}Scheduler"
 
 
 def install(config: VllmConfig, step_seconds: float) -> None:
@@ -52,8 +54,7 @@ def install(config: VllmConfig, step_seconds: float) -> None:
     stages = config.parallel_config.pipeline_parallel_size
     if scheduling.scheduler_cls is None:
         scheduling.scheduler_cls = scheduler_for(stages, bool(scheduling.async_scheduling), step_seconds > 0)
-        if scheduling.scheduler_cls is not None:
-            scheduling.__class__ = OwnSchedulerConfig
+        scheduling.__class__ = OwnSchedulerConfig
     if stages > 1 and (isinstance(scheduling, OwnSchedulerConfig) or _of_cohorts(scheduling.scheduler_cls)):
         config.__class__ = StagedConfig
 

@@ -28,13 +28,13 @@ from typing import Any
 from vllm.config import SchedulerConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from pomarium.cluster.engine.scheduling.resumed import ResumingScheduler
 from pomarium.cluster.engine.scheduling.share import Limits, Running, StepPlan, Waiting, cohorts, plan_step
 
 
-class SyncCohortScheduler(Scheduler):
+class SyncCohortScheduler(ResumingScheduler):
     """For async scheduling off: a request is scheduled again when its token has come back to the scheduler.
 
     Attributes:

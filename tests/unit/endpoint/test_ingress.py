@@ -30,6 +30,7 @@ from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.replica.heartbeat import SilentError
 from pomarium.cluster.replica.loss import EngineLostError
 from pomarium.cluster.replica.replica import Routing
+from pomarium.cluster.replica.serve_plan import Limits
 
 SSE = "text/event-stream"
 
@@ -41,6 +42,10 @@ class Items:
         self._items = self._iterate(items)
         self._unsent = next((item for item in items if isinstance(item, NoReplicaError)), None)
         self.cancelled = False
+        self.begun, self.replica, self.resumable = True, "r1", True
+
+    def gained(self) -> int:
+        return 1
 
     async def _iterate(self, items: tuple[Any, ...]) -> AsyncIterator[Any]:
         for item in items:
@@ -48,8 +53,11 @@ class Items:
                 raise item
             yield item
 
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self._items
+    def __aiter__(self) -> "Items":
+        return self
+
+    async def __anext__(self) -> Any:
+        return await anext(self._items)
 
     def cancel(self) -> None:
         if self._unsent is not None:
@@ -95,7 +103,7 @@ class Handle:
 
 
 def ingress_of(handle: Handle) -> Ingress:
-    return Ingress({"m": handle}, listen=handle.listen)
+    return Ingress({"m": handle}, listen=handle.listen, limits=Limits(times=0))
 
 
 def dual(error: Exception) -> Exception:
@@ -320,9 +328,9 @@ def test_the_only_model_needs_no_name_and_the_body_passes_unread() -> None:
     headers = {"Content-Type": "application/json", "Authorization": "Bearer secret"}
 
     assert asyncio.run(generated(ingress_of(handle), request(body, headers))) == (400, '{"a":1}')
-    assert handle.asked == [
-        (answer_frames.Asked("POST", "/v1/completions", (("content-type", "application/json"),)), body)
-    ]
+    ((asked, sent),) = handle.asked
+    expected = answer_frames.Asked("POST", "/v1/completions", (("content-type", "application/json"),), asked.seed)
+    assert (asked, sent) == (expected, body)
     ((routing, where),) = handle.calls
     assert (pickle.loads(pickle.dumps(routing)), where) == (Routing(), "where"), "a prompt's keys do not travel"
 

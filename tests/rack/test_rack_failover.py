@@ -1,0 +1,55 @@
+"""Twenty answers on a rack of three Macs with two engines, one of whose Macs is killed or frozen: all of them go on."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from answers_compared import CASES, COMPLETIONS, Asked, Case, answers_of, ask_all, assert_same
+from rack_serving import HEAL_S, Rack, serving
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+MODEL, TOKENS, STREAMS = "smollm2", 60, 20
+
+
+@pytest.fixture(scope="module")
+def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
+    folder = tmp_path_factory.mktemp("rack")
+    with serving(folder, folder, ["--simulate", "3"], ["--replicas", "2", "--stages", "1"]) as rack:
+        yield rack
+
+
+def streams(rack: Rack) -> dict[str, Asked]:
+    """STREAMS of them, begun."""
+    asked = ask_all(rack.server.url, MODEL, TOKENS, stream=True)
+    for number in range(STREAMS - len(CASES)):
+        body = {"prompt": f"Chapter {number}.", "temperature": 0, "ignore_eos": True}
+        asked[f"chapter {number}"] = one = Asked(rack.server.url, Case(COMPLETIONS, body), MODEL, TOKENS)
+        one.start()
+    assert all(one.begun.wait(120) for one in asked.values())
+    return asked
+
+
+@pytest.fixture(scope="module")
+def quiet(rack: Rack) -> dict[str, Any]:
+    return answers_of(streams(rack))
+
+
+def macs(rack: Rack) -> list[str]:
+    """Those that two engines run on, once they do."""
+    rack.until(lambda: rack.health()[0] == 200 and len(rack.status()["replicas"]) == 2, HEAL_S)
+    return [replica["stages"][0]["mac"] for replica in rack.status()["replicas"]]
+
+
+@pytest.mark.parametrize("fault", ["killed", "frozen"])
+def test_no_answer_ends_with_its_mac(rack: Rack, quiet: dict[str, Any], fault: str) -> None:
+    mac, asked = macs(rack)[0], streams(rack)
+    if fault == "killed":
+        rack.simulated.kill(mac)
+    else:
+        rack.simulated.freeze(mac)
+    assert_same(answers_of(asked), quiet)
+    print(f"{fault}: the longest gap was {max(one.longest_gap_s for one in asked.values()):.1f} s")
+    if fault == "frozen":
+        rack.simulated.kill(mac)
+    rack.simulated.rejoin(mac)
