@@ -171,7 +171,10 @@ def show(args: argparse.Namespace) -> int:
     name = args.model or look_up.EMBEDDED[0]
     folder = _folder_of(name)
     found = description.described(folder, description.room_here(os.environ))
-    talk = description.conversation(folder, found.family or "")
+    try:
+        talk = description.conversation(folder, found.family or "")
+    except CheckpointError as error:
+        raise CheckpointError(found.refusal or str(error)) from error
     told: dict[str, Any] = {
         "name": name,
         "folder": str(folder),

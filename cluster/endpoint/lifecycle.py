@@ -10,12 +10,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from typing import TYPE_CHECKING
 
 from pomarium.cluster import faults
-from pomarium.cluster.endpoint import local_ray
+from pomarium.cluster.endpoint import local_ray, residence
 from pomarium.cluster.endpoint.local_ray import HeadLostError
 from pomarium.cluster.node.ray_names import ENGINE_PREFIX
 from pomarium.cluster.replica.model_check import Check, Found
 from pomarium.cluster.replica.serve_plan import APP_NAME, ENDPOINT, ServePlan
-from pomarium.worker.errors import CheckpointError, PomariumError
+from pomarium.worker.errors import CheckpointError, PomariumError, SettingsError
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
@@ -86,7 +86,8 @@ def serving(
 
 
 def _found(plan: ServePlan, check: Check, say: Callable[[str], None]) -> tuple[ServePlan, Sequence[Found]]:
-    """What can be served of the plan, and what was found of it. Raises CheckpointError, SettingsError."""
+    """What can be served of the plan, and what was found of it; models that are too large are refused when they are
+    asked for, unless all are. Raises CheckpointError, SettingsError."""
     from pomarium.cluster.replica import model_need
 
     looked = check.looked()
@@ -97,6 +98,12 @@ def _found(plan: ServePlan, check: Check, say: Callable[[str], None]) -> tuple[S
     plan, found, left_out = model_need.settled(plan, looked.found, looked.room)
     for line in left_out:
         say(line)
+    if plan.on_demand is not None and plan.on_demand.memory is not None:
+        unfit = residence.unfit(plan.on_demand.sizes, plan.on_demand.pins, plan.on_demand.memory)
+        if len(unfit) == len(plan.models):
+            raise SettingsError(f"No model can be loaded. {' '.join(unfit.values())}")
+        for line in unfit.values():
+            say(line)
     return plan, found
 
 

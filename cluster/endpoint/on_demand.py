@@ -89,9 +89,10 @@ class OnDemand:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rules, self._read, self._scale, self._clock = models.rules, read, scale, clock
-        self._models = {name: _Model(size, name in models.pinned) for name, size in models.sizes.items()}
-        for model, resident in zip(self._models.values(), self._residents(), strict=True):
-            model.unfit = residence.never(resident, self._residents(), models.rules.memory)
+        unfit = residence.unfit(models.sizes, models.pinned, models.rules.memory)
+        self._models = {
+            name: _Model(size, name in models.pinned, unfit.get(name)) for name, size in models.sizes.items()
+        }
         self._last = Decision()
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None

@@ -14,7 +14,7 @@ So two models that do not fit at once and are asked in turn change places after 
 answer is cut. Sizes are bytes, times seconds of one clock.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -85,11 +85,21 @@ def never(model: Resident, models: Iterable[Resident], memory: int) -> str | Non
     left = memory - sum(other.size for other in pinned)
     if model.size <= left:
         return None
-    beside = f", of which {_names(pinned)}, kept by --pin, take{'s' * (len(pinned) == 1)} {format_size(memory - left)}"
+    beside = ""
+    if pinned:
+        take = "takes" if len(pinned) == 1 else "take"
+        beside = f", of which {_names(pinned)}, kept by --pin, {take} {format_size(memory - left)}"
     return (
         f"{model.name} takes {format_size(model.size)} and never fits: this machine has {format_size(memory)} for "
-        f"models{beside if pinned else ''}; give --max-model-len, or serve a smaller one."
+        f"models{beside}; give --max-model-len, or serve a smaller one."
     )
+
+
+def unfit(sizes: Mapping[str, int], pinned: Collection[str], memory: int) -> dict[str, str]:
+    """Of the models that can never be loaded, why, by name. What is pinned fits together."""
+    models = [Resident(name, size, name in pinned) for name, size in sizes.items()]
+    found = {model.name: never(model, models, memory) for model in models}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def decide(models: Sequence[Resident], now: float, rules: Rules) -> Decision:

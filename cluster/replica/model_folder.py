@@ -22,6 +22,8 @@ def models_in(folder: str) -> dict[str, Path]:
         SettingsError: there is no such folder, it cannot be read, or nothing in it looks like a model.
     """
     root = user_path(folder)
+    if not folder:
+        raise SettingsError("--models names no folder: give one that has models in it.")
     if not root.is_dir():
         raise SettingsError(f"--models {folder} is no folder: give one that has models in it.")
     try:

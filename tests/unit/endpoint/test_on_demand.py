@@ -3,13 +3,18 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
+import httpx
 import pytest
+from idle_ingress import Handle
 from ray.exceptions import RayError
 
 from pomarium.cluster import faults
 from pomarium.cluster.endpoint import on_demand
+from pomarium.cluster.endpoint.answers import Answers
 from pomarium.cluster.endpoint.holding import HopelessError, State
+from pomarium.cluster.endpoint.ingress import Ingress
 from pomarium.cluster.endpoint.on_demand import OnDemand, OnDemandModels
 from pomarium.cluster.endpoint.residence import Rules
 
@@ -171,3 +176,22 @@ async def test_an_engine_that_is_lost_is_waited_for(serve: Serve) -> None:
         waiting = asyncio.create_task(ask(models, "a"))
         serve.told["engine:a"] = 1
         await waiting
+
+
+async def test_a_request_for_what_never_fits_is_refused_for_good(serve: Serve) -> None:
+    """400, for to try again would not help; the models are listed with their states."""
+
+    async def listen() -> Answers:
+        return Answers("127.0.0.1")
+
+    async with kept(serve, {"a": 4, "b": 70}) as models:
+        engines: Any = {name: Handle(name) for name in "ab"}
+        app = Ingress(engines, listen=listen, on_demand=models)
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://pomarium") as client:
+            answer = await client.post("/v1/completions", json={"model": "b", "prompt": "x"})
+            assert answer.status_code == 400
+            assert answer.json()["error"]["message"].startswith("b takes 70 B and never fits")
+            listed = (await client.get("/v1/models")).json()["data"]
+    assert [(model["id"], model["state"]) for model in listed] == [("a", "asleep"), ("b", "failed")]
+    assert listed[1]["reason"] == answer.json()["error"]["message"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pomarium.cluster.endpoint.residence import Decision, Phase, Resident, Rules, decide, never
+from pomarium.cluster.endpoint.residence import Decision, Phase, Resident, Rules, decide, never, unfit
 
 RULES = Rules(10, keep_s=600.0)
 
@@ -79,6 +79,10 @@ def test_a_model_that_never_fits_is_told_why() -> None:
         "b takes 5 GiB and never fits: this machine has 10 GiB for models, of which a, kept by --pin"
     )
     assert never(models[1], models[1:], 10 * gib) is None
+    alone = never(models[2], models[2:], 10 * gib)
+    assert alone is not None
+    assert "has 10 GiB for models; give --max-model-len" in alone
+    assert set(unfit({"a": 6, "b": 5, "c": 20}, {"a"}, 10)) == {"b", "c"}
 
 
 # --- days of requests -----------------------------------------------------------------------------------------------

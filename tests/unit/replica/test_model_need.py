@@ -87,6 +87,8 @@ def test_models_of_a_folder_are_named_by_where_they_lie(tmp_path: Path) -> None:
 def test_a_folder_without_models_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"--models .*/nowhere is no folder"):
         models_in(str(tmp_path / "nowhere"))
+    with pytest.raises(SettingsError, match=r"--models names no folder"):
+        models_in("")
     with pytest.raises(SettingsError, match=r"has no models: none of what is in it"):
         models_in(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
