@@ -192,7 +192,10 @@ class Ingress:
         """Whether a request would be served, and a word or sentence on it."""
         if self._on_demand is not None:
             model = self._on_demand.state(name)
-            return model.state != rack_view.FAILED, model.reason or _WORDS.get(model.state, model.state)
+            well = (
+                model.state != rack_view.FAILED or self._on_demand.unfit(name) is not None
+            )  # that was said at the start
+            return well, model.reason or _WORDS.get(model.state, model.state)
         if not self._served[name].sleeps:
             return await _health(engine, self._reasons)
         # An engine that is asked is one that is needed: Serve would never let it go.

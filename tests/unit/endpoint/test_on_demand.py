@@ -186,12 +186,15 @@ async def test_a_request_for_what_never_fits_is_refused_for_good(serve: Serve) -
 
     async with kept(serve, {"a": 4, "b": 70}) as models:
         engines: Any = {name: Handle(name) for name in "ab"}
-        app = Ingress(engines, listen=listen, on_demand=models)
+        app = Ingress(engines, listen=listen, on_demand=models, head_answers=lambda: True, shortage=lambda: None)
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://pomarium") as client:
             answer = await client.post("/v1/completions", json={"model": "b", "prompt": "x"})
             assert answer.status_code == 400
             assert answer.json()["error"]["message"].startswith("b takes 70 B and never fits")
+            health = await client.get("/health")
+            assert health.status_code == 200, "it was said at the start"
+            assert health.json()["models"] == {"a": "asleep", "b": answer.json()["error"]["message"]}
             listed = (await client.get("/v1/models")).json()["data"]
     assert [(model["id"], model["state"]) for model in listed] == [("a", "asleep"), ("b", "failed")]
     assert listed[1]["reason"] == answer.json()["error"]["message"]
