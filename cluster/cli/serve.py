@@ -217,7 +217,7 @@ def _on_demand(
         )
     if not settings.load(environ).use_mlx:
         raise SettingsError("--on-demand counts MLX's memory: leave out VLLM_METAL_USE_MLX=0.")
-    if args.replicas is not None or (models[0].stages or 1) > 1:
+    if args.replicas is not None or any((model.stages or 1) > 1 for model in models):
         raise SettingsError("--on-demand has one engine of each model at most: leave out --replicas and --stages.")
     if (args.ingresses or 1) > 1:
         raise SettingsError("--on-demand takes one ingress, which knows of every request: leave out --ingresses.")

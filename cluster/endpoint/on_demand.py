@@ -158,7 +158,7 @@ class OnDemand:
         if model.phase is Phase.UP:
             leaving = name in self._last.leave
             return rack_view.ModelState(name, rack_view.LEAVING if leaving else rack_view.SERVING, None)
-        if model.phase is Phase.LOADING:
+        if model.phase is Phase.LOADING and not (model.pinned and model.reason):
             return rack_view.ModelState(name, rack_view.STARTING, None)
         if model.held:
             return rack_view.ModelState(name, rack_view.WAITING, self._last.waits.get(name))
@@ -240,11 +240,11 @@ class OnDemand:
             return
         self._enter(model, Phase.LOADING)
         if sentence := faults.marked_sentence(state.message):
-            logger.warning("%s could not be loaded: %s", name, sentence)
-            model.tries = failed(model.tries, self._clock(), PAUSES)
-            model.reason, model.wanted = sentence, int(model.pinned)
-            if not model.pinned:
+            if not model.pinned:  # else Serve tries again by itself, and all that is asked meanwhile is refused
+                logger.warning("%s could not be loaded: %s", name, sentence)
+                model.tries, model.wanted = failed(model.tries, self._clock(), PAUSES), 0
                 self._enter(model, Phase.ENDING)
+            model.reason = sentence
             self._refuse(model, sentence)
 
     def _answer(self, name: str, model: _Model, now: float) -> None:

@@ -1,6 +1,5 @@
 """`pomarium serve --models FOLDER --on-demand`: models of which one fits at once are loaded as they are asked for."""
 
-import shutil
 import subprocess
 import sys
 import threading
@@ -32,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(folder, ["--models", str(models), "--on-demand", "--memory", "2GiB", "--keep", "15s"])
     try:
         server.ensure()
-        shutil.rmtree(models / "spoilt")
+        (models / "spoilt").rename(folder / "away")
         yield server
     finally:
         server.end()
@@ -100,3 +99,11 @@ def test_one_that_cannot_be_loaded_is_one_clear_error(server: Server) -> None:
     assert f"{reason}  failed as spoilt: " in shown
     assert f"{server.folder / 'models' / 'first'}  asleep as first" in shown
     until(server, "org/second", "asleep")  # nobody has asked it for --keep, or it left for the one that failed
+
+    (server.folder / "away").rename(server.folder / "models" / "spoilt")
+    while httpx.post(f"{server.url}/tokenize", json={"model": "spoilt", "prompt": "hello"}, timeout=300).is_error:
+        time.sleep(1)
+    assert states(server)["spoilt"] == "serving"
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert server.interrupt() == 0
+    assert "was lost" not in server.output, "who leaves is not missed"

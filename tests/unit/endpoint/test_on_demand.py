@@ -130,6 +130,18 @@ async def test_a_start_that_fails_is_told_and_not_tried_at_once(serve: Serve) ->
         assert serve.told["engine:a"] == 0
 
 
+async def test_a_pinned_one_that_fails_is_tried_by_serve_and_asked_again(serve: Serve) -> None:
+    serve.faulty.add("engine:a")
+    async with kept(serve, {"a": 6}, "a") as models:
+        await until(lambda: models.state("a").reason == MISSING)
+        with pytest.raises(HopelessError, match=MISSING):
+            await ask(models, "a")
+        assert serve.told["engine:a"] == 1
+        serve.faulty.clear()
+        await until(lambda: models.state("a").state == "serving")
+        await ask(models, "a")
+
+
 async def test_what_never_fits_is_said_and_what_is_pinned_is_there(serve: Serve) -> None:
     async with kept(serve, {"a": 4, "b": 7, "c": 6}, "a") as models:
         assert (models.unfit("b") or "").startswith("b takes 7 B and never fits")
