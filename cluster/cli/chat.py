@@ -152,7 +152,8 @@ class _Chat:
             speed = None
         except APIError as error:
             talk.turns.pop()
-            print(flush=True)
+            if pieces or self.live:
+                print(flush=True)
             if not self.live:
                 raise ChatError(sentence_of(error)) from None
             _tell(sentence_of(error))

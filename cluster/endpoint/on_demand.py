@@ -57,7 +57,8 @@ class _Model:
     Attributes:
         wanted: engines that Serve is to have, 0 or 1. told: that it was told last; None: nothing yet.
         held: requests that wait, and since when each. reason: what its last start failed of, a sentence.
-        unfit: why it can never be loaded.
+        unfit: why it can never be loaded. before: what Serve said of it when it was last asked for, which it goes on to
+            say. began: since then an engine of it was there.
     """
 
     size: int
@@ -72,6 +73,8 @@ class _Model:
     held: dict["asyncio.Future[None]", float] = field(default_factory=dict)
     tries: Tries = field(default_factory=Tries)
     reason: str | None = None
+    before: str = ""
+    began: bool = False
 
 
 class OnDemand:
@@ -216,8 +219,10 @@ class OnDemand:
                 self._enter(model, Phase.ENDING)
         for name in self._last.load:
             logger.info("%s is loaded.", name)
-            self._models[name].wanted = 1
-            self._enter(self._models[name], Phase.LOADING)
+            model = self._models[name]
+            model.wanted, model.began = 1, False
+            model.before = found.get(deployment_name(name), State()).message
+            self._enter(model, Phase.LOADING)
         for name, model in self._models.items():
             self._answer(name, model, now)
         for name, model in self._models.items():
@@ -239,7 +244,10 @@ class OnDemand:
                 model.tries, model.reason = Tries(), None
             return
         self._enter(model, Phase.LOADING)
-        if sentence := faults.marked_sentence(state.message):
+        news = state.message != model.before or (model.began and not state.there)
+        model.began = model.began or state.there > 0
+        if news and (sentence := faults.marked_sentence(state.message)):
+            model.before = state.message
             if not model.pinned:  # else Serve tries again by itself, and all that is asked meanwhile is refused
                 logger.warning("%s could not be loaded: %s", name, sentence)
                 model.tries, model.wanted = failed(model.tries, self._clock(), PAUSES), 0

@@ -11,6 +11,7 @@ from idle_ingress import Handle
 from ray.exceptions import RayError
 
 from pomarium.cluster import faults
+from pomarium.cluster.autoscaling.policy import Tries
 from pomarium.cluster.endpoint import on_demand
 from pomarium.cluster.endpoint.answers import Answers
 from pomarium.cluster.endpoint.holding import HopelessError, State
@@ -39,10 +40,13 @@ class Serve:
             raise RayError("the controller is gone")
         states = dict(self.there)
         for name, wanted in self.told.items():  # what it is told shows the next time
-            if wanted and name in self.faulty:
-                self.there[name] = State(f"A replica failed to start. {faults.StartError(MISSING)}", there=1)
+            said, there = self.there.get(name, State()).message, self.there.get(name, State()).there
+            if wanted and name in self.faulty and there:  # it failed, and Serve waits before the next start
+                self.there[name] = State(f"A replica failed to start. {faults.StartError(MISSING)}")
+            elif wanted and (name in self.faulty or not there):
+                self.there[name] = State(said, there=1)  # it goes on to say what was
             else:
-                self.there[name] = State(running=1, there=1) if wanted else State()
+                self.there[name] = State(running=1, there=1) if wanted else State(said)
         self.most = max(self.most, sum(state.there for state in self.there.values()))
         return states
 
@@ -128,6 +132,14 @@ async def test_a_start_that_fails_is_told_and_not_tried_at_once(serve: Serve) ->
             await ask(models, "a")
         await ask(models, "b")
         assert serve.told["engine:a"] == 0
+
+        models._models["a"].tries = Tries()  # the pause is over
+        with pytest.raises(HopelessError, match=MISSING):
+            await ask(models, "a")
+        serve.faulty.clear()
+        models._models["a"].tries = Tries()
+        await ask(models, "a")
+        assert models.state("a").reason is None
 
 
 async def test_a_pinned_one_that_fails_is_tried_by_serve_and_asked_again(serve: Serve) -> None:
