@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RpcError
+from ray.serve.exceptions import RayServeException
 
 from pomarium.cluster import faults
 from pomarium.cluster.autoscaling.policy import Tries, WakePolicy, failed
@@ -190,7 +191,11 @@ class OnDemand:
             self._news.clear()
             try:
                 await self._step()
-            except RayError:  # Serve's controller is being replaced: what it is to do is told with the next step
+            except (
+                RayError,
+                RpcError,
+                RayServeException,
+            ):  # Serve's controller is being replaced: what it is to do is told with the next step
                 logger.warning("Serve could not be asked, or told, about models on demand.", exc_info=True)
             busy = any(
                 model.held or model.wanted != model.told or model.phase in (Phase.LOADING, Phase.ENDING)
@@ -206,7 +211,10 @@ class OnDemand:
         """Look, decide, and have it done. Raises RayError."""
         found = await asyncio.to_thread(self._read)
         for name, model in self._models.items():
-            self._see(name, model, found.get(deployment_name(name), State()))
+            if (
+                state := found.get(deployment_name(name))
+            ) is not None:  # else Serve is being replaced, and knows nothing
+                self._see(name, model, state)
         now = self._clock()
         self._last = residence.decide(
             [r for r in self._residents() if self._models[r.name].unfit is None], now, self._rules

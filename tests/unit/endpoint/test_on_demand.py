@@ -182,6 +182,15 @@ async def test_a_controller_that_is_away_is_told_when_it_is_back(serve: Serve) -
         await waiting
 
 
+async def test_a_controller_that_knows_nothing_yet_says_nothing_of_models(serve: Serve) -> None:
+    async with kept(serve, {"a": 4}) as models:
+        await ask(models, "a")
+        models._read = dict
+        await asyncio.sleep(0.2)
+        assert models.state("a").state == "serving"
+        models._read = serve.read
+
+
 async def test_another_ingress_begins_with_what_is_there(serve: Serve) -> None:
     async with kept(serve, {"a": 6, "b": 6}) as models:
         await ask(models, "a")
