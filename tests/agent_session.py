@@ -25,9 +25,14 @@ DESCRIPTION = "Reads a file of the project"
 MARK = {"cache_control": {"type": "ephemeral"}}
 
 
+ENOUGH = 0.95
+"""Of the tokens of a turn the next one finds at least so many in the cache."""
+
+
 @dataclass(frozen=True)
 class Turn:
-    """What an engine told of one. tokens: of the prompt. cached: of these, found in the cache."""
+    """What an engine told of one. tokens: of the prompt. cached: of these, found in the cache: its blocks are whole, so
+    the first token that differed from what was cached is in the block that begins there."""
 
     tokens: int
     cached: int
@@ -116,6 +121,17 @@ def replayed(url: str, key: str, model: str) -> dict[str, list[Turn]]:
 def shares(turns: list[Turn]) -> list[float]:
     """Of the tokens of each turn but the last, how many the next one found in the cache."""
     return [later.cached / before.tokens for before, later in pairwise(turns)]
+
+
+def told(path: str, turns: list[Turn]) -> str:
+    """A line for each turn: where it left what was cached, and of how much of the turn before that is; who lost it."""
+    lines = []
+    for index, (turn, share) in enumerate(zip(turns, [None, *shares(turns)], strict=True)):
+        of = "" if share is None else f", {share:.1%} of the last turn"
+        lost = " LOST" if share is not None and share < ENOUGH else ""
+        differs = f"differs from token {turn.cached} on" if turn.cached < turn.tokens else "all cached"
+        lines.append(f"{path} turn {index:2}: {turn.tokens:5} tokens, {differs}{of}{lost}")
+    return "\n".join(lines)
 
 
 def used(body: str) -> Turn:

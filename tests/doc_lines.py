@@ -79,6 +79,8 @@ PLAN = {
     r"\.venv/bin/pomarium serve": OTHER + "tests/e2e/test_serve.py",
     r"\.venv/bin/pomarium serve \./my-mlx-model \./other\.gguf": RUN,
     r"\.venv/bin/pomarium serve ORG/NAME --max-model-len 8192": HUB,
+    r"(\.venv/bin/)?pomarium serve --models ~/models --on-demand.*": OTHER + "tests/e2e/test_on_demand.py",
+    r"\.venv/bin/pomarium models list --url": OTHER + "tests/e2e/test_on_demand.py, with the address",
     r"\.venv/bin/pomarium chat": OTHER + "tests/e2e/test_chat_command.py",
     r'echo ".*" \| \.venv/bin/pomarium chat .*': RUN,
     r"\.venv/bin/pomarium models (list|show)": RUN,

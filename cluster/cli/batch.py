@@ -136,7 +136,7 @@ def _answer(args: argparse.Namespace, job: "Job", files: "Files", terminal: Term
 
 def _ask_endpoint(args: argparse.Namespace, files: "Files", tally: "Tally", terminal: Terminal) -> None:
     from pomarium.cluster.batch.http_engine import ROOM, HttpEngine
-    from pomarium.cluster.cli.serve import KEY_VARIABLE
+    from pomarium.cluster.cli.serve_options import KEY_VARIABLE
 
     async def ask() -> None:
         engine = HttpEngine(args.endpoint, os.environ.get(KEY_VARIABLE), args.concurrency or ROOM)
@@ -226,7 +226,7 @@ def _serve_arguments(args: argparse.Namespace) -> argparse.Namespace:
     extra = [*([args.model] if args.model else []), *args.extra, "--enable-prompt-tokens-details"]
     return argparse.Namespace(
         extra=extra, max_model_len=args.max_model_len, replicas=str(args.replicas), keep=None, stages=args.stages,
-        share_macs=args.share_macs, rack=None,
+        share_macs=args.share_macs, rack=None, models=None, on_demand=False,
         served_name=[args.served_name] if args.served_name else [],
     )  # fmt: skip
 

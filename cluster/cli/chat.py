@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pomarium.cluster.cli.serve import KEY_VARIABLE
+from pomarium.cluster.cli.serve_options import KEY_VARIABLE
 from pomarium.worker.address import is_local
 from pomarium.worker.errors import PomariumError, SettingsError
 
@@ -98,7 +98,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Talk until the user leaves: 0. Raises ChatError, SettingsError."""
-    client = _client(args.url, args.api_key or os.environ.get(KEY_VARIABLE))
+    client = client_of(args.url, args.api_key or os.environ.get(KEY_VARIABLE))
     model = _model(client, args.model, args.url)
     options = {"max_tokens": args.max_tokens, "temperature": args.temperature}
     chat = _Chat(client, model, {name: value for name, value in options.items() if value is not None})
@@ -152,10 +152,11 @@ class _Chat:
             speed = None
         except APIError as error:
             talk.turns.pop()
-            print(flush=True)
+            if pieces or self.live:
+                print(flush=True)
             if not self.live:
-                raise ChatError(_sentence(error)) from None
-            _tell(_sentence(error))
+                raise ChatError(sentence_of(error)) from None
+            _tell(sentence_of(error))
             return
         print(PLAIN if self.live else "", flush=True)  # an answer that ends in its thoughts leaves them dim
         _tell("stopped" if speed is None else str(speed))
@@ -217,8 +218,12 @@ def _tell(text: str) -> None:
     print(shown, file=sys.stderr, flush=True)
 
 
-def _client(url: str, key: str | None) -> "OpenAI":
-    """Of the endpoint at `url`. A proxy of the environment is not asked for one in the local network."""
+def client_of(url: str, key: str | None) -> "OpenAI":
+    """Of the endpoint at `url`. A proxy of the environment is not asked for one in the local network.
+
+    Raises:
+        SettingsError: `url` is none.
+    """
     import httpx2
     from openai import DefaultHttpxClient, OpenAI
 
@@ -243,7 +248,7 @@ def _model(client: "OpenAI", name: str | None, url: str) -> str:
             f"Nothing answers at {url}: start `pomarium serve`, or name a running endpoint with --url."
         ) from None
     except APIError as error:
-        raise ChatError(_sentence(error)) from None
+        raise ChatError(sentence_of(error)) from None
     if name is None and len(served) == 1:
         return served[0]
     if name is None or name not in served:
@@ -252,8 +257,8 @@ def _model(client: "OpenAI", name: str | None, url: str) -> str:
     return name
 
 
-def _sentence(error: Any) -> str:
-    """What the endpoint says of a request that it refuses, or that the connection broke."""
+def sentence_of(error: Any) -> str:
+    """What the endpoint says of a request that it refuses, or that the connection broke. error: of openai's client."""
     from openai import APIStatusError, AuthenticationError
 
     if isinstance(error, AuthenticationError):

@@ -13,12 +13,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pomarium.cluster.cli.chat import URL
+from pomarium.cluster.cli.serve_options import KEY_VARIABLE
 from pomarium.cluster.machine.units import format_size
 from pomarium.worker import settings
 from pomarium.worker.errors import CheckpointError, PomariumError, SettingsError
 from pomarium.worker.models import look_up
 
 if TYPE_CHECKING:
+    from pomarium.cluster.cli.served_states import ServedModel
     from pomarium.cluster.replica.description import Description
     from pomarium.worker.models.stored import StoredModel
 
@@ -42,6 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "would leave for K and V if nothing else ran.",
     )
     one.add_argument("--json", action="store_true", help="print a JSON array for programs")
+    _add_endpoint(one)
     one.set_defaults(run=list_models)
     one = actions.add_parser(
         "pull",
@@ -70,21 +74,53 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="a folder, a GGUF file, or an id that is on this machine; without it the embedded SmolLM2-135M-Instruct",
     )
     one.add_argument("--json", action="store_true", help="print a JSON object for programs")
+    _add_endpoint(one)
     one.set_defaults(run=show)
 
 
+def _add_endpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url",
+        nargs="?",
+        const=URL,
+        help="print also the state at a running endpoint: whether it is loaded there, and why not (without a value: "
+        "%(const)s)",
+    )
+    parser.add_argument("--api-key", metavar="KEY", help=f"a key that it wants (default: {KEY_VARIABLE})")
+
+
+def _served(args: argparse.Namespace) -> "tuple[ServedModel, ...]":
+    """The models at --url; none without it. Raises ChatError, SettingsError."""
+    if args.url is None:
+        if args.api_key is not None:
+            raise SettingsError("--api-key is for an endpoint: give --url with it.")
+        return ()
+    from pomarium.cluster.cli.served_states import states
+
+    return states(args.url, args.api_key or os.environ.get(KEY_VARIABLE))
+
+
 def list_models(args: argparse.Namespace) -> int:
-    """Print the models: 0. Raises SettingsError."""
+    """Print the models: 0. Raises ChatError, SettingsError."""
+    from pomarium.cluster.cli.served_states import of
     from pomarium.cluster.replica import description
 
+    served = _served(args)
     found, room = _stored(), description.room_here(os.environ)
     told = [_told(model, description.described(model.folder, room) if model.whole else None) for model in found]
+    if args.url is not None:
+        there = [of(served, model.name, model.folder) for model in found]
+        told = [one | {"served": None if s is None else asdict(s)} for one, s in zip(told, there, strict=True)]
+        elsewhere = [model for model in served if model not in there]
     if args.json:
         print(json.dumps(told, indent=2))
     elif told:
         print("\n".join(table(told)))
     else:
         print("no models: `pomarium models pull ORG/NAME` fetches one")
+    if args.url is not None and not args.json and elsewhere:
+        print(f"\nin no cache, at {args.url}:")
+        print("\n".join(f"{model.root}  {model}" for model in elsewhere))
     return 0
 
 
@@ -127,13 +163,18 @@ def remove(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> int:
-    """Print one model's facts: 0. Raises CheckpointError, SettingsError, UnsupportedError."""
+    """Print one model's facts: 0. Raises ChatError, CheckpointError, SettingsError, UnsupportedError."""
+    from pomarium.cluster.cli.served_states import of
     from pomarium.cluster.replica import description
 
+    served = _served(args)
     name = args.model or look_up.EMBEDDED[0]
     folder = _folder_of(name)
     found = description.described(folder, description.room_here(os.environ))
-    talk = description.conversation(folder, found.family or "")
+    try:
+        talk = description.conversation(folder, found.family or "")
+    except CheckpointError as error:
+        raise CheckpointError(found.refusal or str(error)) from error
     told: dict[str, Any] = {
         "name": name,
         "folder": str(folder),
@@ -145,17 +186,22 @@ def show(args: argparse.Namespace) -> int:
         "endings": talk.endings,
         "sampling": dict(talk.sampling),
     }
+    if args.url is not None:
+        state = of(served, name, folder)
+        told["served"] = None if state is None else asdict(state)
     print(json.dumps(told, indent=2) if args.json else "\n".join(lines(told)))
     return 0
 
 
 def table(told: Sequence[Mapping[str, Any]]) -> list[str]:
     """What `list` prints, a line for each model."""
-    rows = [("MODEL", "CACHE", "SIZE", "KIND", "CONTEXT", "RUNS HERE")]
+    states = any("served" in model for model in told)
+    rows = [("MODEL", "CACHE", "SIZE", "KIND", "CONTEXT", *["STATE"] * states, "RUNS HERE")]
     for model in told:
         kind = ", ".join(filter(None, (model["family"], model["weights"]))) or "-"
         context = "-" if model["context"] is None else str(model["context"])
-        rows.append((model["name"], model["cache"], format_size(model["bytes"]), kind, context, _runs(model)))
+        state = [_state(model)] if states else []
+        rows.append((model["name"], model["cache"], format_size(model["bytes"]), kind, context, *state, _runs(model)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -173,8 +219,17 @@ def lines(told: Mapping[str, Any]) -> list[str]:
         "parsers": f"tools: {told['tools'] or 'none'}, reasoning: {told['reasoning'] or 'none'}",
         "sampling": f"{sampling} (generation_config.json)" if sampling else "vLLM's defaults",
         "endings": told["endings"],
-    }
+    } | ({"state": _state(told)} if "served" in told else {})
     return [f"{name:<10} {value}" for name, value in facts.items()]
+
+
+def _state(told: Mapping[str, Any]) -> str:
+    """At the endpoint that was asked."""
+    if told["served"] is None:
+        return "not served"
+    from pomarium.cluster.cli.served_states import ServedModel
+
+    return str(ServedModel(**told["served"]))
 
 
 def _runs(told: Mapping[str, Any]) -> str:

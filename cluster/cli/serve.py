@@ -13,20 +13,27 @@ import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from pomarium.cluster.cli import serve_options
 from pomarium.cluster.cli.interrupts import Interrupts, phases
 from pomarium.cluster.cli.progress import Terminal, log_file, quiet
+from pomarium.cluster.cli.serve_options import KEY_VARIABLE
 from pomarium.cluster.endpoint import beforehand
 from pomarium.cluster.endpoint.api_keys import read as read_keys
-from pomarium.cluster.machine import disk, listening, units
+from pomarium.cluster.machine import disk, listening
 from pomarium.cluster.provision import platform_choice
 from pomarium.cluster.rack import current, inventory
-from pomarium.cluster.rack.inventory import KEEP_S
 from pomarium.cluster.rack.placement_inputs import network_of
-from pomarium.cluster.replica import download, parsers
-from pomarium.cluster.replica.serve_plan import RACK_INGRESSES, Limits, ModelPlan, Scaling, ServePlan, served_names
+from pomarium.cluster.replica import download, model_folder, parsers
+from pomarium.cluster.replica.serve_plan import (
+    RACK_INGRESSES,
+    ModelPlan,
+    OnDemandPlan,
+    Scaling,
+    ServePlan,
+    served_names,
+)
 from pomarium.worker import settings
 from pomarium.worker.address import authority
 from pomarium.worker.errors import SettingsError
@@ -36,7 +43,6 @@ if TYPE_CHECKING:
     from pomarium.cluster.endpoint.watch import Watch
     from pomarium.cluster.replica.model_check import Found
 
-KEY_VARIABLE = "POMARIUM_API_KEY"
 EMBEDDED_NAME = "smollm2"
 POLL_S = 1.0
 """How often the endpoint's state is looked at, to report an engine's loss and return."""
@@ -47,7 +53,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "serve",
         help="serve models through an OpenAI-compatible endpoint",
-        usage="pomarium serve [MODEL ...] [options] [vLLM engine arguments]",
+        usage="pomarium serve [MODEL ... | --models FOLDER] [options] [vLLM engine arguments]",
         description="Serves each MODEL (a folder, a GGUF file, or an id of Hugging Face or ModelScope; without one the "
         "embedded SmolLM2-135M-Instruct) at http://HOST:PORT/v1: on the rack that is up on this machine (`pomarium "
         "rack up`), else on the Ray at RAY_ADDRESS, else on a Ray of its own.",
@@ -57,93 +63,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "have none.",
         allow_abbrev=False,
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    parser.add_argument(
-        "--ingresses",
-        type=int,
-        metavar="N",
-        help="processes that take requests, all behind the one port: a busy endpoint needs more than one, and when one "
-        f"is lost the streams of the others go on (default: {RACK_INGRESSES} on a rack, else 1)",
-    )
-    parser.add_argument(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="let browsers use the endpoint from pages of this origin, such as https://chat.example, or * for all; may "
-        "be repeated (default: from none)",
-    )
-    parser.add_argument(
-        "--failovers",
-        type=int,
-        default=Limits.times,
-        metavar="N",
-        help="how many engines a request may lose and still be answered by another; 0: it ends with its engine "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--failover-wait",
-        default=f"{Limits.wait_s:g}s",
-        metavar="TIME",
-        help="how long it waits for another, such as 2m (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--replicas",
-        metavar="N|MIN-MAX",
-        help="engines per model, or how few and how many as the load asks for them, such as 0-2: with 0 all Macs may "
-        "sleep (default: 1, or what the rack file says)",
-    )
-    parser.add_argument(
-        "--keep",
-        metavar="TIME",
-        help="with MIN-MAX: how long an engine is kept after it was last needed, such as 10m "
-        f"(default: {KEEP_S / 60:g}m, or what the rack file says)",
-    )
-    parser.add_argument(
-        "--stages",
-        metavar="N",
-        help="Macs per engine, each with a part of the model's layers, or auto: as many as it takes (default: auto on "
-        "a rack, else 1)",
-    )
-    parser.add_argument(
-        "--share-macs", action="store_true", help="stages of one engine may share a Mac, or this machine without a rack"
-    )
-    parser.add_argument(
-        "--rack",
-        type=Path,
-        metavar="FILE",
-        help="rack.yaml: its links are used for placement, and without a MODEL its models are served",
-    )
-    parser.add_argument(
-        "--no-rack", action="store_true", help="serve from this machine alone also while a rack is up on it"
-    )
-    parser.add_argument(
-        "--served-name",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="the model's name in requests; once per MODEL",
-    )
-    parser.add_argument(
-        "--max-model-len", type=int, metavar="TOKENS", help="longest prompt plus answer (default: the model's)"
-    )
-    parser.add_argument(
-        "--wire",
-        choices=list(settings.Wire),
-        help="on a Mac: off wires nothing; pool wires weights and KV pool, once, against a model that grows slow when "
-        "macOS takes it for idle (default: POMARIUM_WIRE, or off)",
-    )
-    parser.add_argument(
-        "--api-key",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help=f"a key that requests must carry; may be repeated. {KEY_VARIABLE} does not show up in process lists",
-    )
-    parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="such keys, one a line, in a file that only its owner reads"
-    )
+    serve_options.add(parser)
     parser.set_defaults(run=run, passes_through=True)
 
 
@@ -158,13 +78,13 @@ def run(args: argparse.Namespace) -> int:
         if not args.no_rack:
             current.enter()
         plan = plan_of(args, os.environ)
-        beforehand.check(plan.models, os.environ)
+        plan = _checked(plan, terminal, os.environ)
         fetch(plan.models, terminal, os.environ)
         terminal.say(f"log      {terminal.log}")
         from pomarium.cluster.endpoint import lifecycle
 
         phase = phases(terminal, interrupts, own_ray=not os.environ.get("RAY_ADDRESS"))
-        with interrupts.held(), lifecycle.serving(plan, phase) as found:
+        with interrupts.held(), lifecycle.serving(plan, phase, say=terminal.say) as (plan, found):
             interrupts.check()
             from pomarium.cluster.endpoint import watch
 
@@ -175,6 +95,14 @@ def run(args: argparse.Namespace) -> int:
                 _wait(watched)
         terminal.say("stopped")
     return 0
+
+
+def _checked(plan: ServePlan, terminal: Terminal, environ: Mapping[str, str]) -> ServePlan:
+    """The plan without the models of a folder that cannot be served. Raises as beforehand.check, and SettingsError."""
+    left_out = beforehand.check(plan.models, environ)
+    for name, reason in left_out.items():
+        terminal.say(f"{name} is left out: {reason}")
+    return replace(plan, models=tuple(model for model in plan.models if model.name not in left_out))
 
 
 def choose_wire(args: argparse.Namespace, environ: MutableMapping[str, str]) -> None:
@@ -212,17 +140,18 @@ def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:
     ingresses = args.ingresses
     if ingresses is None:
         ingresses = RACK_INGRESSES if environ.get("RAY_ADDRESS") else 1
-    try:
-        limits = Limits(args.failovers, units.parse_duration(args.failover_wait))
-    except ValueError as error:
-        raise SettingsError(f"--failover-wait: {error}.") from None
     models, keys = tuple(models_of(args, environ)), api_keys(args, environ)
-    return ServePlan(models, args.host, args.port, keys, ingresses, tuple(args.allow_origin), limits)
+    on_demand = _on_demand(args, models, environ)
+    if on_demand is not None:
+        models = tuple(replace(m, on_demand=True, replicas=int(m.name in on_demand.pins)) for m in models)
+    origins, limits = tuple(args.allow_origin), serve_options.limits(args)
+    return ServePlan(models, args.host, args.port, keys, ingresses, origins, on_demand, limits)
 
 
 def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[ModelPlan]:
     """The models of `plan_of`, whatever serves them. Raises as it does."""
     models, engine_tokens = split_extra(args.extra)
+    in_folder = _in_folder(args, models)
     if args.max_model_len is not None and args.max_model_len < 1:
         raise SettingsError(f"--max-model-len {args.max_model_len} admits no prompt: give at least 1.")
     scaling = _scaling(args)
@@ -240,7 +169,9 @@ def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[Mode
     common = ModelPlan("", None, engine_args, 1, stages, args.share_macs, None, network)
     if scaling is not None:
         common = common.scaled(scaling)
-    if rack is not None and not models:
+    if in_folder:
+        plans = [replace(common, name=name, source=path, optional=True) for name, path in in_folder.items()]
+    elif rack is not None and not models:
         plans = _plans_of(rack, args, common)
     else:
         sources: list[str | None] = [*models] or [None]
@@ -260,11 +191,51 @@ def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[Mode
     return plans
 
 
+def _in_folder(args: argparse.Namespace, models: Sequence[str]) -> Mapping[str, str]:
+    """The models of --models, by name. Raises SettingsError."""
+    if args.models is None:
+        return {}
+    if models:
+        raise SettingsError(f"--models takes all models of a folder: leave out {models[0]}, or name each model.")
+    if args.served_name:
+        raise SettingsError("--served-name has no place with --models: the folder names them.")
+    return {name: str(path) for name, path in model_folder.models_in(args.models).items()}
+
+
+def _on_demand(
+    args: argparse.Namespace, models: Sequence[ModelPlan], environ: Mapping[str, str]
+) -> OnDemandPlan | None:
+    """What --on-demand and its like say. Raises SettingsError."""
+    if not args.on_demand:
+        for option, given in (("--pin", args.pin), ("--memory", args.memory)):
+            if given:
+                raise SettingsError(f"{option} is for models that come and go: give --on-demand with it.")
+        return None
+    if environ.get("RAY_ADDRESS"):
+        raise SettingsError(
+            "--on-demand is for one machine: on a rack models come and go with --replicas 0-1 --keep TIME; or serve "
+            "from this machine alone, with --no-rack."
+        )
+    if not settings.load(environ).use_mlx:
+        raise SettingsError("--on-demand counts MLX's memory: leave out VLLM_METAL_USE_MLX=0.")
+    if args.replicas is not None or any((model.stages or 1) > 1 for model in models):
+        raise SettingsError("--on-demand has one engine of each model at most: leave out --replicas and --stages.")
+    if (args.ingresses or 1) > 1:
+        raise SettingsError("--on-demand takes one ingress, which knows of every request: leave out --ingresses.")
+    for name in args.pin:
+        if name not in [model.name for model in models]:
+            raise SettingsError(f"--pin {name}: no such model; there are {', '.join(m.name for m in models)}.")
+    keep = serve_options.keep_of(args)
+    return OnDemandPlan(keep, frozenset(args.pin), serve_options.memory_of(args))
+
+
 def _scaling(args: argparse.Namespace) -> Scaling | None:
     """What --replicas and --keep say; None: nothing. One number is a span of itself."""
     if args.replicas is None:
-        if args.keep is not None:
-            raise SettingsError("--keep is for engines that come and go: give --replicas MIN-MAX with it.")
+        if args.keep is not None and not args.on_demand:
+            raise SettingsError(
+                "--keep is for engines that come and go: give --replicas MIN-MAX with it, or --on-demand."
+            )
         return None
     match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", args.replicas, re.ASCII)
     if match is None:
@@ -276,11 +247,7 @@ def _scaling(args: argparse.Namespace) -> Scaling | None:
         raise SettingsError(f"--replicas {args.replicas} is empty: give the smaller number first.")
     if low == high and args.keep is not None:
         raise SettingsError("--keep is for engines that come and go: give --replicas MIN-MAX with it.")
-    try:
-        keep = KEEP_S if args.keep is None else units.parse_duration(args.keep)
-    except ValueError as error:
-        raise SettingsError(f"--keep: {error}.") from None
-    return Scaling(low, high, keep_s=keep)
+    return Scaling(low, high, keep_s=serve_options.keep_of(args))
 
 
 def _names(models: Sequence[str], given: Sequence[str]) -> Sequence[str]:
@@ -351,13 +318,14 @@ def welcome(plan: ServePlan, found: Sequence["Found"] = ()) -> str:
     messages = '[{"role": "user", "content": "What is the capital of France?"}]'
     body = f'{{"model": "{plan.models[0].name}", "messages": {messages}, "max_tokens": 100, "temperature": 0}}'
     names = ", ".join(m.name for m in plan.models)
+    loads = " when they are asked for" if plan.on_demand is not None else ""
     several = len(plan.models) > 1
     read = [
         f"{f'{model.name}: ' if several else ''}{parsers.in_force(one.parsers, model.engine_args)}; {parsers.HINT}\n"
         for model, one in zip(plan.models, found, strict=False)
     ]
     return (
-        f"{''.join(read)}{plan.url}/v1 serves {names}; Ctrl-C stops it. Try:\n"
+        f"{''.join(read)}{plan.url}/v1 serves {names}{loads}; Ctrl-C stops it. Try:\n"
         f"curl {plan.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
     )
 

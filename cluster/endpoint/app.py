@@ -12,6 +12,8 @@ from ray.serve.deployment import Application
 from pomarium.cluster.endpoint import replica_scaling
 from pomarium.cluster.endpoint.cards import Served, root_of
 from pomarium.cluster.endpoint.ingress_replica import IngressReplica
+from pomarium.cluster.endpoint.on_demand import OnDemandModels
+from pomarium.cluster.endpoint.residence import Rules
 from pomarium.cluster.machine.state import state_folder
 from pomarium.cluster.node.ray_names import deployment_name
 from pomarium.cluster.node.ray_node import MOST_STARTS
@@ -70,13 +72,24 @@ def build(
         graceful_shutdown_timeout_s=1,
     )
     served = {
-        m.name: Served(root_of(m.source, f.folder), m.engine_args.get("max_model_len"), m.sleeps, m.scaling is not None)
+        m.name: Served(root_of(m.source, f.folder), _context(m, f), m.sleeps, m.scaling is not None)
         for m, f in zip(plan.models, found, strict=True)
     }
-    created = int(time.time())
+    on_demand = None
+    if plan.on_demand is not None:
+        assert plan.on_demand.memory is not None
+        rules = Rules(plan.on_demand.memory, plan.on_demand.keep_s)
+        on_demand = OnDemandModels(plan.on_demand.sizes, plan.on_demand.pins, rules)
+    since, keys = int(time.time()), plan.api_keys
     return ingress.bind(
-        plan.host, plan.port, plan.origins, engines, plan.api_keys, batches, served, created, plan.limits
+        plan.host, plan.port, plan.origins, engines, keys, batches, served, since, on_demand, plan.limits
     )
+
+
+def _context(model: ModelPlan, found: Found) -> int | None:
+    """Tokens of prompt and answer, as far as they are known without an engine; those of one on demand are."""
+    said: int | None = model.engine_args.get("max_model_len")
+    return found.profiles.stored.longest_context if said is None and model.on_demand else said
 
 
 def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str], on_head: bool) -> Application:
@@ -87,6 +100,8 @@ def _engine(model: ModelPlan, found: Found, environment: Mapping[str, str], on_h
     count: dict[str, Any] = {"num_replicas": model.replicas}
     if model.scaling is not None:
         count = {"autoscaling_config": replica_scaling.config(model.scaling)}
+    elif model.on_demand:
+        count = {"autoscaling_config": replica_scaling.as_told(model.replicas)}
     options: dict[str, Any] = {
         **count,
         "name": deployment_name(model.name),

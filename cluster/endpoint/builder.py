@@ -158,7 +158,7 @@ def plan_of(args: EndpointArgs, environ: Mapping[str, str]) -> ServePlan:
     if args.api_key_file is not None:
         keys |= api_keys.read(Path(args.api_key_file))
     limits = Limits(args.failovers, args.failover_wait)
-    return ServePlan(models, args.host, args.port, keys, args.ingresses, args.origins, limits)
+    return ServePlan(models, args.host, args.port, keys, args.ingresses, args.origins, limits=limits)
 
 
 def _model(args: ModelArgs, network: Network | None) -> ModelPlan:

@@ -28,7 +28,7 @@ class State:
 
     Attributes:
         message: Serve's, or of a replica that waits for Macs; "" if there is nothing to say.
-        running: engines that serve.
+        running: engines that serve. there: those whose processes exist, coming and ending ones too.
         waiting: a replica lacks Macs. waking: Macs are being woken for it.
         lost: what the last engine died of, a clause; None: none of late.
     """
@@ -38,6 +38,7 @@ class State:
     waiting: bool = False
     waking: bool = False
     lost: str | None = None
+    there: int = 0
 
 
 def verdict(state: State, held_s: float, served_s: float) -> str | None:

@@ -13,7 +13,8 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -37,7 +38,8 @@ from pomarium.cluster.endpoint.answers import Answer, Answers
 from pomarium.cluster.endpoint.cards import Served
 from pomarium.cluster.endpoint.continued import KEPT_BODY, Continued
 from pomarium.cluster.endpoint.dispatch import dispatch
-from pomarium.cluster.endpoint.holding import SILENT
+from pomarium.cluster.endpoint.holding import SILENT, HopelessError
+from pomarium.cluster.endpoint.on_demand import OnDemand
 from pomarium.cluster.endpoint.rack_view import RackView
 from pomarium.cluster.endpoint.reasons import Reasons
 from pomarium.cluster.endpoint.relay import Relay
@@ -76,6 +78,9 @@ KEPT = (f"{protocols.RESPONSES}/{{name}}", f"{protocols.RESPONSES}/{{name}}/{{wh
 
 SEED_BYTES = 8
 
+_WORDS = {rack_view.SERVING: "ok"}
+"""What /health says of a model on demand, where its state has another name."""
+
 LARGE_AT_ONCE = 2
 """Large bodies (bodies.LARGE) that are parsed at once: one of nothing but brackets takes some 25 times its bytes."""
 
@@ -99,8 +104,9 @@ class Ingress:
     uploaded files and batches are kept; None: there are none. `served`: what is known of each model. `created`: Unix
     time, since when they are served; None: now.
     `head_answers`: whether Ray's head does. `shortage`: a sentence on a disk that is full, if one is. `listen`: for
-    answers. `look`: at the rack; blocks. `limits`: of requests whose engine is lost. `resumed`: told of each that went
-    on at another, its model and how long its client waited.
+    answers. `look`: at the rack; blocks. `on_demand`: all models come and go, as it says; None: none does. `limits`: of
+    requests whose engine is lost. `resumed`: told of each that went on at another, its model and how long its client
+    waited.
     """
 
     def __init__(
@@ -114,6 +120,7 @@ class Ingress:
         shortage: Callable[[], str | None] = watch.shortage,
         listen: Callable[[], Awaitable[Answers]] = _listen,
         look: Callable[[], RackStatus] = rack_view.read,
+        on_demand: OnDemand | None = None,
         limits: Limits = LIMITS,
         resumed: Callable[[str, float], None] = lambda model, waited_s: None,
     ) -> None:
@@ -123,6 +130,7 @@ class Ingress:
         self._keys = tuple(key.encode() for key in api_keys)
         self._created = int(time.time()) if created is None else created
         self._reasons = Reasons()
+        self._on_demand = on_demand
         self._view = RackView(look)
         self._head_answers, self._shortage = head_answers, shortage
         self._batches = batches
@@ -193,6 +201,12 @@ class Ingress:
 
     async def _health_of(self, name: str, engine: DeploymentHandle) -> tuple[bool, str]:
         """Whether a request would be served, and a word or sentence on it."""
+        if self._on_demand is not None:
+            model = self._on_demand.state(name)
+            well = (
+                model.state != rack_view.FAILED or self._on_demand.unfit(name) is not None
+            )  # that was said at the start
+            return well, model.reason or _WORDS.get(model.state, model.state)
         if not self._served[name].sleeps:
             return await _health(engine, self._reasons)
         # An engine that is asked is one that is needed: Serve would never let it go.
@@ -225,6 +239,8 @@ class Ingress:
         )
         models = [
             rack_view.model_state(name, self._served[name].sleeps, state, found)
+            if self._on_demand is None
+            else self._on_demand.state(name)
             for name, state in zip(self._engines, states, strict=True)
         ]
         return JSONResponse(rack_view.document(found, models), headers={"Cache-Control": "no-store"})
@@ -271,12 +287,13 @@ class Ingress:
         name, routing = await self._read_beside(path, body)
         headers = tuple((k, v) for k, v in request.headers.items() if k.lower() in PASSED_HEADERS)
         asked = Asked(request.method, path, headers, secrets.token_hex(SEED_BYTES))
-        answer = await self._answer(name, routing, asked, body)
-        del body  # an answer may take minutes
         deployment = self._engines[name].deployment_name
         state = (lambda: self._reasons.state(deployment)) if self._served[name].sleeps else None
-        relay = Relay(name, path, answer, lambda: self._reasons.why(deployment), state)
-        await while_there(request.receive, _relayed(relay, send))
+        async with self._present(name, request.receive):
+            answer = await self._answer(name, routing, asked, body)
+            del body  # an answer may take minutes
+            relay = Relay(name, path, answer, lambda: self._reasons.why(deployment), state)
+            await while_there(request.receive, _relayed(relay, send))
 
     async def _answer(self, name: str, routing: Routing, asked: Asked, body: bytes) -> Continued:
         """The answer of one of the model's engines, and of others after it if need be."""
@@ -302,6 +319,21 @@ class Ingress:
             self._ledger.lost,
             partial(self._resumed, name),
         )
+
+    @asynccontextmanager
+    async def _present(self, name: str, receive: Receive) -> AsyncIterator[None]:
+        """A model that comes and goes is there, and stays. Raises RefusalError and ClientDisconnect."""
+        if self._on_demand is None:
+            yield
+            return
+        if unfit := self._on_demand.unfit(name):
+            raise RefusalError(*openai_errors.invalid(unfit, "model"))
+        async with AsyncExitStack() as stay:
+            try:
+                await while_there(receive, stay.enter_async_context(self._on_demand.needed(name)))
+            except HopelessError as hopeless:
+                raise RefusalError(*openai_errors.engine_unavailable(name, str(hopeless))) from None
+            yield
 
     def _stored(self, request: Request) -> BatchStore:
         self._authorise(request)
@@ -373,12 +405,16 @@ class Ingress:
         raise RefusalError(*openai_errors.unknown_model(name, list(self._engines)))
 
     async def _card(self, name: str) -> dict[str, Any]:
-        return cards.card(name, self._served[name], await self._context(name), self._created)
+        card = cards.card(name, self._served[name], await self._context(name), self._created)
+        if self._on_demand is None:
+            return card
+        model = self._on_demand.state(name)
+        return card | {"state": model.state, "reason": model.reason}
 
     async def _context(self, name: str) -> int | None:
         """Tokens of prompt and answer, asked of an engine once; None while none answers. Takes at most 2 s."""
-        if name in self._contexts:
-            return self._contexts[name]
+        if name in self._contexts or self._on_demand is not None:  # an engine that is asked might leave meanwhile
+            return self._contexts.get(name)
         engine = self._engines[name]
         # An engine that is asked is one that is needed: a model that sleeps would wake.
         if self._served[name].sleeps and not (await self._reasons.state(engine.deployment_name)).running:

@@ -13,20 +13,25 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import ray
+from ray.exceptions import RayError
+from ray.serve._private.common import DeploymentID
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Histogram
 
 from pomarium.cluster import faults
-from pomarium.cluster.endpoint import ledger, shared_port
+from pomarium.cluster.endpoint import ledger, reasons, shared_port
 from pomarium.cluster.endpoint.cards import Served
 from pomarium.cluster.endpoint.ingress import Ingress
+from pomarium.cluster.endpoint.on_demand import OnDemand, OnDemandModels
 from pomarium.cluster.endpoint.siblings import Siblings
 from pomarium.cluster.http.door import Bounds
 from pomarium.cluster.http.http_server import HttpServer
 from pomarium.cluster.http.protocols import GENERATED, MESSAGES, OTHER_KINDS, RESPONSES
 from pomarium.cluster.node.ray_folder import session_folder
 from pomarium.cluster.node.ray_names import label
-from pomarium.cluster.replica.serve_plan import LIMITS, Batches, Limits
+from pomarium.cluster.replica.serve_plan import APP_NAME, LIMITS, Batches, Limits
 from pomarium.worker import settings
 from pomarium.worker.address import authority
 
@@ -54,9 +59,11 @@ class IngressReplica:
         batches: Batches,
         served: Mapping[str, Served],
         created: int,
+        on_demand: OnDemandModels | None = None,
         limits: Limits = LIMITS,
     ) -> None:
-        """`host`, `port`: where it listens, from now on. `origins`: see ServePlan. The others are Ingress's.
+        """`host`, `port`: where it listens, from now on. `origins`: see ServePlan. `on_demand`: models that come and
+        go; None: none does. The others are Ingress's.
 
         Raises:
             StartError: it cannot listen there.
@@ -64,7 +71,10 @@ class IngressReplica:
         # With options() a handle begins to learn of its replicas, so that the first request finds them, also when Ray's
         # head has ended meanwhile.
         known = {name: engine.options() for name, engine in engines.items()}
-        ingress = Ingress(known, api_keys, batches, served, created, limits=limits, resumed=_resumptions())
+        self._on_demand = None if on_demand is None else OnDemand(on_demand, reasons.states, _scale)
+        ingress = Ingress(
+            known, api_keys, batches, served, created, on_demand=self._on_demand, limits=limits, resumed=_resumptions()
+        )
         counter = Counter("pomarium_http_requests", "Requests that are over.", tag_keys=("method", "route", "status"))
 
         def count(method: str, path: str, status: int) -> None:
@@ -75,12 +85,16 @@ class IngressReplica:
         self._siblings = Siblings(ledger.of_this_process())
         await self._siblings.start(folder)
         self._server = HttpServer(ingress, listener, Bounds.of(settings.load(os.environ)), count, origins)
+        if self._on_demand is not None:
+            await self._on_demand.start()
         await ingress.open()
         await self._server.start()
 
     def check_health(self) -> None:
         """Serve asks this every few seconds. Raises RuntimeError if it does not listen any more."""
         self._server.check()
+        if self._on_demand is not None:
+            self._on_demand.check()
 
     async def __del__(self) -> None:
         """Serve calls this when it is to end, and waits for graceful_shutdown_timeout_s: what runs is answered."""
@@ -100,6 +114,15 @@ def _resumptions() -> Callable[[str, float], None]:
         waits.observe(waited_s, tags=tags)
 
     return resumed
+
+
+async def _scale(deployment: str, engines: int) -> None:
+    """Have Serve run so many of it. Raises RayError while its controller cannot be told."""
+    try:
+        controller = await asyncio.to_thread(ray.get_actor, SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+    except ValueError as error:  # it is being replaced
+        raise RayError(str(error)) from error
+    await controller.update_deployment_replicas.remote(DeploymentID(deployment, APP_NAME), engines)
 
 
 async def _listener(folder: Path, host: str, port: int) -> socket.socket:

@@ -10,12 +10,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from typing import TYPE_CHECKING
 
 from pomarium.cluster import faults
-from pomarium.cluster.endpoint import local_ray
+from pomarium.cluster.endpoint import local_ray, residence
 from pomarium.cluster.endpoint.local_ray import HeadLostError
 from pomarium.cluster.node.ray_names import ENGINE_PREFIX
 from pomarium.cluster.replica.model_check import Check, Found
 from pomarium.cluster.replica.serve_plan import APP_NAME, ENDPOINT, ServePlan
-from pomarium.worker.errors import PomariumError
+from pomarium.worker.errors import CheckpointError, PomariumError, SettingsError
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
@@ -39,8 +39,17 @@ class EngineStartError(PomariumError):
 
 
 @contextmanager
-def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.environ) -> Iterator[Sequence[Found]]:
-    """The endpoint answers while the context is open, with the models found. Leaving it ends all that was started.
+def serving(
+    plan: ServePlan,
+    phase: Phase,
+    environ: Mapping[str, str] = os.environ,
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[tuple[ServePlan, Sequence[Found]]]:
+    """The endpoint answers while the context is open, with the models found; the plan is of these. Leaving it ends all
+    that was started.
+
+    Args:
+        say: told of each model that is left out.
 
     Raises:
         CheckpointError: a model is missing, damaged or of an unknown kind.
@@ -48,7 +57,8 @@ def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.envir
         SettingsError: if RAY_ADDRESS names a Ray that does not answer or is too small.
     """
     joined = bool(environ.get("RAY_ADDRESS"))
-    check = Check([model.source for model in plan.models])
+    each = plan.on_demand is not None or any(model.optional for model in plan.models)
+    check = Check([model.source for model in plan.models], each)
     with ExitStack() as stack:
         stack.callback(check.abandon)
         stack.enter_context(ray_running(plan, phase, environ))
@@ -56,7 +66,7 @@ def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.envir
             with phase("serve"):
                 _start_serve()
         with phase("model"):
-            found = check.found()
+            plan, found = _found(plan, check, say) if each else (plan, check.found())
         try:
             with phase("engine"):
                 _deploy(plan, found, environ if joined else {})
@@ -65,7 +75,7 @@ def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.envir
                 _remove(joined)
             raise
         try:
-            yield found
+            yield plan, found
         except HeadLostError:  # nobody is left who could take it away in order
             raise
         except BaseException:
@@ -73,6 +83,28 @@ def serving(plan: ServePlan, phase: Phase, environ: Mapping[str, str] = os.envir
             raise
         else:
             _remove(joined)
+
+
+def _found(plan: ServePlan, check: Check, say: Callable[[str], None]) -> tuple[ServePlan, Sequence[Found]]:
+    """What can be served of the plan, and what was found of it; models that are too large are refused when they are
+    asked for, unless all are. Raises CheckpointError, SettingsError."""
+    from pomarium.cluster.replica import model_need
+
+    looked = check.looked()
+    for model, one in zip(plan.models, looked.found, strict=True):
+        if isinstance(one, str) and not model.optional:
+            raise CheckpointError(one)
+    assert looked.room is not None
+    plan, found, left_out = model_need.settled(plan, looked.found, looked.room)
+    for line in left_out:
+        say(line)
+    if plan.on_demand is not None and plan.on_demand.memory is not None:
+        unfit = residence.unfit(plan.on_demand.sizes, plan.on_demand.pins, plan.on_demand.memory)
+        if len(unfit) == len(plan.models):
+            raise SettingsError(f"No model can be loaded. {' '.join(unfit.values())}")
+        for line in unfit.values():
+            say(line)
+    return plan, found
 
 
 @contextmanager
@@ -112,7 +144,8 @@ def _deploy(plan: ServePlan, found: Sequence[Found], environ: Mapping[str, str])
     _start_serve()
     patience.starts(ENDPOINT)
     built = app.build(plan, found, app.passed_environment(environ), macs_sleep=bool(power_states.read_all()))
-    target = serve.RunTarget(target=built, name=APP_NAME, route_prefix=None)
+    comes_and_goes = plan.on_demand is not None
+    target = serve.RunTarget(target=built, name=APP_NAME, route_prefix=None, external_scaler_enabled=comes_and_goes)
     serve.run_many([target], wait_for_applications_running=False)
     while not _is_up(serve.status().applications[APP_NAME]):
         time.sleep(START_LOOK_S)

@@ -37,7 +37,7 @@ WAIT_S = 4.0
 
 SILENT = "Ray's head does not answer, so nothing is known of the rack now."
 
-SERVING, STARTING, ASLEEP, WAKING, WAITING, FAILED, LOST = (
+SERVING, STARTING, ASLEEP, WAKING, WAITING, FAILED, LOST, LEAVING = (
     "serving",
     "starting",
     "asleep",
@@ -45,6 +45,7 @@ SERVING, STARTING, ASLEEP, WAKING, WAITING, FAILED, LOST = (
     "waiting",
     "failed",
     "lost",
+    "leaving",
 )
 """States of a model."""
 
@@ -55,7 +56,8 @@ class ModelState:
 
     Attributes:
         name: in requests. state: SERVING if it has an engine, else why it has none: one is STARTING, it is ASLEEP for
-            nobody asks, Macs are WAKING for it, it is WAITING for Macs, its start FAILED, or the engine was LOST.
+            nobody asks, Macs are WAKING for it, it is WAITING for Macs, its start FAILED, or the engine was LOST. On
+            demand it may be WAITING for memory, or LEAVING it once its last request is answered.
         reason: one sentence; None where there is nothing to say.
     """
 

@@ -67,6 +67,7 @@ def states() -> Mapping[str, State]:
             status.message,
             status.replica_states.get(RUNNING, 0),
             lost=watch.loss_of(name, actors, losses, since),
+            there=sum(status.replica_states.values()),
         )
         for app in applications
         for name, status in app.deployments.items()

@@ -38,6 +38,20 @@ class ReplicaScaling:
         return count, {**recent.to_dict()}
 
 
+class AsTold:
+    """Serve's policy object of a model on demand: what on_demand.py last told the controller holds."""
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """Replicas that are wanted now, and nothing to keep."""
+        return context.target_num_replicas, {}
+
+
+def as_told(initial: int) -> AutoscalingConfig:
+    """Serve's settings for it: no deployment may begin with no replica unless it scales. initial: replicas, 0 or 1."""
+    policy = AutoscalingPolicy(policy_function=f"{AsTold.__module__}:{AsTold.__name__}")
+    return AutoscalingConfig(min_replicas=0, initial_replicas=initial, max_replicas=1, policy=policy)
+
+
 def config(scaling: Scaling) -> AutoscalingConfig:
     """Serve's settings for it."""
     policy = AutoscalingPolicy(

@@ -20,7 +20,8 @@ from vllm.v1.serial_utils import run_method
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from pomarium.cluster.executor.codec import decode, describe, encode
-from pomarium.cluster.executor.step_metrics import StepMetrics
+from pomarium.cluster.executor.prompt_memory import PromptMemory
+from pomarium.cluster.executor.step_metrics import PromptMetrics, StepMetrics
 from pomarium.cluster.executor.timed import BudgetedStep
 from pomarium.proto import control_pb2 as pb
 from pomarium.worker.metal_worker import MetalWorker
@@ -73,6 +74,8 @@ class WorkerHost:
     def __init__(self, rank: int) -> None:
         self._wrapper: Any = WorkerWrapperBase(rpc_rank=0, global_rank=rank)
         self._metrics: StepMetrics | None = None
+        self._prompts: PromptMetrics | None = None
+        self._memory: PromptMemory | None = None
         self._report: Callable[[pb.Report], None] = lambda report: None
 
     @property
@@ -109,6 +112,7 @@ class WorkerHost:
             return self.worker.listen(self._on_link_failure)
         if self._metrics is not None and args and isinstance(args[0], BudgetedStep):
             self._metrics.budget(args[0].step_budget)
+            self._watch_prompts(args[0])
         return run_method(self._wrapper, method, args, kwargs)
 
     def _init(self, surroundings: Surroundings, **kwargs: Any) -> None:
@@ -119,6 +123,18 @@ class WorkerHost:
             worker.take_place(surroundings)
             self._metrics = StepMetrics(worker.model_config.served_model_name, worker.rank)
             worker.subscribe(self._metrics)
+            if worker.rank == 0 and worker.cache_config.enable_prefix_caching:
+                self._prompts = PromptMetrics(worker.model_config.served_model_name)
+
+    def _watch_prompts(self, step: BudgetedStep) -> None:
+        """Compare the prompts that this step begins with those before them; one that was set back is not among them."""
+        if self._prompts is None:
+            return
+        if self._memory is None:  # vLLM settles the size of a block after it has made the worker
+            self._memory = PromptMemory(self.worker.cache_config.block_size)
+        for new in step.scheduled_new_reqs:
+            if new.prompt_token_ids is not None:
+                self._prompts(self._memory.compared(new.prompt_token_ids, new.num_computed_tokens))
 
     def _on_link_failure(self, error: Exception) -> None:
         self._report(pb.Report(failure=describe(NO_CALL, "handoff", error)))

@@ -2,6 +2,7 @@
 
     MetalWorker.subscribe(StepMetrics(model, rank)) --ray.util.metrics--> Ray's agent --> /metrics: `ray_pomarium_...`
     replica: StepRunning(model, replica) ------------'
+    WorkerHost, of the first stage: PromptMetrics(model), of what prompt_memory.py finds
 
 StepMetrics runs in the worker's actor, StepRunning in the replica: a worker tells of a step when it has ended. The
 share of KV blocks in use is vLLM's own series, `ray_vllm_kv_cache_usage_perc`.
@@ -14,9 +15,11 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from pomarium.cluster.node.ray_names import label
 
 if TYPE_CHECKING:  # MLX, which a replica does without
+    from pomarium.cluster.executor.prompt_memory import Compared
     from pomarium.worker.model_runner import StepStats
 
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0]
+LENGTHS = [float(1 << power) for power in range(4, 18)]
 TOKENS = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0]
 
 
@@ -59,6 +62,32 @@ class StepMetrics:
     def budget(self, tokens: int) -> None:
         """What the scheduler allows a step."""
         self._budget.set(tokens)
+
+
+class PromptMetrics:
+    """Where prompts leave what the cache knew. `model`: served name. Runs in the worker that is first."""
+
+    def __init__(self, model: str) -> None:
+        tags = {"model_name": label(model)}
+        self._differs = Histogram(
+            "pomarium_prompt_differs_at_tokens",
+            "Index of the first token of a prompt that differed from what was cached or asked before.",
+            boundaries=LENGTHS,
+            tag_keys=tuple(tags),
+        )
+        self._evicted = Counter(
+            "pomarium_prompt_evicted_tokens",
+            "Tokens of prompts that had been asked before and were not in the cache any more.",
+            tag_keys=tuple(tags),
+        )
+        self._differs.set_default_tags(tags)
+        self._evicted.set_default_tags(tags)
+
+    def __call__(self, found: "Compared") -> None:
+        """A prompt that was compared."""
+        self._differs.observe(found.differs_at)
+        if found.evicted:
+            self._evicted.inc(found.evicted)
 
 
 class StepRunning:

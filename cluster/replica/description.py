@@ -124,7 +124,7 @@ def _endings(folder: Path, generation: Mapping[str, Any]) -> str:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {error}.") from error
+        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {str(error).rstrip('.')}.") from error
     marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     facts = endings.TokenizerFacts(tokenizer.eos_token_id, marks)
     text = config.get("text_config")

@@ -66,6 +66,22 @@ class Scaling:
 
 
 @dataclass(frozen=True)
+class OnDemandPlan:
+    """Models are loaded when they are asked for, and leave when memory is short or nobody asks.
+
+    Attributes:
+        keep_s: how long one stays that nobody asks. pins: names of models that are loaded at the start and stay.
+        memory: bytes for models; None: what is free at the start. sizes: bytes that each takes; known once the models
+            are (replica/model_need.py).
+    """
+
+    keep_s: float = KEEP_S
+    pins: frozenset[str] = frozenset()
+    memory: int | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ModelPlan:
     """One model behind the endpoint.
 
@@ -79,6 +95,7 @@ class ModelPlan:
         share_macs: stages of one replica may share a Mac.
         streams: requests at once that a replica is planned for; None: as many as fit.
         network: between the Macs; None where nothing is known of it.
+        on_demand: it is loaded when it is asked for. optional: the others are served also if it is faulty.
     """
 
     name: str
@@ -90,6 +107,8 @@ class ModelPlan:
     streams: int | None = None
     network: Network | None = None
     scaling: Scaling | None = None
+    on_demand: bool = False
+    optional: bool = False
 
     def scaled(self, scaling: Scaling) -> "ModelPlan":
         """This plan with so many engines, which need no scaling if the span is one number."""
@@ -99,7 +118,7 @@ class ModelPlan:
     @property
     def sleeps(self) -> bool:
         """It may be without an engine for that nobody asks it anything."""
-        return self.scaling is not None and self.scaling.minimum == 0
+        return self.on_demand or (self.scaling is not None and self.scaling.minimum == 0)
 
     @property
     def step_tokens(self) -> int:
@@ -137,6 +156,7 @@ class ServePlan:
         ingresses: processes that take its requests, all on the head's machine and behind one port.
         origins: of pages that browsers may let use it, such as https://chat.example, or * for all.
         limits: of requests whose engine is lost.
+        on_demand: how models come and go; None: they do not.
     """
 
     models: tuple[ModelPlan, ...]
@@ -145,6 +165,7 @@ class ServePlan:
     api_keys: frozenset[str] = frozenset()
     ingresses: int = 1
     origins: tuple[str, ...] = ()
+    on_demand: OnDemandPlan | None = None
     limits: Limits = LIMITS
 
     def __post_init__(self) -> None:
@@ -173,11 +194,12 @@ class ServePlan:
 
     def workers(self) -> int:
         """How many `mlx` resources the plan takes at least."""
-        return sum(m.replicas * (m.stages or 1) for m in self.models)
+        return sum(max(m.replicas, m.on_demand) * (m.stages or 1) for m in self.models)
 
     def cpus(self) -> float:
         """Logical CPUs that a Ray of our own must offer for all actors to be placed."""
-        return sum(m.replicas for m in self.models) * REPLICA_CPUS + self.ingresses * INGRESS_CPUS + SERVE_CPUS
+        engines = sum(max(m.replicas, m.on_demand) for m in self.models)
+        return engines * REPLICA_CPUS + self.ingresses * INGRESS_CPUS + SERVE_CPUS
 
 
 @dataclass(frozen=True)

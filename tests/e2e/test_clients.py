@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from agent_session import replayed, shares
+from agent_session import ENOUGH, replayed, shares, told
 from client_programs import PROGRAMS, STEPS, NoNodeError, Program, node, took
 from openai import APIError
 from rack_serving import until
@@ -86,8 +86,8 @@ def test_a_client_does_all_that_the_page_says(server: Server, program: Program) 
 def test_an_agent_s_turns_find_the_turns_before_them_in_the_cache(server: Server) -> None:
     """Two sessions in turn; on two engines: test_replica_routing.py."""
     for path, turns in replayed(server.url, KEY, MODEL).items():
-        print(path, [f"{share:.1%}" for share in shares(turns)])
-        assert min(shares(turns)) >= 0.95, path
+        print(told(path, turns))
+        assert min(shares(turns)) >= ENOUGH, told(path, turns)
 
 
 def test_a_batch_of_responses(server: Server, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ function whole(found) {
 
 const KINDS = {
   serving: "good", alive: "good", awake: "good",
-  starting: "busy", waking: "busy", waiting: "busy", "going to sleep": "busy",
+  starting: "busy", waking: "busy", waiting: "busy", leaving: "busy", "going to sleep": "busy",
   asleep: "idle", "set aside": "idle",
   lost: "bad", failed: "bad",
 };

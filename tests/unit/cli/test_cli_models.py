@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from tiny_models import write_checkpoint
 from typed import CTRL_C, Typed
 
 from pomarium.cluster.cli import main as cli
-from pomarium.cluster.cli import models
+from pomarium.cluster.cli import models, served_states
 from pomarium.cluster.cli.progress import Terminal
 from pomarium.cluster.cli.serve import fetch
+from pomarium.cluster.cli.served_states import ServedModel
 from pomarium.cluster.machine import disk
 from pomarium.cluster.machine.disk import DiskFullError
 from pomarium.cluster.node import ports
@@ -209,3 +211,33 @@ def test_whether_a_model_runs_here() -> None:
     line = models.table([told])[1]
     assert line.startswith("a/b    Hugging Face  1 GiB  strange  -")
     assert line.endswith("no: mlx-lm has no model type 'strange'.")
+
+
+def test_states_at_an_endpoint_are_told_beside_the_models() -> None:
+    served = ServedModel("mine", "/cache/a/b", "waiting", "it waits for memory that c takes")
+    there = {
+        "name": "a/b", "cache": "Hugging Face", "bytes": 1 << 30, "family": "llama", "weights": None, "context": 4096,
+        "refusal": None, "kv_bytes": 1 << 20, "fits": 4096, "served": asdict(served),
+    }  # fmt: skip
+    head, one, other = models.table([there, there | {"served": None}])
+    assert head.split()[-3:] == ["STATE", "RUNS", "HERE"]
+    assert "  waiting as mine: it waits for memory that c takes  yes" in one
+    assert "  not served  " in other
+    assert served_states.of([served], "x/y", Path("/cache/a/b")) == served
+    assert served_states.of([replace(served, root="a/b")], "a/b", Path("/elsewhere")) is not None
+    assert served_states.of([served], "a/b", Path("/elsewhere")) is None
+
+
+def test_wrong_uses_of_an_endpoint_are_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    code, _, err = said(["list", "--url", f"http://127.0.0.1:{ports.free(1)[0]}"], capfd)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "start `pomarium serve`, or leave out --url." in err
+    code, _, err = said(["list", "--url", "nonsense"], capfd)
+    assert (code, err.startswith("pomarium: --url 'nonsense' is no address")) == (1, True)
+    assert said(["show", "--api-key", "k"], capfd)[2] == "pomarium: --api-key is for an endpoint: give --url with it.\n"
+
+
+def test_what_is_no_model_is_shown_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    code, _, err = said(["show", str(tmp_path)], capfd)
+    assert (code, err) == (1, f"pomarium: {tmp_path}/config.json names no model_type.\n")

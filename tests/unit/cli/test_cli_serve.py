@@ -18,7 +18,7 @@ from pomarium.cluster.node.worker_environment import worker_environment
 from pomarium.cluster.replica.engine_args import parse
 from pomarium.cluster.replica.model_check import Check, Found
 from pomarium.cluster.replica.parsers import Parsers
-from pomarium.cluster.replica.serve_plan import ModelPlan, ServePlan
+from pomarium.cluster.replica.serve_plan import ModelPlan, OnDemandPlan, ServePlan
 from pomarium.worker.errors import PomariumError, SettingsError
 from pomarium.worker.models import embedded
 from pomarium.worker.settings import Wire, load
@@ -103,6 +103,51 @@ def test_mistakes_are_found_before_anything_starts(tokens: list[str], environ: d
     with pytest.raises(PomariumError) as caught:
         plan(tokens, environ)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "environ", "sentence"),
+    [
+        (["--pin", "smollm2"], {}, "--pin is for models that come and go: give --on-demand"),
+        (["--memory", "8GiB"], {}, "--memory is for models that come and go: give --on-demand"),
+        (["--on-demand", "--memory", "8"], {}, "--memory: "),
+        (["--on-demand", "--memory", "0GiB"], {}, "--memory 0GiB leaves nothing for models"),
+        (["--on-demand", "--keep", "soon"], {}, "--keep: "),
+        (["--on-demand", "--pin", "x"], {}, "--pin x: no such model; there are smollm2"),
+        (["--on-demand", "--replicas", "2"], {}, "leave out --replicas and --stages"),
+        (["--on-demand", "--stages", "2", "--share-macs"], {}, "leave out --replicas and --stages"),
+        (["--on-demand", "--ingresses", "2"], {}, "leave out --ingresses"),
+        (["--on-demand"], {"RAY_ADDRESS": "10.0.0.1:6379"}, "--on-demand is for one machine"),
+        (["--on-demand"], {"VLLM_METAL_USE_MLX": "0"}, "leave out VLLM_METAL_USE_MLX=0"),
+        (["smollm2", "--models", "/tmp"], {}, "leave out smollm2"),
+        (["--models", "/tmp", "--served-name", "a"], {}, "--served-name has no place with --models"),
+        (["--models", "/no/such/folder"], {}, "--models /no/such/folder is no folder"),
+        (["--keep", "5m"], {}, "--keep is for engines that come and go"),
+    ],
+)
+def test_wrong_uses_of_models_on_demand(tokens: list[str], environ: dict[str, str], sentence: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        plan(tokens, environ)
+    assert sentence in str(caught.value)
+
+
+def test_models_on_demand(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    made = plan(["--models", str(tmp_path), "--on-demand", "--pin", "b", "--keep", "1m", "--memory", "4GiB"])
+    assert [(m.name, m.source, m.replicas, m.on_demand, m.optional) for m in made.models] == [
+        ("a", str(tmp_path / "a"), 0, True, True),
+        ("b", str(tmp_path / "b"), 1, True, True),
+    ]
+    assert made.on_demand == OnDemandPlan(60.0, frozenset("b"), 4 << 30)
+    assert made.workers() == 2, "as many as may be there at once"
+    listed = plan(["smollm2", str(tmp_path / "a"), "--on-demand"])
+    assert [m.optional for m in listed.models] == [False, False]
+    everything = plan(["--models", str(tmp_path)])
+    assert everything.on_demand is None
+    assert [m.replicas for m in everything.models] == [1, 1]
+    assert "serves a, b when they are asked for;" in serve.welcome(made)
 
 
 def test_pages_of_other_origins_are_let_in_by_name() -> None:
