@@ -35,6 +35,10 @@ def quiet(server: Server) -> dict[bool, dict[str, Any]]:
 
 
 def processes(server: Server, name: str) -> list[psutil.Process]:
+    """Those of that name. EngineCore's title lies over its environment, by which processes of a server are found."""
+    if name == CORE:
+        children = [child for engine in processes(server, ENGINE) for child in engine.children(recursive=True)]
+        return [child for child in children if CORE in " ".join(child.cmdline())]
     return [process for process in server.processes() if name in " ".join(process.cmdline())]
 
 

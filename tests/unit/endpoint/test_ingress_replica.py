@@ -69,8 +69,8 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, s
         await answers.start()
         return answers
 
-    def made(*arguments: Any, on_demand: None) -> Ingress:
-        return Ingress(*arguments, on_demand=on_demand, head_answers=lambda: True, shortage=lambda: None, listen=listen)
+    def made(*arguments: Any, **more: Any) -> Ingress:
+        return Ingress(*arguments, **more, head_answers=lambda: True, shortage=lambda: None, listen=listen)
 
     monkeypatch.setattr(ingress_replica, "Counter", Counter)
     monkeypatch.setattr(ingress_replica, "Ingress", made)
