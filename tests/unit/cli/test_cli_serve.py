@@ -18,7 +18,7 @@ from pomarium.cluster.node.worker_environment import worker_environment
 from pomarium.cluster.replica.engine_args import parse
 from pomarium.cluster.replica.model_check import Check, Found
 from pomarium.cluster.replica.parsers import Parsers
-from pomarium.cluster.replica.serve_plan import ModelPlan, OnDemandPlan, ServePlan
+from pomarium.cluster.replica.serve_plan import Limits, ModelPlan, OnDemandPlan, ServePlan
 from pomarium.worker.errors import PomariumError, SettingsError
 from pomarium.worker.models import embedded
 from pomarium.worker.settings import Wire, load
@@ -156,6 +156,15 @@ def test_pages_of_other_origins_are_let_in_by_name() -> None:
         "https://a.example",
         "*",
     )
+
+
+def test_how_often_and_how_long_answers_go_on() -> None:
+    assert plan([], {}).limits == Limits(5, 120.0)
+    assert plan(["--failovers", "0", "--failover-wait", "1m30s"], {}).limits == Limits(0, 90.0)
+    with pytest.raises(SettingsError, match=r"--failover-wait: .*a duration such as"):
+        plan(["--failover-wait", "soon"], {})
+    with pytest.raises(SettingsError, match="--failovers -1 is less than none"):
+        plan(["--failovers", "-1"], {})
 
 
 def test_a_rack_has_two_ingresses_unless_told_otherwise() -> None:

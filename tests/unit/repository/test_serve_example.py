@@ -10,7 +10,7 @@ from ray.serve.schema import ServeDeploySchema
 from pomarium.cluster.endpoint import builder
 from pomarium.cluster.endpoint.builder import EndpointArgs
 from pomarium.cluster.replica import serve_plan
-from pomarium.cluster.replica.serve_plan import ModelPlan, Scaling, ServePlan
+from pomarium.cluster.replica.serve_plan import Limits, ModelPlan, Scaling, ServePlan
 from pomarium.worker.errors import SettingsError
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -34,12 +34,13 @@ def test_every_argument_of_the_file_reaches_the_plan(tmp_path: Path) -> None:
              "streams": 4, "engine_args": ["--max-num-seqs", 8]}  # fmt: skip
     rack = DEPLOY / "rack.example.yaml"
     args = endpoint_args(
-        models=[model], api_key_variable="K", host="0.0.0.0", port=81, rack=str(rack), ingresses=3, origins=["*"]
-    )
+        models=[model], api_key_variable="K", host="0.0.0.0", port=81, rack=str(rack), ingresses=3, origins=["*"],
+        failovers=1, failover_wait="2m"
+    )  # fmt: skip
     plan = builder.plan_of(args, {"K": "sk"})
     (found,) = plan.models
     assert (plan.host, plan.port, plan.api_keys, plan.ingresses) == ("0.0.0.0", 81, frozenset({"sk"}), 3)
-    assert plan.origins == ("*",)
+    assert (plan.origins, plan.limits) == (("*",), Limits(1, 120.0))
     assert (found.name, found.source, found.stages, found.replicas) == ("a", "/models/a.gguf", 2, 3)
     assert (found.share_macs, found.streams, found.engine_args) == (True, 4, {"max_num_seqs": 8, "max_model_len": 512})
     assert found.network is not None
