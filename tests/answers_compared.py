@@ -145,9 +145,27 @@ def parted(value: Any) -> tuple[Any, list[float]]:
     return without(value), numbers
 
 
+def drawn(events: list[dict[str, Any]]) -> dict[str, int]:
+    """How many values each of DRAWN has: of an answer that two engines gave, as many as of one engine's."""
+    seen: dict[str, set[str]] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, one in value.items():
+                if key in DRAWN:
+                    seen.setdefault(key, set()).add(str(one))
+                look(one)
+        elif isinstance(value, list):
+            for one in value:
+                look(one)
+
+    look(events)
+    return {key: len(values) for key, values in seen.items()}
+
+
 def joined(events: list[dict[str, Any]]) -> dict[str, Any]:
     """Events with what comes in pieces as one: strings are joined and lists appended, whatever their names."""
-    found: dict[str, Any] = {key: len({str(e[key]) for e in events if key in e}) for key in ("id", "created", "done")}
+    found: dict[str, Any] = {"drawn": {k: v for k, v in drawn(events).items() if k != "sequence_number"}}
     numbers = [e["sequence_number"] for e in events if "sequence_number" in e]
     assert numbers == list(range(len(numbers))), numbers
     for event in events:
