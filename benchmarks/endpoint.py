@@ -20,6 +20,11 @@ tenth more: beyond that, what engines have said and the endpoint has not carried
     python benchmarks/endpoint.py --stub [--engines 1 2 4 8] [--per-engine 2 5 10 20 30 40 50] [--ingresses 1 2]
     either with --quick: sees that it runs
 
+    python benchmarks/endpoint.py --sides pomarium pomarium-failovers-0 --streams 8 --rounds 20
+
+tells what it costs that an answer could go on elsewhere: the ratio of the two, round by round, with its confidence
+interval.
+
 Ray Serve LLM joins the tokens of 50 ms by default, which saves processor time: see its tokens per arrival. Its direct
 streaming (--sides ... ray-llm-direct) takes HAProxy, and listens on all of this machine's addresses, which Ray does
 not let choose: it is measured only if it is named.
@@ -27,6 +32,7 @@ not let choose: it is measured only if it is named.
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -46,6 +52,7 @@ from endpoint_sides import (
     ENGINE,
     KINDS,
     MODEL,
+    NO_FAILOVER,
     POMARIUM,
     RAY,
     RAY_LLM,
@@ -72,6 +79,9 @@ PACE, APART = 1.1, 2.0
 """Times the period: between tokens, between arrivals."""
 STARTS_S = 0.01
 """Between the starts of two streams on stub engines."""
+NORMAL_95 = 1.96
+"""Half the width of 95% of a normal distribution, in its standard deviations."""
+
 REST_S = 3.0
 RUN_S = 900.0
 """A run that takes longer has failed."""
@@ -171,7 +181,8 @@ def compared(options: argparse.Namespace, folder: Path, asker: Client) -> list[s
             say(f"round {turn + 1} of {options.rounds}")
     head = f"{os.cpu_count()} cores; answers of {options.tokens} tokens, at least one a stream, runs of about "
     head += f"{options.seconds:g} s; median of {options.rounds} rounds in turns (lowest to highest)"
-    return [head, *missing, *([speeds(found), processors(found), rests(rest)] if found else [])]
+    tables = [speeds(found), processors(found), rests(rest)] if found else []
+    return [head, *missing, *tables, *failover(found)]
 
 
 def stubbed(options: argparse.Namespace, folder: Path, asker: Client) -> list[str]:
@@ -283,6 +294,20 @@ def processors(found: Found) -> str:
         rows.append([name, str(streams), *parts, sums, to, by_kind[ENGINE], by_kind[RAY]])
     header = ["us of processor per token", "streams", *ENDPOINT_KINDS, "endpoint in all", "to vllm serve", ENGINE, RAY]
     return table(header, rows)
+
+
+def failover(found: Found) -> Iterator[str]:
+    """What it costs that answers could go on elsewhere, where both were measured."""
+    for (name, streams), rounds in in_order(found):
+        without = found.get((NO_FAILOVER, streams), ())
+        if name == POMARIUM and len(without) > 1:
+            logs = [math.log(one.endpoint / other.endpoint) for one, other in zip(rounds, without, strict=True)]
+            mean, error = statistics.mean(logs), NORMAL_95 * statistics.stdev(logs) / math.sqrt(len(logs))
+            low, middle, high = (math.exp(value) for value in (mean - error, mean, mean + error))
+            yield (
+                f"failover, {streams} streams: {middle:.3f}x of the endpoint's processor time per token without it, "
+                f"95% of {low:.3f} to {high:.3f}, {len(logs)} pairs"
+            )
 
 
 def rests(found: Mapping[str, Mapping[str, float]]) -> str:

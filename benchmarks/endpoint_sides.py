@@ -33,7 +33,8 @@ HERE = Path(__file__).resolve().parent
 MARKER = "POMARIUM_BENCHMARK"
 MODEL = "model"
 POMARIUM, VLLM, RAY_LLM, DIRECT = "pomarium", "vllm", "ray-llm", "ray-llm-direct"
-SIDES = (POMARIUM, VLLM, RAY_LLM, DIRECT)
+NO_FAILOVER = "pomarium-failovers-0"
+SIDES = (POMARIUM, VLLM, RAY_LLM, DIRECT, NO_FAILOVER)
 
 INGRESS, PROXY, REPLICA, API = "ingress", "Serve proxy", "engine replica", "vLLM's API server"
 ENGINE, RAY = "EngineCore, workers", "Ray"
@@ -80,6 +81,8 @@ class Side:
         if self.name == VLLM:
             vllm = str(Path(sys.executable).with_name("vllm"))
             return [vllm, "serve", str(model), "--served-model-name", MODEL, *at, *options, *self.words]
+        if self.name == NO_FAILOVER:
+            options.append("--failovers=0")
         start = [str(HERE / "endpoint_serve.py")] if self.stub else ["-m", "pomarium.cluster.cli.main"]
         rest = ["--no-rack", f"--served-name={MODEL}", f"--replicas={self.engines}", *at, *self.words, *options]
         return [sys.executable, *start, "serve", str(model), *rest]

@@ -286,7 +286,8 @@ class Ingress:
         body = b"".join([piece async for piece in request.stream()])  # body() would keep it as long as the request
         name, routing = await self._read_beside(path, body)
         headers = tuple((k, v) for k, v in request.headers.items() if k.lower() in PASSED_HEADERS)
-        asked = Asked(request.method, path, headers, secrets.token_hex(SEED_BYTES))
+        seed = secrets.token_hex(SEED_BYTES) if self._limits.times else ""
+        asked = Asked(request.method, path, headers, seed)
         deployment = self._engines[name].deployment_name
         state = (lambda: self._reasons.state(deployment)) if self._served[name].sleeps else None
         async with self._present(name, request.receive):

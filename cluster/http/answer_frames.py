@@ -63,7 +63,8 @@ class Asked:
 
     Attributes:
         headers: those that an engine is told.
-        seed: of the ids that are drawn for its answer. resume: an answer that another replica began.
+        seed: of the ids that are drawn for its answer; "": no other replica is to go on with it, and nothing is told of
+            its tokens. resume: an answer that another replica began.
     """
 
     method: str

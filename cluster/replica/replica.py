@@ -79,10 +79,8 @@ class EngineReplica:
 
     async def _answer(self, asked: Asked, line: Line) -> None:
         with as_text():
-            if asked.resume is None:
-                await self._hosted.answer(asked, line, line)
-            else:
-                await self._hosted.answer(asked, Resumed(line, asked.resume), line)
+            exchange = line if asked.resume is None else Resumed(line, asked.resume)
+            await self._hosted.answer(asked, exchange, line if asked.seed else None)
 
     async def __del__(self) -> None:
         """Serve calls this when it is to end, and waits for graceful_shutdown_timeout_s: requests that came without a
