@@ -26,7 +26,7 @@ PARSER = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("clients")
-    arguments = [*PARSER, "--enable-prompt-tokens-details", "--max-model-len", "4096"]
+    arguments = [*PARSER, "--enable-prompt-tokens-details", "--max-model-len", "4096", "--failovers", "0"]
     server = Server(folder, arguments, {"POMARIUM_API_KEY": KEY}, KEY)
     server.ensure()
     yield server
