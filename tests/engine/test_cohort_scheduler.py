@@ -19,9 +19,9 @@ from tiny_models import TINY, write_tokenizer
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
 
 from pomarium.cluster.engine.scheduling.install import StagedConfig
+from pomarium.cluster.engine.scheduling.resumed import ResumingAsyncScheduler, ResumingScheduler
 from pomarium.cluster.engine.scheduling.scheduler import CohortScheduler, SyncCohortScheduler
 from pomarium.cluster.engine.scheduling.share import Measured, cohorts, even, round_ms
 
@@ -309,9 +309,9 @@ def _some(rng: random.Random) -> Arrival:
     return Arrival(prompt, params, rng.uniform(0, 2000), abort_ms=rng.uniform(0, 2000) if rng.random() < 0.15 else None)
 
 
-def test_one_stage_keeps_vllms_scheduler(make: Make) -> None:
-    assert type(make(1).core.scheduler) is AsyncScheduler
-    assert type(make(1, async_scheduling=False).core.scheduler) is Scheduler
+def test_one_stage_has_vllm_s_scheduler_which_resumes_requests(make: Make) -> None:
+    assert type(make(1).core.scheduler) is ResumingAsyncScheduler
+    assert type(make(1, async_scheduling=False).core.scheduler) is ResumingScheduler
     assert make(1).core.batch_queue_size == 2
 
 
