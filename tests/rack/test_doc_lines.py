@@ -42,7 +42,8 @@ class Reader:
 
     def line(self, page: str, beginning: str) -> str:
         """The page's line, with what its block exports above it, as bash takes it."""
-        (found,) = {line for line in doc_lines.read() if line.page == page and self._begins(line, beginning)}
+        begins = {line for line in doc_lines.read() if line.page == page and self._begins(line, beginning)}
+        (found,) = {line for line in begins if line.text == beginning} or begins
         self.done.update(pattern for pattern, what in PLAN.items() if what == RUN and re.fullmatch(pattern, found.text))
         text = found.text
         for placeholder, own in self.mapped.items():
