@@ -54,8 +54,8 @@ ADMIT_S = 10.0
 LAST_WORD_S = 0.5
 """For what a replica had said on its line before its call failed: both tell of a loss, one of them why."""
 
-LOSSES = {Kind.LOST: EngineLostError, Kind.GONE: EngineGoneError}
-"""How an answer may end with its engine."""
+LOSS_OF = {Kind.LOST: EngineLostError, Kind.GONE: EngineGoneError}
+"""Messages by which an answer ends with its engine, and what is raised then."""
 
 LOOK_S = 0.5
 """How often it is looked who has been silent for too long."""
@@ -240,8 +240,8 @@ class Answer:
             self.resumable = False
         elif kind in ENDS:
             self._line = None  # it is another's from now on
-            if kind in LOSSES:
-                self.fail(LOSSES[kind](rest.decode()))
+            if kind in LOSS_OF:
+                self.fail(LOSS_OF[kind](rest.decode()))
             elif kind is Kind.FAILED:
                 self.fail(EngineFaultError(rest.decode()))
             else:
@@ -304,7 +304,7 @@ class ReplicaLine:
             self._begun(rest)
         elif self.answer is not None:
             self.answer.heard = time.monotonic()
-            if kind in LOSSES:
+            if kind in LOSS_OF:
                 self._answers.lost(self.replica)
             self.answer.take(kind, rest)
             if kind in ENDS:

@@ -42,6 +42,7 @@ LOSSES = (RayActorError, CutError, EngineLostError, SilentError)
 """How an answer ends with its replica."""
 
 ABSENCES = (NoReplicaError, DeploymentUnavailableError)
+"""There is no replica to begin one."""
 
 
 def hopeless(gains: Sequence[int], limits: Limits) -> bool:
@@ -100,7 +101,9 @@ class Continued:
             except ABSENCES:
                 if self._loss is None:
                     raise
-                await self._pause()
+                if not self._gains:
+                    raise self._loss from None
+                await self._ask_later()
             except EngineFaultError as fault:
                 if self._loss is None:
                     raise
@@ -157,7 +160,7 @@ class Continued:
             async with asyncio.timeout(max(0.0, left)):
                 return await anext(self._answer)
         except TimeoutError:
-            raise self._given_up(f"no other took over within {self._limits.wait_s:g} s") from None
+            raise self._late() from None
 
     async def _again(self, loss: Exception) -> None:
         """Have another replica answer. Raises the loss if none is to."""
@@ -174,36 +177,29 @@ class Continued:
             self._untaken += 1
         if self._loss is None:
             self._loss, self._lost_at = loss, time.monotonic()
-        if self._ask is None or (self._streams and not answer.resumable):
-            raise self._loss
-        if not self._limits.times:
+        ends_with_it = self._ask is None or not self._limits.times or (self._streams and not answer.resumable)
+        if ends_with_it or (not self._gains and self._untaken >= UNTAKEN):
             raise self._loss
         if hopeless(self._gains, self._limits):
             logger.error("%s is given up: %d engines were lost while they answered it.", self._name, len(self._gains))
             raise self._loss
-        if not self._gains and self._untaken >= UNTAKEN:
-            raise self._loss
         if self._untaken:
-            await asyncio.sleep(LOOK_S)
-            await self._check()
-        self._send()
+            await self._ask_later()
+        else:
+            self._send()
 
-    async def _pause(self) -> None:
-        """There is no replica now. Raises the loss if none is to be waited for."""
-        if not self._gains:
-            raise self._loss or CutError()
+    async def _ask_later(self) -> None:
+        """Ask for a replica once more, after a pause. Raises the loss if there is no hope of one."""
         await asyncio.sleep(LOOK_S)
-        await self._check()
-        self._send()
-
-    async def _check(self) -> None:
-        """Raises the loss once there is no hope."""
         waited = time.monotonic() - self._lost_at
         if waited > self._limits.wait_s:
-            raise self._given_up(f"no other took over within {self._limits.wait_s:g} s")
-        reason = holding.verdict(await self._state(), waited, 0.0)
-        if reason is not None:
+            raise self._late()
+        if (reason := holding.verdict(await self._state(), waited, 0.0)) is not None:
             raise self._given_up(reason)
+        self._send()
+
+    def _late(self) -> Exception:
+        return self._given_up(f"no other took over within {self._limits.wait_s:g} s")
 
     def _given_up(self, reason: str) -> Exception:
         self.cancel()

@@ -291,12 +291,12 @@ class Ingress:
         deployment = self._engines[name].deployment_name
         state = (lambda: self._reasons.state(deployment)) if self._served[name].sleeps else None
         async with self._present(name, request.receive):
-            answer = await self._answer(name, routing, asked, body)
+            answer = await self._continued(name, routing, asked, body)
             del body  # an answer may take minutes
             relay = Relay(name, path, answer, lambda: self._reasons.why(deployment), state)
             await while_there(request.receive, _relayed(relay, send))
 
-    async def _answer(self, name: str, routing: Routing, asked: Asked, body: bytes) -> Continued:
+    async def _continued(self, name: str, routing: Routing, asked: Asked, body: bytes) -> Continued:
         """The answer of one of the model's engines, and of others after it if need be."""
         engine, served, answers = self._engines[name], self._served[name], await self._answers()
         deployment, keeps = engine.deployment_name, not served.scales

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 BUSY_LOOK_S, LOOK_S = 0.5, 5.0
 """How often Serve is asked while a model comes or goes or somebody waits, and else."""
 
+REPLACED = (RayError, RpcError, RayServeException)
+"""What is raised while Serve's controller is being replaced."""
+
 LONGEST_S = 900.0
 """How long a request is held: a model that is loaded from a slow disk, behind others that have their turn."""
 
@@ -191,11 +194,7 @@ class OnDemand:
             self._news.clear()
             try:
                 await self._step()
-            except (
-                RayError,
-                RpcError,
-                RayServeException,
-            ):  # Serve's controller is being replaced: what it is to do is told with the next step
+            except REPLACED:  # what it is to do is told with the next step
                 logger.warning("Serve could not be asked, or told, about models on demand.", exc_info=True)
             busy = any(
                 model.held or model.wanted != model.told or model.phase in (Phase.LOADING, Phase.ENDING)
@@ -211,14 +210,12 @@ class OnDemand:
         """Look, decide, and have it done. Raises RayError."""
         found = await asyncio.to_thread(self._read)
         for name, model in self._models.items():
-            if (
-                state := found.get(deployment_name(name))
-            ) is not None:  # else Serve is being replaced, and knows nothing
+            state = found.get(deployment_name(name))
+            if state is not None:  # else Serve is being replaced, and knows nothing
                 self._see(name, model, state)
         now = self._clock()
-        self._last = residence.decide(
-            [r for r in self._residents() if self._models[r.name].unfit is None], now, self._rules
-        )
+        fitting = [resident for resident in self._residents() if self._models[resident.name].unfit is None]
+        self._last = residence.decide(fitting, now, self._rules)
         for name in self._last.leave:
             model = self._models[name]
             if not model.running:

@@ -7,14 +7,11 @@ silent (frozen, or its machine without power or cable) is given up after heartbe
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import DeploymentUnavailableError
-
 from pomarium.cluster import faults
 from pomarium.cluster.endpoint import holding
-from pomarium.cluster.endpoint.answers import Accepted, CutError
+from pomarium.cluster.endpoint.answers import Accepted
+from pomarium.cluster.endpoint.continued import ABSENCES, LOSSES
 from pomarium.cluster.endpoint.holding import HopelessError, State
-from pomarium.cluster.endpoint.routing import NoReplicaError
 from pomarium.cluster.http import openai_errors, protocols
 from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.http.openai_errors import RefusalError
@@ -57,13 +54,11 @@ class Relay:
         try:
             accepted = await self._accepted()
             head = await anext(self._iterator)
-        except (NoReplicaError, DeploymentUnavailableError):
+        except ABSENCES:
             self._refused = True
             raise self._unavailable(await self._why()) from None
-        except (RayActorError, CutError, StopAsyncIteration, EngineLostError) as lost:
+        except (*LOSSES, StopAsyncIteration) as lost:
             raise self._unavailable(_lost(lost)) from None
-        except SilentError:
-            raise self._unavailable(SILENT) from None
         except HopelessError as hopeless:
             self._items.cancel()
             self._refused = True
@@ -85,10 +80,8 @@ class Relay:
                 yield await anext(self._iterator)
         except StopAsyncIteration:
             return
-        except (RayActorError, CutError, EngineLostError) as lost:
+        except LOSSES as lost:
             raise self._unavailable(_lost(lost)) from None
-        except SilentError:
-            raise self._unavailable(SILENT) from None
 
     def _unavailable(self, reason: str) -> RefusalError:
         return RefusalError(*openai_errors.engine_unavailable(self._model, reason))
@@ -110,5 +103,7 @@ class Relay:
 
 
 def _lost(error: Exception) -> str:
-    """The engine was lost, and of what as far as that is known."""
+    """The engine was lost, and of what as far as that is known; or it is silent."""
+    if isinstance(error, SilentError):
+        return SILENT
     return f"{LOST}: {faults.sentence(error)}" if isinstance(error, EngineLostError) else LOST

@@ -173,35 +173,34 @@ def _told(
         told.resumable = False  # somebody else's scheduler would not go on with it
     if not told.begin(sampling_params):
         return inner
-    return _resumed(engine, told, inner) if told.groups else _telling(told, inner)
+    return _telling(engine, told, inner)
 
 
-async def _telling(told: Told, inner: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
+async def _telling(
+    engine: AsyncLLM, told: Told, inner: AsyncGenerator[RequestOutput, None]
+) -> AsyncGenerator[RequestOutput, None]:
+    """The groups that were told before, and then what the engine makes, which is told."""
     async with aclosing(inner):
+        if told.groups:
+            async for output in _shown_again(engine, told, inner):
+                yield output
         async for output in inner:
             if told.resumable:
                 told.tell(output)
             yield output
 
 
-async def _resumed(
+async def _shown_again(
     engine: AsyncLLM, told: Told, inner: AsyncGenerator[RequestOutput, None]
 ) -> AsyncGenerator[RequestOutput, None]:
-    """The groups of `told` as outputs, each when the one before was read, and then what the engine makes."""
+    """The groups of `told` as outputs, each when the one before was read; behind the last the engine goes on."""
     told.replay = replay = Replay(engine, list(told.groups))
-    async with aclosing(inner):
-        output = await anext(inner)  # _registered has shown the first
-        while True:
-            yield output
-            if not replay.left:
-                break
-            replay.show()
-            output = await anext(inner)
-        told.replay = None
-        await replay.go_on()
-        async for output in inner:
-            told.tell(output)
-            yield output
+    yield await anext(inner)  # _registered has shown the first
+    while replay.left:
+        replay.show()
+        yield await anext(inner)
+    told.replay = None
+    await replay.go_on()
 
 
 async def _registered(

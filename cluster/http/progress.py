@@ -1,6 +1,6 @@
 """How far an answer has come, so that another engine can go on with it: tokens, in the groups in which they were shown.
 
-    engine --Group after Group--> packed --with the answer's pieces (answer_frames.py)--> the ingress, which keeps it
+    engine --pack_group, pack_part--> bytes --with the answer's pieces (answer_frames.py)--> the ingress, which keeps it
     the ingress --Resume--> another engine --groups--> the same pieces once more, and then those that are missing
 
 What makes text, tool calls and events of tokens is a function of the groups in which it gets them. Given the same
@@ -9,7 +9,7 @@ The form is compact since each token of each stream costs it: little-endian inte
 """
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
@@ -102,18 +102,8 @@ def pack_group(into: bytearray, parts: int, cached: int) -> None:
     into += _GROUP.pack(parts, cached)
 
 
-def packed(groups: Iterable[Group]) -> bytes:
-    """`groups` in the form in which they travel."""
-    into = bytearray()
-    for group in groups:
-        pack_group(into, len(group.parts), group.cached)
-        for part in group.parts:
-            pack_part(into, part.index, part.token_ids, part.finish, part.stop_token)
-    return bytes(into)
-
-
 def groups_of(content: bytes) -> tuple[Group, ...]:
-    """What `packed` made. Raises ValueError for anything else."""
+    """What `pack_group` and `pack_part` made. Raises ValueError for anything else."""
     try:
         return tuple(_groups(content))
     except struct.error as error:

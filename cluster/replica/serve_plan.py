@@ -121,6 +121,11 @@ class ModelPlan:
         return self.on_demand or (self.scaling is not None and self.scaling.minimum == 0)
 
     @property
+    def places(self) -> int:
+        """For how many engines there has to be room from the start, on demand for the one that may come."""
+        return 1 if self.on_demand else self.replicas
+
+    @property
     def step_tokens(self) -> int:
         """Tokens of one step at most."""
         return int(self.engine_args.get("max_num_batched_tokens") or STEP_TOKENS)
@@ -155,8 +160,8 @@ class ServePlan:
         host, port: where it listens. api_keys: empty means that everybody may ask.
         ingresses: processes that take its requests, all on the head's machine and behind one port.
         origins: of pages that browsers may let use it, such as https://chat.example, or * for all.
-        limits: of requests whose engine is lost.
         on_demand: how models come and go; None: they do not.
+        limits: of requests whose engine is lost.
     """
 
     models: tuple[ModelPlan, ...]
@@ -194,12 +199,11 @@ class ServePlan:
 
     def workers(self) -> int:
         """How many `mlx` resources the plan takes at least."""
-        return sum(max(m.replicas, m.on_demand) * (m.stages or 1) for m in self.models)
+        return sum(m.places * (m.stages or 1) for m in self.models)
 
     def cpus(self) -> float:
         """Logical CPUs that a Ray of our own must offer for all actors to be placed."""
-        engines = sum(max(m.replicas, m.on_demand) for m in self.models)
-        return engines * REPLICA_CPUS + self.ingresses * INGRESS_CPUS + SERVE_CPUS
+        return sum(m.places for m in self.models) * REPLICA_CPUS + self.ingresses * INGRESS_CPUS + SERVE_CPUS
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pomarium.cluster.http.answer_frames import (
     unpacked_asked,
     unpacked_resume,
 )
-from pomarium.cluster.http.progress import Finish, Group, Part, Resume, groups_of, packed
+from pomarium.cluster.http.progress import Finish, Group, Part, Resume, groups_of, pack_group, pack_part
 
 TOKENS = st.integers(0, 2**32 - 1)
 PARTS = st.builds(
@@ -27,6 +27,15 @@ PARTS = st.builds(
     st.none() | st.integers(0, 2**31 - 1),
 )
 GROUPS = st.lists(st.builds(Group, st.lists(PARTS, max_size=4).map(tuple), TOKENS), max_size=6).map(tuple)
+
+
+def packed(groups: tuple[Group, ...]) -> bytes:
+    into = bytearray()
+    for group in groups:
+        pack_group(into, len(group.parts), group.cached)
+        for part in group.parts:
+            pack_part(into, part.index, part.token_ids, part.finish, part.stop_token)
+    return bytes(into)
 
 
 @given(GROUPS)
