@@ -79,8 +79,13 @@ class EngineReplica:
 
     async def _answer(self, asked: Asked, line: Line) -> None:
         with as_text():
-            exchange = line if asked.resume is None else Resumed(line, asked.resume)
-            await self._hosted.answer(asked, exchange, line if asked.seed else None)
+            listener = line if asked.seed else None
+            if asked.resume is None:
+                await self._hosted.answer(asked, line, listener)
+                return
+            resumed = Resumed(line, asked.resume)
+            await self._hosted.answer(asked, resumed, listener)
+            resumed.end()
 
     async def __del__(self) -> None:
         """Serve calls this when it is to end, and waits for graceful_shutdown_timeout_s: requests that came without a

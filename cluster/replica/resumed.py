@@ -11,7 +11,7 @@ import re
 from pomarium.cluster.http.answer_frames import PIECE_BYTES
 from pomarium.cluster.http.asgi_bridge import Exchange, Head
 from pomarium.cluster.http.progress import Resume
-from pomarium.cluster.replica.loss import EVENT_STREAM, EngineFaultError
+from pomarium.cluster.replica.loss import EVENT_STREAM, EngineFaultError, error_event
 
 _CREATED = re.compile(rb'("created(?:_at)?": ?)(\d+)')
 """In the events of chats, completions and responses. Inside of a string its quotes would have backslashes."""
@@ -43,7 +43,7 @@ class Resumed:
             raise EngineFaultError(f"it could not be resumed: it was answered with status {head.status}")
 
     async def piece(self, piece: bytes) -> None:
-        """See Exchange."""
+        """See Exchange. Raises EngineFaultError instead of leaving out that the request failed."""
         if not self._begun:
             self._begun = True
             self._compare(piece)
@@ -51,10 +51,19 @@ class Resumed:
             piece = self._own.sub(self._created, piece)
         messages = -(-len(piece) // PIECE_BYTES)
         if self._left >= messages:
+            if error_event(piece) is not None:
+                raise EngineFaultError("it could not be resumed: the request failed where it had not failed before")
             self._left -= messages
             return
         rest, self._left = piece[self._left * PIECE_BYTES :], 0
         await self._exchange.piece(rest)
+
+    def end(self) -> None:
+        """The application has answered. Raises EngineFaultError if the client has more than came again."""
+        if self._left:
+            raise EngineFaultError(
+                f"it could not be resumed: {self._left} pieces that the client has did not come again"
+            )
 
     def _compare(self, piece: bytes) -> None:
         """Find the two times, in the first message then and now."""
