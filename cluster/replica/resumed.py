@@ -59,11 +59,9 @@ class Resumed:
         await self._exchange.piece(rest)
 
     def end(self) -> None:
-        """The application has answered. Raises EngineFaultError if the client has more than came again."""
-        if self._left:
-            raise EngineFaultError(
-                f"it could not be resumed: {self._left} pieces that the client has did not come again"
-            )
+        """The application has answered. Raises EngineFaultError if the client, who waits, has more than came again."""
+        if self._left and not self.gone.is_set():
+            raise EngineFaultError(f"it could not be resumed: {self._left} pieces of what came did not come again")
 
     def _compare(self, piece: bytes) -> None:
         """Find the two times, in the first message then and now."""

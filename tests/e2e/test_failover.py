@@ -3,6 +3,7 @@ a pause, and each reads what engines say to which nothing happens."""
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -35,11 +36,22 @@ def quiet(server: Server) -> dict[bool, dict[str, Any]]:
 
 
 def processes(server: Server, name: str) -> list[psutil.Process]:
-    """Those of that name. EngineCore's title lies over its environment, by which processes of a server are found."""
-    if name == CORE:
-        children = [child for engine in processes(server, ENGINE) for child in engine.children(recursive=True)]
-        return [child for child in children if CORE in " ".join(child.cmdline())]
-    return [process for process in server.processes() if name in " ".join(process.cmdline())]
+    """Those of that name, which have not ended. EngineCore's title hides its environment, by which a server's processes
+    are found, and is not always set: it is the one child of an engine's process that tracks no resources."""
+    if name != CORE:
+        return [process for process in server.processes() if name in title(process)]
+    found: list[psutil.Process] = []
+    for engine in processes(server, ENGINE):
+        with suppress(psutil.NoSuchProcess):
+            titles = {child: title(child) for child in engine.children()}
+            found += [child for child, said in titles.items() if said and "resource_tracker" not in said]
+    return found
+
+
+def title(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def busy(server: Server, name: str) -> psutil.Process:
@@ -50,11 +62,16 @@ def busy(server: Server, name: str) -> psutil.Process:
     return max(found, key=lambda process: sum(process.cpu_times()[:2]) - found[process])
 
 
+def shown(server: Server) -> str:
+    return str({name: processes(server, name) for name in (WORKER, CORE, ENGINE)})
+
+
 def two_serve(server: Server) -> None:
     lost = server.output.count("an engine was lost")
     until(lambda: server.output.count("ready again") >= lost, RECOVERY_S, lambda: server.output)
     until(lambda: httpx.get(f"{server.url}/health", timeout=20).status_code == 200, RECOVERY_S, server.log)
-    until(lambda: len(processes(server, CORE)) == len(processes(server, WORKER)) == 2, RECOVERY_S, server.log)
+    for name in (CORE, WORKER):
+        until(lambda name=name: len(processes(server, name)) == 2, RECOVERY_S, lambda: shown(server))
 
 
 @pytest.mark.parametrize(("name", "stream"), [(WORKER, True), (WORKER, False), (CORE, True), (ENGINE, True)])

@@ -11,14 +11,15 @@ from pomarium.cluster.replica.loss import EngineFaultError
 from pomarium.cluster.replica.resumed import Resumed
 
 
-def passed(resume: Resume, *pieces: bytes) -> bytes:
+def passed(resume: Resume, *pieces: bytes, ends: bool = False) -> bytes:
     async def play() -> bytes:
         exchange = Collected(b"")
         resumed = Resumed(exchange, resume)
         await resumed.head(Head(200, "text/event-stream; charset=utf-8"))
         for piece in pieces:
             await resumed.piece(piece)
-        resumed.end()
+        if ends:
+            resumed.end()
         return b"".join(exchange._pieces)
 
     return asyncio.run(play())
@@ -27,7 +28,7 @@ def passed(resume: Resume, *pieces: bytes) -> bytes:
 def test_pieces_that_the_client_has_are_left_out() -> None:
     assert passed(Resume(2, b"", b"one"), b"one", b"two", b"three", b"four") == b"threefour"
     assert passed(Resume(0, b"", b""), b"one", b"two") == b"onetwo"
-    assert passed(Resume(2, b"", b"one"), b"one", b"two") == b""
+    assert passed(Resume(3, b"", b"one"), b"one", b"two") == b""
 
 
 def test_of_a_piece_that_came_in_part_the_rest_comes() -> None:
@@ -48,8 +49,9 @@ def test_the_answer_stays_of_the_moment_in_which_it_began() -> None:
 def test_a_failure_is_not_left_out_with_what_the_client_has() -> None:
     with pytest.raises(EngineFaultError, match="failed where it had not failed before"):
         passed(Resume(3, b"", b"one"), b"one", b'data: {"error": {"message": "no grammar"}}\n\n', b"data: [DONE]\n\n")
-    with pytest.raises(EngineFaultError, match="1 pieces that the client has did not come again"):
-        passed(Resume(3, b"", b"one"), b"one", b"two")
+    with pytest.raises(EngineFaultError, match="1 pieces of what came did not come again"):
+        passed(Resume(3, b"", b"one"), b"one", b"two", ends=True)
+    assert passed(Resume(1, b"", b"one"), b"one", b"two", ends=True) == b"two"
 
 
 @pytest.mark.parametrize("head", [Head(400, "application/json"), Head(200, "application/json")])
