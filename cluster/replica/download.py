@@ -9,11 +9,8 @@ once. Files that are whole stay, and the next start goes on with the others.
 import os
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
-
-import psutil
 
 from pomarium.cluster.machine import disk
 from pomarium.cluster.machine.disk import DiskFullError
@@ -22,8 +19,6 @@ from pomarium.worker.errors import CheckpointError, PomariumError
 from pomarium.worker.models import hub, look_up
 
 FAULTY = 3
-PART = ".incomplete"
-"""How huggingface_hub's names of files end that are not whole yet."""
 NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 """huggingface_hub's variable."""
 
@@ -42,7 +37,7 @@ def fetch(name: str, out: TextIO) -> Path:
     try:
         answer, _ = process.communicate()
     except BaseException:
-        _end(process)
+        _end(process, name)
         raise
     if process.returncode == FAULTY:
         raise CheckpointError(answer.decode())
@@ -51,17 +46,11 @@ def fetch(name: str, out: TextIO) -> Path:
     return Path(os.fsdecode(answer))
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill it, and take away the parts of files that it was writing: their names are of no use to anyone else."""
-    parts: list[str] = []
-    with suppress(psutil.Error):  # it has ended by itself
-        downloading = psutil.Process(process.pid)
-        downloading.suspend()  # its threads would begin files that nobody has listed
-        parts = [file.path for file in downloading.open_files() if file.path.endswith(PART)]
+def _end(process: "subprocess.Popen[bytes]", name: str) -> None:
+    """Kill it, and take away the parts of files that it was writing."""
     process.kill()
     process.wait()
-    for part in parts:
-        Path(part).unlink(missing_ok=True)
+    hub.remove_parts(name)
 
 
 def require_room(name: str, size: int, free: int, folder: Path) -> None:

@@ -8,7 +8,7 @@ constants are read at each call, for its own defaults are those of its import.
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ PATTERNS = (
 """The files of a model that are read: mlx-lm's DEFAULT_ALLOW_PATTERNS, without its import."""
 
 INDEX, WEIGHTS, ONE_FILE = "model.safetensors.index.json", "model*.safetensors", "model.safetensors"
+
+PART, LOCKS = ".incomplete", ".locks"
+"""huggingface_hub's names: the end of a file that is not whole yet, and the cache's folder of locks."""
 
 
 def cache() -> Path:
@@ -57,6 +60,21 @@ def is_whole(folder: Path) -> bool:
     if ONE_FILE not in shards and (folder / ONE_FILE).is_file():  # the index tells of other files (checkpoint.py)
         return True
     return all((folder / str(shard)).is_file() for shard in shards)
+
+
+def remove_parts(name: str) -> None:
+    """Take away the parts of a model's files that no process is writing: huggingface_hub goes on with none of them.
+
+    One that is being written is known by its blob's lock, which ends with the process that holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    root = root_of(name)
+    for part in root.glob(f"blobs/*{PART}"):
+        blob = part.name.removesuffix(PART).rpartition(".")[0]  # <blob>.<8 hex digits>.incomplete
+        lock = FileLock(cache() / LOCKS / root.name / f"{blob}.lock", timeout=0, mode=0o664)
+        with suppress(Timeout, NotImplementedError), lock:  # a file system without locks keeps its parts
+            part.unlink(missing_ok=True)
 
 
 def missing(name: str) -> int:

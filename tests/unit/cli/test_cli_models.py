@@ -15,6 +15,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from filelock import FileLock
 from hub_stub import MODEL, Hub, serving
 from tiny_models import write_checkpoint
 from typed import CTRL_C, Typed
@@ -30,6 +31,7 @@ from pomarium.cluster.node import ports
 from pomarium.cluster.replica import download
 from pomarium.cluster.replica.serve_plan import ModelPlan
 from pomarium.worker.errors import CheckpointError
+from pomarium.worker.models.hub import remove_parts
 
 DEADLINE_S = 240.0
 WEIGHTS = "model.safetensors"
@@ -157,6 +159,18 @@ def test_an_interrupted_download_goes_on_with_the_files_that_are_not_whole(hub: 
     folder = Path(done.stdout.split(" is in ")[1].strip())
     assert (folder / "merges.txt").read_bytes() == content
     assert hub.sent == ["merges.txt"]
+
+
+def test_parts_that_somebody_else_writes_stay(hub: Hub, tmp_path: Path) -> None:
+    del hub
+    blobs, locks = (tmp_path / "hub" / name / "models--tiny--model" for name in ("", ".locks"))
+    writing, left = (blobs / "blobs" / f"{blob}.350000ad.incomplete" for blob in ("one", "two"))
+    writing.parent.mkdir(parents=True)
+    writing.touch()
+    left.touch()
+    with FileLock(locks / "one.lock"):
+        remove_parts(MODEL)
+    assert list(writing.parent.iterdir()) == [writing]
 
 
 def test_a_terminal_shows_a_bar(hub: Hub) -> None:
