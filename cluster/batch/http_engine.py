@@ -1,9 +1,13 @@
 """A running OpenAI endpoint as the engine of a batch job: `pomarium serve`'s, whose replicas the job then uses.
 
-Request --POST url/v1/...--> Answer          no connection, 429, 502 to 504: again, with pauses, for OUTAGE_S
+Request --POST url/v1/...--> Answer          no connection, 502 to 504: again, with pauses, for OUTAGE_S
+                                             429: again after Retry-After, for as long as it takes
+
+Requests say that people go first (endpoint/clients.py); another endpoint does not mind.
 """
 
 import asyncio
+import math
 import time
 
 import httpx
@@ -18,7 +22,11 @@ OUTAGE_S = 900.0
 PAUSES_S = (0.5, 30.0)
 """First and longest pause between two attempts."""
 ANSWER_S = 3600.0
-AGAIN = frozenset({429, 502, 503, 504})
+AWAY = frozenset({502, 503, 504})
+BUSY = 429
+LONGEST_BUSY_S = 120.0
+"""Of a Retry-After that is followed: somebody else's endpoint may say hours."""
+PRIORITY = {"X-Pomarium-Priority": "batch"}
 
 
 class EndpointError(PomariumError):
@@ -51,7 +59,7 @@ class HttpEngine:
         self._client = httpx.AsyncClient(
             # With a transport of its own it looks at no proxy's variable, and still at those of certificates.
             transport=httpx.AsyncHTTPTransport(limits=limits) if straight else None,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers=PRIORITY | ({"Authorization": f"Bearer {key}"} if key else {}),
             timeout=httpx.Timeout(ANSWER_S, connect=10.0),
             limits=limits,
         )
@@ -86,7 +94,12 @@ class HttpEngine:
                 response = await self._client.post(
                     f"{self._url}{request.url}", content=request.body, headers={"Content-Type": "application/json"}
                 )
-                if response.status_code not in AGAIN:
+                if response.status_code == BUSY:  # it is there
+                    deadline = time.monotonic() + self._outage_s
+                    await asyncio.sleep(busy_s(response.headers.get("retry-after"), pause))
+                    pause = min(2 * pause, PAUSES_S[1])
+                    continue
+                if response.status_code not in AWAY:
                     return answer_of(response.status_code, response.content)
                 seen = f"{response.status_code} {response.text[:200]}"
             except httpx.TransportError as error:
@@ -99,6 +112,16 @@ class HttpEngine:
     async def close(self) -> None:
         """Give back connections."""
         await self._client.aclose()
+
+
+def busy_s(retry_after: str | None, otherwise: float) -> float:
+    """Seconds until a busy endpoint is asked again. retry_after: the header, seconds (RFC 9110 has dates as well, for
+    which, as for none, it is `otherwise`)."""
+    try:
+        seconds = float(retry_after or "")
+    except ValueError:
+        return otherwise
+    return min(max(seconds, 0.0), LONGEST_BUSY_S) if math.isfinite(seconds) else otherwise
 
 
 def _host(url: str) -> str:

@@ -166,7 +166,8 @@ def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[Mode
         engine_args["max_model_len"] = args.max_model_len
     rack = inventory.load(args.rack) if args.rack is not None else None
     network = None if rack is None else network_of(rack)
-    common = ModelPlan("", None, engine_args, 1, stages, args.share_macs, None, network)
+    queue = serve_options.queue(args)
+    common = ModelPlan("", None, engine_args, 1, stages, args.share_macs, None, network, queue=queue)
     if scaling is not None:
         common = common.scaled(scaling)
     if in_folder:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pomarium.cluster.machine import units
 from pomarium.cluster.rack.inventory import KEEP_S
-from pomarium.cluster.replica.serve_plan import RACK_INGRESSES, Limits
+from pomarium.cluster.replica.serve_plan import RACK_INGRESSES, Limits, Queue
 from pomarium.worker import settings
 from pomarium.worker.errors import SettingsError
 
@@ -16,6 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Adds all of them."""
     _add_address(parser)
     _add_engines(parser)
+    _add_queue(parser)
     _add_models(parser)
     _add_on_demand(parser)
     _add_keys(parser)
@@ -94,6 +95,55 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-rack", action="store_true", help="serve from this machine alone also while a rack is up on it"
     )
+
+
+def _add_queue(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-waiting",
+        type=int,
+        metavar="N",
+        help="requests that may wait for a model's engines before one; what would come behind more gets 429 (default: "
+        "four for each that the engines run, at least 64)",
+    )
+    parser.add_argument(
+        "--max-waiting-tokens",
+        type=int,
+        metavar="N",
+        help="likewise, tokens of their prompts, counted as 4 characters each (default: what the engines' KV caches "
+        "hold)",
+    )
+    parser.add_argument(
+        "--max-wait",
+        metavar="TIME",
+        help="how long a request may have to wait for an engine, such as 10s; what would wait longer gets 429 "
+        "(default: as long as an answer takes, at least 10s, in a burst; where more comes than can be done, as long "
+        "as a first token takes)",
+    )
+    parser.add_argument(
+        "--request-timeout",
+        metavar="TIME",
+        help="how long an answer may take, waiting included, where the request does not say it with X-Request-Timeout "
+        "(default: without end)",
+    )
+
+
+def queue(args: argparse.Namespace) -> Queue:
+    """What --max-waiting and its like say. Raises SettingsError."""
+    for option, value in (("--max-waiting", args.max_waiting), ("--max-waiting-tokens", args.max_waiting_tokens)):
+        if value is not None and value < 0:
+            raise SettingsError(f"{option} {value} is less than none.")
+    wait_s = _seconds("--max-wait", args.max_wait)
+    timeout_s = _seconds("--request-timeout", args.request_timeout)
+    if timeout_s == 0:
+        raise SettingsError(f"--request-timeout {args.request_timeout} leaves no time for an answer.")
+    return Queue(args.max_waiting, args.max_waiting_tokens, wait_s, timeout_s)
+
+
+def _seconds(option: str, given: str | None) -> float | None:
+    try:
+        return None if given is None else units.parse_duration(given)
+    except ValueError as error:
+        raise SettingsError(f"{option}: {error}.") from None
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:

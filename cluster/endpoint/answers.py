@@ -35,6 +35,7 @@ from pomarium.cluster.http.answer_frames import (
 )
 from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.http.progress import Resume
+from pomarium.cluster.http.room import Room
 from pomarium.cluster.http.sealed_stream import SealedStream
 from pomarium.cluster.http.sealing import KEY_BYTES, End
 from pomarium.cluster.replica import heartbeat
@@ -297,9 +298,12 @@ class ReplicaLine:
         self._known = True
         try:
             kind, rest = parted(message)
+            room = Room.unpacked(rest) if kind is Kind.ALIVE else None
         except ValueError:
             self.stream.abort()
             return
+        if room is not None:
+            self._answers.told(self.replica, room)
         if kind is Kind.BEGUN:
             self._begun(rest)
         elif self.answer is not None:
@@ -360,10 +364,15 @@ class Answers:
         secret: of all lines. lines: connections that are open.
     """
 
-    def __init__(self, host: str, lost: Callable[[str], None] = lambda replica: None) -> None:
+    def __init__(
+        self,
+        host: str,
+        lost: Callable[[str], None] = lambda replica: None,
+        told: Callable[[str, Room], None] = lambda replica, room: None,
+    ) -> None:
         """`host`: of this machine, where replicas reach it. `start` listens there. `lost`: told of each replica that
-        says that its engine is dead."""
-        self.lost = lost
+        says that its engine is dead. `told`: what each says it has room for."""
+        self.lost, self.told = lost, told
         self.secret = secrets.token_bytes(KEY_BYTES)
         self.lines: set[ReplicaLine] = set()
         self._host = host

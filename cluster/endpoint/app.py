@@ -72,7 +72,7 @@ def build(
         graceful_shutdown_timeout_s=1,
     )
     served = {
-        m.name: Served(root_of(m.source, f.folder), _context(m, f), m.sleeps, m.scaling is not None)
+        m.name: Served(root_of(m.source, f.folder), _context(m, f), m.sleeps, m.scaling is not None, m.queue)
         for m, f in zip(plan.models, found, strict=True)
     }
     on_demand = None

@@ -26,6 +26,7 @@ from pomarium.cluster.replica.serve_plan import (
     RACK_INGRESSES,
     Limits,
     ModelPlan,
+    Queue,
     Scaling,
     ServePlan,
     served_names,
@@ -58,6 +59,7 @@ class ModelArgs(_Strict):
         share_macs: stages of one replica may share a Mac.
         max_model_len: tokens of prompt and answer; None for the model's.
         streams: requests at once that a replica is planned for; None for as many as fit.
+        max_waiting, max_waiting_tokens, max_wait, request_timeout: see Queue.
         engine_args: of vLLM, as on `pomarium serve`'s command line, each word an item.
     """
 
@@ -68,6 +70,10 @@ class ModelArgs(_Strict):
     share_macs: bool = False
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     streams: Annotated[int, Field(ge=1)] | None = None
+    max_waiting: Annotated[int, Field(ge=0)] | None = None
+    max_waiting_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_wait: inventory.Duration | None = None
+    request_timeout: Annotated[inventory.Duration, Field(gt=0)] | None = None
     engine_args: tuple[str | int | float, ...] = ()
 
 
@@ -177,6 +183,7 @@ def _model(args: ModelArgs, network: Network | None) -> ModelPlan:
         share_macs=args.share_macs,
         streams=args.streams,
         network=network,
+        queue=Queue(args.max_waiting, args.max_waiting_tokens, args.max_wait, args.request_timeout),
     )
     return plan.scaled(Scaling.of(span))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pomarium.cluster.replica.serve_plan import QUEUE, Queue
 from pomarium.worker.models import embedded
 
 
@@ -21,12 +22,14 @@ class Served:
         context: tokens of prompt and answer, if the user said how many; else only a running engine knows.
         sleeps: it may be without an engine, and asking it would wake one.
         scales: how many engines it has follows from the calls that Serve counts.
+        queue: for its engines.
     """
 
     root: str
     context: int | None = None
     sleeps: bool = False
     scales: bool = False
+    queue: Queue = QUEUE
 
 
 def root_of(source: str | None, folder: Path) -> str:

@@ -9,12 +9,11 @@ all else here. The process stays small: it imports no vLLM.
 """
 
 import asyncio
-import hmac
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -33,24 +32,36 @@ from starlette.routing import Route
 from pomarium.cluster import faults
 from pomarium.cluster.batch.api import routes
 from pomarium.cluster.batch.api.store import BatchStore
-from pomarium.cluster.endpoint import cards, front_page, holding, ledger, metrics_page, rack_view, reasons, watch
+from pomarium.cluster.endpoint import (
+    cards,
+    clients,
+    front_page,
+    holding,
+    ledger,
+    metrics_page,
+    rack_view,
+    reasons,
+    watch,
+)
 from pomarium.cluster.endpoint.answers import Answer, Answers
 from pomarium.cluster.endpoint.cards import Served
 from pomarium.cluster.endpoint.continued import KEPT_BODY, Continued
 from pomarium.cluster.endpoint.dispatch import dispatch
+from pomarium.cluster.endpoint.gate import LATE, Asker, Gate, Meter, Turn
 from pomarium.cluster.endpoint.holding import SILENT, HopelessError
 from pomarium.cluster.endpoint.on_demand import OnDemand
 from pomarium.cluster.endpoint.rack_view import RackView
+from pomarium.cluster.endpoint.reading import Asking, Reader, timeout_of
 from pomarium.cluster.endpoint.reasons import Reasons
-from pomarium.cluster.endpoint.relay import Relay
-from pomarium.cluster.endpoint.routing import NoReplicaError, keys_of
-from pomarium.cluster.http import bodies, openai_app, openai_errors, protocols
+from pomarium.cluster.endpoint.relay import Deadline, Relay
+from pomarium.cluster.endpoint.routing import NoReplicaError
+from pomarium.cluster.http import openai_app, openai_errors, protocols
 from pomarium.cluster.http.answer_frames import Asked
 from pomarium.cluster.http.asgi import Message, Receive, Send, while_there
 from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.http.openai_errors import RefusalError
 from pomarium.cluster.http.progress import Resume
-from pomarium.cluster.http.protocols import GENERATED, OTHER_KINDS
+from pomarium.cluster.http.protocols import GENERATED, OTHER_KINDS, PROMPTED
 from pomarium.cluster.rack.status import RackStatus
 from pomarium.cluster.replica.answering import ReplyTo
 from pomarium.cluster.replica.loss import EngineLostError
@@ -81,15 +92,16 @@ SEED_BYTES = 8
 _WORDS = {rack_view.SERVING: "ok"}
 """What /health says of a model on demand, where its state has another name."""
 
-LARGE_AT_ONCE = 2
-"""Large bodies (bodies.LARGE) that are parsed at once: one of nothing but brackets takes some 25 times its bytes."""
+LAST_EVENT_S = 5.0
+"""For a client that reads nothing to take the error that its answer ends with."""
 
 PASSED_HEADERS = frozenset({"content-type", "x-request-id", "traceparent", "tracestate"})
 
 
 async def _listen() -> Answers:
     """Where other machines of the rack reach this one."""
-    answers = Answers(ray.util.get_node_ip_address(), ledger.of_this_process().lost)
+    known = ledger.of_this_process()
+    answers = Answers(ray.util.get_node_ip_address(), known.lost, known.told)
     await answers.start()
     return answers
 
@@ -106,7 +118,7 @@ class Ingress:
     `head_answers`: whether Ray's head does. `shortage`: a sentence on a disk that is full, if one is. `listen`: for
     answers. `look`: at the rack; blocks. `on_demand`: all models come and go, as it says; None: none does. `limits`: of
     requests whose engine is lost. `resumed`: told of each that went on at another, its model and how long its client
-    waited.
+    waited. `meter`: of a model's queue.
     """
 
     def __init__(
@@ -123,6 +135,7 @@ class Ingress:
         on_demand: OnDemand | None = None,
         limits: Limits = LIMITS,
         resumed: Callable[[str, float], None] = lambda model, waited_s: None,
+        meter: Callable[[str], Meter] = lambda model: Meter(),
     ) -> None:
         self._engines = dict(engines)
         self._served = {name: (served or {}).get(name, Served(name)) for name in engines}
@@ -136,7 +149,9 @@ class Ingress:
         self._batches = batches
         self._store = None if batches is None else BatchStore(Path(batches.folder))
         self._ledger, self._random = ledger.of_this_process(), Random()
-        self._reading_large = asyncio.Semaphore(LARGE_AT_ONCE)
+        self._reader = Reader(list(engines))
+        self._meters = {name: meter(name) for name in engines}
+        self._gates = {name: self._gate(name) for name in engines}
         self._listen, self._limits, self._resumed = listen, limits, resumed
         self._listening: asyncio.Future[Answers] | None = None
         self._batch_work: asyncio.Task[None] | None = None
@@ -156,6 +171,10 @@ class Ingress:
                 *(Route(path, _passes_below, methods=["POST"]) for path in GENERATED),
             ]
         )
+
+    def _gate(self, name: str) -> Gate:
+        supply = partial(self._ledger.supply, self._engines[name].deployment_name)
+        return Gate(name, self._served[name].queue, supply, self._meters[name])
 
     async def open(self) -> None:
         """Before the first request: have ready what takes Ray's head, and go on with batches of an earlier ingress."""
@@ -255,7 +274,7 @@ class Ingress:
         if not (model := request.path_params["model"]):
             return await self.models(request)
         self._authorise(request)
-        return JSONResponse(await self._card(self._known(model)))
+        return JSONResponse(await self._card(self._reader.known(model)))
 
     async def version(self, request: Request) -> Response:
         """vLLM's, where its own clients look for it, and Pomarium's."""
@@ -271,30 +290,61 @@ class Ingress:
         """What takes another kind of model than those that are served."""
         self._authorise(request)
         path = request.url.path
-        name, _ = await self._read_beside(path, await request.body())
-        raise RefusalError(*openai_errors.other_kind(name, path, OTHER_KINDS[path]))
+        asking = await self._reader.read(path, await request.body())
+        raise RefusalError(*openai_errors.other_kind(asking.name, path, OTHER_KINDS[path]))
 
     async def generate(self, request: Request, send: Send) -> None:
         """Everything that an engine answers.
 
         Raises, before anything is sent:
-            RefusalError: the request is none, or no engine could answer it.
+            RefusalError: the request is none, no engine could answer it, too many wait for one, or its time is over.
             ClientDisconnect: the client left.
         """
-        self._authorise(request)
+        began, key = asyncio.get_running_loop().time(), self._authorise(request)
         path = request.url.path
         body = b"".join([piece async for piece in request.stream()])  # body() would keep it as long as the request
-        name, routing = await self._read_beside(path, body)
+        asking = await self._reader.read(path, body)
+        name, timeout_s = asking.name, timeout_of(request.headers, asking, self._served[asking.name].queue.timeout_s)
+        deadline = None if timeout_s is None else Deadline(timeout_s, began + timeout_s)
+        until = None if deadline is None else deadline.at
         headers = tuple((k, v) for k, v in request.headers.items() if k.lower() in PASSED_HEADERS)
         seed = secrets.token_hex(SEED_BYTES) if self._limits.times else ""
         asked = Asked(request.method, path, headers, seed)
         deployment = self._engines[name].deployment_name
         state = (lambda: self._reasons.state(deployment)) if self._served[name].sleeps else None
-        async with self._present(name, request.receive):
-            answer = await self._continued(name, routing, asked, body)
+        async with AsyncExitStack() as stay:
+            entering = self._entered(stay, request, asking, key)
+            try:
+                async with asyncio.timeout_at(until) as bound:
+                    turn = await while_there(request.receive, entering)
+            except TimeoutError:
+                if deadline is None or not bound.expired():
+                    raise
+                self._meters[name].refused(LATE)
+                raise deadline.refusal from None
+            answer = await self._continued(name, asking.routing, asked, body)
             del body  # an answer may take minutes
-            relay = Relay(name, path, answer, lambda: self._reasons.why(deployment), state)
-            await while_there(request.receive, _relayed(relay, send))
+            relay = Relay(name, path, answer, lambda: self._reasons.why(deployment), state, deadline)
+            async with asyncio.timeout_at(None if until is None else until + LAST_EVENT_S):
+                await while_there(request.receive, _relayed(relay, send, turn))
+
+    async def _entered(self, stay: AsyncExitStack, request: Request, asking: Asking, key: bytes) -> Turn:
+        """The request is to go to an engine now, and its model stays. Raises RefusalError."""
+        held = False
+        if self._on_demand is not None:
+            if unfit := self._on_demand.unfit(asking.name):
+                raise RefusalError(*openai_errors.invalid(unfit, "model"))
+            held = self._on_demand.state(asking.name).state != rack_view.SERVING
+            try:
+                await stay.enter_async_context(self._on_demand.needed(asking.name))
+            except HopelessError as hopeless:
+                raise RefusalError(*openai_errors.engine_unavailable(asking.name, str(hopeless))) from None
+        if request.url.path not in PROMPTED:
+            return Turn(time.monotonic)
+        address = request.client.host if request.client is not None else ""
+        client = clients.client_of(request.headers, address, key, self._keys)
+        asker = Asker(client, asking.tokens, clients.yields(request.headers))
+        return await stay.enter_async_context(self._gates[asking.name].turn(asker, kept=held))
 
     async def _continued(self, name: str, routing: Routing, asked: Asked, body: bytes) -> Continued:
         """The answer of one of the model's engines, and of others after it if need be."""
@@ -321,21 +371,6 @@ class Ingress:
             partial(self._resumed, name),
         )
 
-    @asynccontextmanager
-    async def _present(self, name: str, receive: Receive) -> AsyncIterator[None]:
-        """A model that comes and goes is there, and stays. Raises RefusalError and ClientDisconnect."""
-        if self._on_demand is None:
-            yield
-            return
-        if unfit := self._on_demand.unfit(name):
-            raise RefusalError(*openai_errors.invalid(unfit, "model"))
-        async with AsyncExitStack() as stay:
-            try:
-                await while_there(receive, stay.enter_async_context(self._on_demand.needed(name)))
-            except HopelessError as hopeless:
-                raise RefusalError(*openai_errors.engine_unavailable(name, str(hopeless))) from None
-            yield
-
     def _stored(self, request: Request) -> BatchStore:
         self._authorise(request)
         if self._store is None:
@@ -361,49 +396,15 @@ class Ingress:
             del running
             turn.close()
 
-    def _authorise(self, request: Request) -> None:
-        """Raises RefusalError (401) without a valid key."""
-        if not self._keys:
-            return
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        bearer = token if scheme.lower() == "bearer" else ""
-        for given in (bearer, request.headers.get("x-api-key", "")):
-            sent = given.strip().encode("latin-1")  # as Starlette decoded what came
-            if sent and any(hmac.compare_digest(sent, key) for key in self._keys):
-                return
-        raise RefusalError(*openai_errors.unauthorized())
+    def _authorise(self, request: Request) -> bytes:
+        """The key that the request carries. Raises RefusalError (401) without a valid one."""
+        return clients.key_of(request.headers, self._keys)
 
     async def _answers(self) -> Answers:
         """Where replicas answer; made once, on the loop of all requests."""
         if self._listening is None:
             self._listening = asyncio.ensure_future(self._listen())
         return await asyncio.shield(self._listening)
-
-    async def _read_beside(self, path: str, body: bytes) -> tuple[str, Routing]:
-        """`_read`, of a large body beside the loop that streams use, as far as Python's lock lets it."""
-        if len(body) <= bodies.LARGE:
-            return self._read(path, body)
-        async with self._reading_large:
-            return await asyncio.to_thread(self._read, path, body)
-
-    def _read(self, path: str, body: bytes) -> tuple[str, Routing]:
-        """The model that `body` asks for, the only one if it names none, and what a replica is chosen by."""
-        try:
-            fields = bodies.parsed(body)
-        except bodies.BodyError as error:
-            raise RefusalError(*openai_errors.invalid(str(error), None)) from None
-        if fields.get("model") is None:
-            if len(self._engines) > 1:
-                raise RefusalError(*openai_errors.model_required(list(self._engines)))
-            name = next(iter(self._engines))
-        else:
-            name = self._known(fields["model"])
-        return name, Routing(keys_of(path, fields))
-
-    def _known(self, name: object) -> str:
-        if isinstance(name, str) and name in self._engines:
-            return name
-        raise RefusalError(*openai_errors.unknown_model(name, list(self._engines)))
 
     async def _card(self, name: str) -> dict[str, Any]:
         card = cards.card(name, self._served[name], await self._context(name), self._created)
@@ -431,17 +432,19 @@ async def _passes_below(_: Request) -> Response:
     raise AssertionError("Ingress.__call__ answers these")
 
 
-async def _relayed(relay: Relay, send: Send) -> None:
-    """Send the answer as it comes; what is no stream, as a whole."""
+async def _relayed(relay: Relay, send: Send, turn: Turn) -> None:
+    """Send the answer as it comes; what is no stream, as a whole. `turn`: told when it begins."""
     try:
         head = await relay.head()
         if head.media_type.startswith("text/event-stream"):
             await send(_begin(head))
             async for piece in relay.events():
+                turn.begun(streams=True)
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
             return
         whole = b"".join([piece async for piece in relay.pieces()])
+        turn.begun(streams=False)
         await send(_begin(head, (b"content-length", str(len(whole)).encode())))
         await send({"type": "http.response.body", "body": whole})
     finally:

@@ -18,11 +18,12 @@ from ray.exceptions import RayError
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
-from ray.util.metrics import Counter, Histogram
+from ray.util.metrics import Counter, Gauge, Histogram
 
 from pomarium.cluster import faults
 from pomarium.cluster.endpoint import ledger, reasons, shared_port
 from pomarium.cluster.endpoint.cards import Served
+from pomarium.cluster.endpoint.gate import Meter
 from pomarium.cluster.endpoint.ingress import Ingress
 from pomarium.cluster.endpoint.on_demand import OnDemand, OnDemandModels
 from pomarium.cluster.endpoint.siblings import Siblings
@@ -73,7 +74,15 @@ class IngressReplica:
         known = {name: engine.options() for name, engine in engines.items()}
         self._on_demand = None if on_demand is None else OnDemand(on_demand, reasons.states, _scale)
         ingress = Ingress(
-            known, api_keys, batches, served, created, on_demand=self._on_demand, limits=limits, resumed=_resumptions()
+            known,
+            api_keys,
+            batches,
+            served,
+            created,
+            on_demand=self._on_demand,
+            limits=limits,
+            resumed=_resumptions(),
+            meter=_meters(),
         )
         counter = Counter("pomarium_http_requests", "Requests that are over.", tag_keys=("method", "route", "status"))
 
@@ -114,6 +123,29 @@ def _resumptions() -> Callable[[str, float], None]:
         waits.observe(waited_s, tags=tags)
 
     return resumed
+
+
+def _meters() -> Callable[[str], Meter]:
+    """Tells of each model's queue."""
+    refused = Counter("pomarium_refused_requests", "Requests that had to wait for too long.", tag_keys=("model", "why"))
+    requests = Gauge("pomarium_waiting_requests", "Requests that wait for an engine.", tag_keys=("model",))
+    tokens = Gauge("pomarium_waiting_tokens", "Tokens of their prompts, about.", tag_keys=("model",))
+    waits = Histogram(
+        "pomarium_waited_seconds", "How long requests waited.", boundaries=list(WAITS_S), tag_keys=("model",)
+    )
+
+    def meter(model: str) -> Meter:
+        tags = {"model": label(model)}
+
+        def waiting(count: int, of_prompts: int) -> None:
+            requests.set(count, tags)
+            tokens.set(of_prompts, tags)
+
+        return Meter(
+            lambda why: refused.inc(tags=tags | {"why": why}), waiting, lambda seconds: waits.observe(seconds, tags)
+        )
+
+    return meter
 
 
 async def _scale(deployment: str, engines: int) -> None:

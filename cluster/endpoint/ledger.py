@@ -16,6 +16,8 @@ from enum import Enum
 from typing import Any
 
 from pomarium.cluster.endpoint.routing import Candidate, PrefixTable
+from pomarium.cluster.endpoint.turns import FIRST_SLOTS, Supply
+from pomarium.cluster.http.room import Room
 
 OWN = ""
 """Who tells what this ingress writes itself."""
@@ -73,6 +75,7 @@ class Ledger:
         self._running: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
         self._replicas: dict[str, frozenset[str]] = {}
         self._unanswered: dict[tuple[str, str], float] = {}
+        self._rooms: dict[str, Room] = {}
 
     def write(self, entry: Entry) -> None:
         """This ingress has done that."""
@@ -118,6 +121,28 @@ class Ledger:
             for deployment in [name for name, replicas in self._replicas.items() if replica in replicas]:
                 self._unanswered[deployment, replica] = self._clock() - 2 * SILENT_S  # as if silent
 
+    def told(self, replica: str, room: Room) -> None:
+        """`replica` has said what it has room for."""
+        with self._lock:
+            if any(replica in running for running in self._replicas.values()):
+                self._rooms[replica] = room
+
+    def supply(self, deployment: str) -> Supply | None:
+        """What the replicas that run have room for together, and what others use of it; None: none runs."""
+        with self._lock:
+            replicas = self._replicas.get(deployment, frozenset())
+            if not replicas:
+                return None
+            known = [self._rooms[replica] for replica in replicas if replica in self._rooms]
+            slots = sum(room.slots for room in known) + FIRST_SLOTS * (len(replicas) - len(known))
+            theirs = [
+                sum(count for (name, replica), count in running.items() if name == deployment and replica in replicas)
+                for teller, running in self._running.items()
+                if teller != OWN
+            ]
+        tokens = sum(room.tokens for room in known) if len(known) == len(replicas) else 0
+        return Supply(slots, tokens or None, sum(theirs), sum(count > 0 for count in theirs))
+
     def replicas(self, deployment: str) -> frozenset[str]:
         """Those that run, as Serve told the router; none before it did."""
         with self._lock:
@@ -150,6 +175,8 @@ class Ledger:
     def keep(self, deployment: str, replicas: Collection[str]) -> None:
         """Of `deployment` there are these and no others."""
         with self._lock:
+            for gone in self._replicas.get(deployment, frozenset()) - frozenset(replicas):
+                self._rooms.pop(gone, None)
             self._replicas[deployment] = frozenset(replicas)
             self._tables[deployment].keep(replicas)
             for name in [name for name in self._unanswered if name[0] == deployment and name[1] not in replicas]:

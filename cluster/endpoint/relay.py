@@ -1,10 +1,13 @@
 """An engine's answer on its way to the client: the items of an `Answer` (answers.py) as a response, losses included.
 
 Nothing here waits for ever: a request that no replica is there for is refused at once, and one whose replica falls
-silent (frozen, or its machine without power or cable) is given up after heartbeat.SILENCE_S.
+silent (frozen, or its machine without power or cable) is given up after heartbeat.SILENCE_S. An answer whose time has
+passed leaves its engine.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pomarium.cluster import faults
@@ -23,11 +26,26 @@ LOST = "it was lost under way"
 SILENT = f"it has not answered for {heartbeat.SILENCE_S:g} s"
 
 
+@dataclass(frozen=True)
+class Deadline:
+    """Attributes:
+    timeout_s: for an answer. at: when it is over, in the loop's time.
+    """
+
+    timeout_s: float
+    at: float
+
+    @property
+    def refusal(self) -> RefusalError:
+        """408. OpenAI's and Anthropic's SDKs would ask again, if they were not told."""
+        return RefusalError(*openai_errors.too_late(self.timeout_s), {"x-should-retry": "false"})
+
+
 class Relay:
     """An engine's answer on its way to the client. A loss becomes a 503, or an error event if the answer had begun.
 
     `path`: of the request, which says what such an event looks like. `why` tells why no replica runs. `state`: of a
-    model that may sleep, for which the request is held; else None.
+    model that may sleep, for which the request is held; else None. `deadline`: of the answer, if it has one.
     """
 
     def __init__(
@@ -37,23 +55,25 @@ class Relay:
         items: Any,
         why: Callable[[], Awaitable[str]],
         state: Callable[[], Awaitable[State]] | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         self._model, self._path = model, path
         self._items = items
         self._iterator = aiter(items)
         self._why = why
-        self._state = state
+        self._state, self._deadline = state, deadline
         self._refused = False
 
     async def head(self) -> Head:
         """Wait for a replica to take the request and to begin its answer.
 
         Raises:
-            RefusalError: 503 if there is no replica, or if it is lost or falls silent before it begins.
+            RefusalError: 503 if there is no replica, or if it is lost or falls silent before it begins; 408 if it has
+                not begun in time.
         """
         try:
             accepted = await self._accepted()
-            head = await anext(self._iterator)
+            head = await self._next()
         except ABSENCES:
             self._refused = True
             raise self._unavailable(await self._why()) from None
@@ -70,14 +90,29 @@ class Relay:
     async def _accepted(self) -> Any:
         """A replica has taken the request."""
         if self._state is None:
+            return await self._next()
+        return await holding.held(self._next(), self._state)
+
+    async def _next(self) -> Any:
+        """The next item. Raises RefusalError (408) once the time is over."""
+        if self._deadline is None:
             return await anext(self._iterator)
-        return await holding.held(anext(self._iterator), self._state)
+        if asyncio.get_running_loop().time() >= self._deadline.at:  # items that are there are had without a pause
+            raise self._deadline.refusal
+        bound = asyncio.timeout_at(self._deadline.at)
+        try:
+            async with bound:
+                return await anext(self._iterator)
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            raise self._deadline.refusal from None
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The body. Raises RefusalError (503) if the engine is lost or falls silent."""
+        """The body. Raises RefusalError: 503 if the engine is lost or falls silent, 408 if the time is over."""
         try:
             while True:
-                yield await anext(self._iterator)
+                yield await self._next()
         except StopAsyncIteration:
             return
         except LOSSES as lost:

@@ -124,9 +124,9 @@ class PrefixTable(Generic[R]):
         self._sent.pop(replica, None)
 
 
-def keys_of(path: str, fields: dict[str, Any]) -> tuple[int, ...]:
-    """Keys of the prompt in a request's body, `fields`; none if `path` generates nothing."""
-    return prefix_keys(prompt_text(fields)) if path in PROMPTED else ()
+def text_of(path: str, fields: dict[str, Any]) -> str:
+    """The prompt in a request's body, `fields`; "" if `path` generates nothing."""
+    return prompt_text(fields) if path in PROMPTED else ""
 
 
 def prefix_keys(text: str) -> tuple[int, ...]:

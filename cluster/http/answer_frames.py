@@ -1,7 +1,7 @@
 """What an ingress and a replica say to each other of one request, over a sealed connection of the two.
 
     replica: BEGUN(ticket, its name) --> ingress: ASKED, BODY ..., ASKED_ALL --> replica: HEAD, PIECE ..., END
-                                                                            `-- ALIVE each second
+                                                                            `-- ALIVE(its Room) each second
                                                                             `-- LOST, GONE or FAILED instead of END
     ingress: TAKEN, and where it keeps the connection at once or later: ASKED, BODY ... --> replica: BEGUN, HEAD, ...
     instead of PIECE: TOLD, a piece and the tokens behind it (progress.py); GROUPS, tokens without a piece

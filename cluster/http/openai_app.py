@@ -35,7 +35,7 @@ def response(request: Request, error: Exception) -> Response:
     path = request.url.path
     if isinstance(error, RefusalError):
         body = protocols.error_body(path, error.status, error.body)
-        return JSONResponse(body, error.status, headers=openai_errors.headers(error.status))
+        return JSONResponse(body, error.status, headers=error.headers)
     if isinstance(error, HTTPException):
         said = f"{request.method} {openai_errors.shown(path)}: {error.detail}."
         status, body = openai_errors.http(error.status_code, said)

@@ -3,6 +3,7 @@
 protocols.py makes other protocols' bodies of these.
 """
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -14,12 +15,14 @@ LONGEST_MESSAGE = 2000
 
 
 class RefusalError(Exception):
-    """An answer that ends the request here: HTTP status and OpenAI error body, as the functions below give them."""
+    """An answer that ends the request here: HTTP status and OpenAI error body, as the functions below give them, and
+    HTTP headers beside those that the status has (`headers`)."""
 
-    def __init__(self, status: int, body: dict[str, Any]) -> None:
+    def __init__(self, status: int, body: dict[str, Any], more: Mapping[str, str] | None = None) -> None:
         super().__init__(status, body)
         self.status = status
         self.body = body
+        self.headers = headers(status) | dict(more or {})
 
 
 def headers(status: int) -> dict[str, str]:
@@ -77,6 +80,21 @@ def too_slow(timeout: float) -> tuple[int, dict[str, Any]]:
     """408 for a body that did not come in time. `timeout`: seconds."""
     message = f"The request's body did not come within {timeout:g} s and what its size takes (POMARIUM_CLIENT_TIMEOUT)."
     return _error(HTTPStatus.REQUEST_TIMEOUT, message, "BadRequestError")
+
+
+def overloaded(model: str, waiting: int, seconds: int) -> tuple[int, dict[str, Any]]:
+    """429 for what would wait for too long. waiting: requests that do. seconds: after which it may be tried again."""
+    message = (
+        f"The engines of `{model}` have more to do than they can: {waiting} requests wait for them. Try again in "
+        f"{seconds} s."
+    )
+    return _error(HTTPStatus.TOO_MANY_REQUESTS, message, "RateLimitError")
+
+
+def too_late(timeout_s: float) -> tuple[int, dict[str, Any]]:
+    """408 for an answer that is not there in the time that its request leaves it."""
+    message = f"The answer was not complete within the {timeout_s:g} s that the request leaves it."
+    return _error(HTTPStatus.REQUEST_TIMEOUT, message, "TimeoutError")
 
 
 def unauthorized() -> tuple[int, dict[str, Any]]:

@@ -3,7 +3,7 @@
     ReplyTo (in the call, from an ingress) --Lines.take--> Line: a connection of this request alone, dialled or idle
     Line: BEGUN --> the request and its body --> HEAD, PIECE ... --> END, LOST, GONE or FAILED --> TAKEN: idle again
     a line that its ingress keeps (ReplyTo.keeps): the next request comes over it by itself --> BEGUN --> HEAD ...
-    Lines, each BEAT_S: ALIVE on every line in use
+    Lines, each BEAT_S: ALIVE on every line in use, with what its replica has room for; at once when a request begins
 
 Ray carries the call and its end, which is how Serve counts, drains and cancels requests; of those that come by
 themselves it knows nothing, and `drain` waits for them. What is said in between goes over TCP: as items of a Serve
@@ -33,6 +33,7 @@ from pomarium.cluster.http.answer_frames import (
 )
 from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.http.progress import Source
+from pomarium.cluster.http.room import Room
 from pomarium.cluster.http.sealed_stream import SealedStream
 from pomarium.cluster.http.sealing import End
 from pomarium.cluster.replica.heartbeat import BEAT_S, SILENCE_S
@@ -154,9 +155,9 @@ class Line:
         self._given_up = True
         self._stream.go_on()
 
-    def alive(self) -> None:
-        """A sign of life."""
-        self._stream.send(frame(Kind.ALIVE))
+    def alive(self, room: Room) -> None:
+        """A sign of life. room: of its replica."""
+        self._stream.send(frame(Kind.ALIVE, room.packed()))
 
     async def end(self, kind: Kind, reason: str = "") -> bool:
         """Say how the answer ended; whether the line is free for another one."""
@@ -194,9 +195,9 @@ class Line:
 class Lines:
     """A replica's lines."""
 
-    def __init__(self, replica: str) -> None:
-        """`replica`: its name, as Serve's router knows it."""
-        self._replica = replica
+    def __init__(self, replica: str, room: Callable[[], Room]) -> None:
+        """`replica`: its name, as Serve's router knows it. `room`: what it has room for now."""
+        self._replica, self._room = replica, room
         self._idle: dict[tuple[str, int, bytes], list[Line]] = {}
         self._used: set[Line] = set()
         self._kept: dict[asyncio.Task[None], Line] = {}
@@ -216,7 +217,9 @@ class Lines:
         line = await self.take(reply)
         free = False
         try:
-            free = await _answered(line, await line.begin(reply.ticket, self._replica), answer)
+            asked = await line.begin(reply.ticket, self._replica)
+            line.alive(self._room())
+            free = await _answered(line, asked, answer)
         except LineError:
             pass  # the client left before its request was here
         finally:
@@ -241,6 +244,7 @@ class Lines:
                     break  # its ingress sends it elsewhere
                 self._used.add(line)
                 line.take()
+                line.alive(self._room())
                 free = await _answered(line, asked, answer)
                 self._used.discard(line)
         except LineError:
@@ -295,8 +299,9 @@ class Lines:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(BEAT_S)
+            room = self._room()
             for line in self._used:
-                line.alive()
+                line.alive(room)
 
 
 def _end_of(fault: EngineFaultError) -> Kind:

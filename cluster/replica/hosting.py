@@ -10,6 +10,7 @@ module, so it imports neither vLLM nor Ray Serve LLM before it runs.
 
 import asyncio
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ from pomarium.cluster.http import asgi_bridge
 from pomarium.cluster.http.answer_frames import Asked
 from pomarium.cluster.http.asgi_bridge import Exchange
 from pomarium.cluster.http.progress import Listener
+from pomarium.cluster.http.room import Room
 from pomarium.cluster.machine import disk
 from pomarium.cluster.node.ray_folder import session_folder
 from pomarium.cluster.rack import reports
@@ -34,6 +36,7 @@ from pomarium.cluster.replica import kept_logging, loss, parsers, ray_llm
 from pomarium.cluster.replica.loss import EngineFaultError, EngineGoneError, EngineLostError
 from pomarium.cluster.replica.model_check import Found
 from pomarium.cluster.replica.serve_plan import ModelPlan
+from pomarium.cluster.replica.slots import Slots
 from pomarium.cluster.replica.step_watch import StepWatch
 from pomarium.worker import settings
 from pomarium.worker.errors import PomariumError
@@ -91,7 +94,9 @@ class Hosted:
         self._fault_file = fault_file
         self._cause: asyncio.Task[str] | None = None
         self._steps = StepWatch(settings.load(os.environ).step_seconds)
-        self._load = server.load(self._steps)
+        # Serve starts another engine where one has more than its load.
+        self._slots = Slots(plan.step_requests, 1 if plan.scaling is None else math.ceil(2 * plan.scaling.load))
+        self._load = server.load(self._steps, self._slots)
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._leave_when_dead()), loop.create_task(self._watch_steps())]
         if team is not None:
@@ -177,6 +182,10 @@ class Hosted:
             if recorded is not None or code is not None or time.monotonic() > deadline:
                 return loss.cause(recorded, code, worker_end)
             time.sleep(CAUSE_LOOK_S)
+
+    def room(self) -> Room:
+        """What it has room for now."""
+        return Room(self._slots.count, self._server.cache_tokens)
 
     def word(self) -> str:
         """How a living engine does: `ok`, and what is to be said of its steps, if anything."""

@@ -27,6 +27,7 @@ from pomarium.cluster.node.ray_names import label
 from pomarium.cluster.rack.reports import StageReport
 from pomarium.cluster.replica.reporting import Load, stages_of
 from pomarium.cluster.replica.serve_plan import ModelPlan
+from pomarium.cluster.replica.slots import Slots
 from pomarium.cluster.replica.step_watch import StepWatch
 from pomarium.worker import settings
 from pomarium.worker.memory import CPU_AUTO_KV_BYTES
@@ -122,9 +123,9 @@ class Server:
         await server.start(group)
         return cls(server, await server.engine.build_asgi_app())
 
-    def load(self, steps: StepWatch) -> Load:
-        """The engine's load from now on; `steps` is told of each that ends."""
-        load = Load(steps)
+    def load(self, steps: StepWatch, slots: Slots) -> Load:
+        """The engine's load from now on; `steps` and `slots` are told of each step that ends."""
+        load = Load(steps, slots)
         self._client.logger_manager.stat_loggers.append(load)
         return load
 
@@ -150,6 +151,12 @@ class Server:
     def context(self) -> int:
         """Tokens of prompt and answer together, at most."""
         return int(self._client.model_config.max_model_len)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Of the KV cache."""
+        cache = self._client.vllm_config.cache_config
+        return int(cache.num_gpu_blocks or 0) * int(cache.block_size)
 
     @property
     def _client(self) -> Any:

@@ -56,7 +56,7 @@ class EngineReplica:
         """
         secrets.enter(os.environ)
         replica = str(serve.get_replica_context().replica_id.unique_id)
-        self._lines = Lines(replica)
+        self._lines = Lines(replica, lambda: self._hosted.room())
         try:
             self._hosted = await Hosted.start(plan, found, Name(replica, ENDPOINT))
         except faults.StartError as error:

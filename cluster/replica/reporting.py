@@ -20,6 +20,7 @@ from pomarium.cluster.executor.member import Member
 from pomarium.cluster.placement.model import Network
 from pomarium.cluster.rack import reports
 from pomarium.cluster.rack.reports import LinkReport, ReplicaReport, StageReport
+from pomarium.cluster.replica.slots import Slots
 from pomarium.cluster.replica.step_watch import StepWatch
 
 logger = logging.getLogger(__name__)
@@ -54,12 +55,12 @@ class Load:
     """Listens to an engine as one of vLLM's stat loggers (vllm/v1/metrics/loggers.py, AggregateStatLoggerBase).
 
     Attributes:
-        steps: told of each step's end.
+        steps, slots: told of each step's end.
         running, waiting, kv_use: as of a ReplicaReport.
     """
 
-    def __init__(self, steps: StepWatch, clock: Callable[[], float] = time.monotonic) -> None:
-        self.steps = steps
+    def __init__(self, steps: StepWatch, slots: Slots, clock: Callable[[], float] = time.monotonic) -> None:
+        self.steps, self.slots = steps, slots
         self.running = 0
         self.waiting = 0
         self.kv_use = 0.0
@@ -82,6 +83,9 @@ class Load:
             self._cache.observe(scheduler_stats.prefix_cache_stats)
         if iteration_stats is not None and iteration_stats.num_generation_tokens:
             self._tokens.add(iteration_stats.num_generation_tokens)
+        self.slots.ended(
+            self.running, self.waiting, 0 if iteration_stats is None else iteration_stats.num_generation_tokens
+        )
         if iteration_stats is not None and iteration_stats.finished_requests:
             self._answered.add(len(iteration_stats.finished_requests))
 

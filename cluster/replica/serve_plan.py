@@ -82,6 +82,25 @@ class OnDemandPlan:
 
 
 @dataclass(frozen=True)
+class Queue:
+    """What may wait for a model's engines; None follows from what they tell (endpoint/turns.py).
+
+    Attributes:
+        requests, tokens: of prompts, that may be ahead of a request that waits. wait_s: that it may have to wait.
+        timeout_s: for an answer, where the request does not say how long; None: without end.
+    """
+
+    requests: int | None = None
+    tokens: int | None = None
+    wait_s: float | None = None
+    timeout_s: float | None = None
+
+
+QUEUE = Queue()
+"""Where nothing else is said."""
+
+
+@dataclass(frozen=True)
 class ModelPlan:
     """One model behind the endpoint.
 
@@ -96,6 +115,7 @@ class ModelPlan:
         streams: requests at once that a replica is planned for; None: as many as fit.
         network: between the Macs; None where nothing is known of it.
         on_demand: it is loaded when it is asked for. optional: the others are served also if it is faulty.
+        queue: for its engines.
     """
 
     name: str
@@ -109,6 +129,7 @@ class ModelPlan:
     scaling: Scaling | None = None
     on_demand: bool = False
     optional: bool = False
+    queue: Queue = QUEUE
 
     def scaled(self, scaling: Scaling) -> "ModelPlan":
         """This plan with so many engines, which need no scaling if the span is one number."""

@@ -48,6 +48,28 @@ def test_an_endpoint_that_is_away_is_asked_again() -> None:
         assert ask(url).status == 200
 
 
+def test_one_that_is_busy_is_asked_again_however_often_and_when_it_says() -> None:
+    busy = [JSONResponse({"error": {}}, 429, headers={"Retry-After": "0"}) for _ in range(50)]
+    with serving(Stub(*busy)) as url:
+        assert ask(url, outage_s=0.0).status == 200
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"),
+    [
+        ("3", 3.0),
+        ("0", 0.0),
+        ("1e9", http_engine.LONGEST_BUSY_S),
+        (None, 0.5),
+        ("-1", 0.0),
+        ("nan", 0.5),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", 0.5),
+    ],
+)
+def test_how_long_a_busy_one_is_left_alone(retry_after: str | None, seconds: float) -> None:
+    assert http_engine.busy_s(retry_after, 0.5) == seconds
+
+
 def test_a_refusal_is_an_answer() -> None:
     with serving(Stub(JSONResponse({"error": {"message": "too long"}}, 400))) as url:
         answer = ask(url)

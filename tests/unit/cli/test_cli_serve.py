@@ -18,7 +18,7 @@ from pomarium.cluster.node.worker_environment import worker_environment
 from pomarium.cluster.replica.engine_args import parse
 from pomarium.cluster.replica.model_check import Check, Found
 from pomarium.cluster.replica.parsers import Parsers
-from pomarium.cluster.replica.serve_plan import Limits, ModelPlan, OnDemandPlan, ServePlan
+from pomarium.cluster.replica.serve_plan import Limits, ModelPlan, OnDemandPlan, Queue, ServePlan
 from pomarium.worker.errors import PomariumError, SettingsError
 from pomarium.worker.models import embedded
 from pomarium.worker.settings import Wire, load
@@ -165,6 +165,20 @@ def test_how_often_and_how_long_answers_go_on() -> None:
         plan(["--failover-wait", "soon"], {})
     with pytest.raises(SettingsError, match="--failovers -1 is less than none"):
         plan(["--failovers", "-1"], {})
+
+
+def test_what_may_wait_and_for_how_long() -> None:
+    assert [model.queue for model in plan(["o/a", "o/b", "--max-waiting", "0"], {}).models] == [Queue(0)] * 2
+    (model,) = plan(["--max-waiting-tokens", "9", "--max-wait", "3s", "--request-timeout", "1m"], {}).models
+    assert model.queue == Queue(None, 9, 3.0, 60.0)
+    for option, value, said in (
+        ("--max-waiting", "-1", "--max-waiting -1 is less than none"),
+        ("--max-waiting-tokens", "-1", "--max-waiting-tokens -1 is less than none"),
+        ("--max-wait", "soon", "--max-wait: .*a duration such as"),
+        ("--request-timeout", "0s", "--request-timeout 0s leaves no time"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            plan([option, value], {})
 
 
 def test_a_rack_has_two_ingresses_unless_told_otherwise() -> None:

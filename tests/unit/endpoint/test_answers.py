@@ -18,6 +18,7 @@ from pomarium.cluster.endpoint.answers import MOST_WAITING, Accepted, Answer, An
 from pomarium.cluster.http import asgi_bridge
 from pomarium.cluster.http.answer_frames import Asked, Kind, frame
 from pomarium.cluster.http.asgi_bridge import Head
+from pomarium.cluster.http.room import Room
 from pomarium.cluster.http.sealed_stream import SealedStream, dial
 from pomarium.cluster.http.sealing import KEY_BYTES, End
 from pomarium.cluster.replica import answering, heartbeat
@@ -37,7 +38,7 @@ class Replica:
     """
 
     def __init__(self) -> None:
-        self.lines = Lines("r1")
+        self.lines = Lines("r1", lambda: Room(8, 4096))
         self.produced = 0
         self.came: list[str] = []
         self.left: list[str] = []

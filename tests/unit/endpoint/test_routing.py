@@ -24,14 +24,20 @@ from pomarium.cluster.endpoint.routing import (
     Candidate,
     NoReplicaError,
     PrefixTable,
-    keys_of,
     prefix_keys,
     rank,
+    text_of,
 )
 from pomarium.cluster.http.prompts import SEPARATOR, prompt_text
 from pomarium.cluster.replica.replica import Routing
 
 PIECES = 20
+
+
+def keys_of(path: str, fields: dict[str, Any]) -> tuple[int, ...]:
+    return prefix_keys(text_of(path, fields))
+
+
 candidates = st.lists(
     st.builds(
         Candidate,

@@ -7,6 +7,7 @@ from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, PrefixCa
 from pomarium.cluster.placement.model import Link, Network
 from pomarium.cluster.rack.reports import LinkReport, ReplicaReport, StageReport
 from pomarium.cluster.replica.reporting import WINDOW_S, Engine, Load, links_of
+from pomarium.cluster.replica.slots import Slots
 from pomarium.cluster.replica.step_watch import StepWatch
 
 STAGES = tuple(StageReport(mac, first, first + 10, 7, 1 << 30) for mac, first in (("a", 0), ("b", 10), ("b", 20)))
@@ -29,7 +30,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def load(clock: Clock) -> Load:
-    return Load(StepWatch(1.0), clock)
+    return Load(StepWatch(1.0), Slots(8, clock=clock), clock)
 
 
 def step(generated: int, answered: int = 0) -> IterationStats:

@@ -10,7 +10,7 @@ from ray.serve.schema import ServeDeploySchema
 from pomarium.cluster.endpoint import builder
 from pomarium.cluster.endpoint.builder import EndpointArgs
 from pomarium.cluster.replica import serve_plan
-from pomarium.cluster.replica.serve_plan import Limits, ModelPlan, Scaling, ServePlan
+from pomarium.cluster.replica.serve_plan import Limits, ModelPlan, Queue, Scaling, ServePlan
 from pomarium.worker.errors import SettingsError
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -31,7 +31,8 @@ def test_serve_s_example_is_the_endpoint_of_the_embedded_model() -> None:
 
 def test_every_argument_of_the_file_reaches_the_plan(tmp_path: Path) -> None:
     model = {"source": "/models/a.gguf", "stages": 2, "replicas": 3, "share_macs": True, "max_model_len": 512,
-             "streams": 4, "engine_args": ["--max-num-seqs", 8]}  # fmt: skip
+             "streams": 4, "max_waiting": 5, "max_waiting_tokens": 900, "max_wait": "3s", "request_timeout": "1m",
+             "engine_args": ["--max-num-seqs", 8]}  # fmt: skip
     rack = DEPLOY / "rack.example.yaml"
     args = endpoint_args(
         models=[model], api_key_variable="K", host="0.0.0.0", port=81, rack=str(rack), ingresses=3, origins=["*"],
@@ -43,6 +44,7 @@ def test_every_argument_of_the_file_reaches_the_plan(tmp_path: Path) -> None:
     assert (plan.origins, plan.limits) == (("*",), Limits(1, 120.0))
     assert (found.name, found.source, found.stages, found.replicas) == ("a", "/models/a.gguf", 2, 3)
     assert (found.share_macs, found.streams, found.engine_args) == (True, 4, {"max_num_seqs": 8, "max_model_len": 512})
+    assert found.queue == Queue(5, 900, 3.0, 60.0)
     assert found.network is not None
     assert found.scaling is None
 
@@ -78,6 +80,8 @@ def test_replicas_may_follow_the_load() -> None:
         ({"models": [{"source": "a"}, {"source": "x/a", "name": "a"}]}, "two models are called 'a'"),
         ({"models": [{"source": "a", "engine_args": ["--no-such"]}]}, "--no-such"),
         ({"models": [{"source": "a", "engine_args": ["--worker-cls", "x"]}]}, "Pomarium brings the worker"),
+        ({"models": [{"source": "a", "max_waiting": -1}]}, "args.models[1].max_waiting: -1 is refused"),
+        ({"models": [{"source": "a", "max_wait": "soon"}]}, "args.models[1].max_wait: "),
         ({"port": 0}, "args.port: 0 is refused"),
         ({"ingresses": 0}, "args.ingresses: 0 is refused"),
         ({"api_key_variable": "K"}, "args.api_key_variable: K is not set"),
