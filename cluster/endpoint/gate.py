@@ -117,7 +117,6 @@ class Gate:
         self._standing = Standing()
         self._answer_s, self._first_s, self._whole_s = Mean(), Mean(), Mean()
         self._looking: asyncio.Task[None] | None = None
-        self._told = (0, 0)
 
     @property
     def waiting(self) -> int:
@@ -223,10 +222,7 @@ class Gate:
         self._held = _added(self._held, asker.batch, by)
 
     def _tell(self) -> None:
-        now = self.waiting, self._people.tokens + self._batches.tokens
-        if now != self._told:
-            self._told = now
-            self._meter.waiting(*now)
+        self._meter.waiting(self.waiting, self._people.tokens + self._batches.tokens)
 
 
 def _added(held: Held, batch: bool, by: int) -> Held:

@@ -23,7 +23,7 @@ PERIOD_S = 0.5
 FIRST = 16
 """Before anything was seen."""
 
-LEAST = 8
+LEAST = 16
 """However slow its steps are."""
 
 GAP_S = 0.2

@@ -38,7 +38,10 @@ DEPLOY_S = 240.0
 SEEN_S = 90.0
 """By when each series is there, with a value: agents are told every 10 s, and a rate takes two values."""
 
-MAY_BE_EMPTY = {"MacSetAside": "only a rack with sleep.idle sets Macs aside, and this one has none"}
+MAY_BE_EMPTY = {
+    "MacSetAside": "only a rack with sleep.idle sets Macs aside, and this one has none",
+    "RequestsRefused": "nobody asks for more than can be done",
+}
 """Alarms that have nothing to look at here, and why."""
 
 
