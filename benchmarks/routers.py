@@ -1,10 +1,11 @@
 """Serve's side of benchmarks/routing.py: one request router that asks whichever policy a request names in `user`.
 
-    the ingress's process imports this module --patch--> keys_of also keeps the body, and each request is a call
+    the ingress's process imports this module --patch--> its keys also keep the body, and each request is a call
 
 Apart from the script, which must not import Ray before it has set Ray's environment.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import PrefixCacheAffinityRouter
@@ -14,9 +15,12 @@ from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 
-from pomarium.cluster.endpoint import ingress, routing
+from pomarium.cluster.endpoint import ingress
 from pomarium.cluster.endpoint.prefix_router import PrefixRouter
+from pomarium.cluster.endpoint.reading import Asking, Reader
+from pomarium.cluster.http import bodies
 from pomarium.cluster.http.prompts import prompt_text
+from pomarium.cluster.replica.replica import Routing
 
 ROUTERS: dict[str, Any] = {
     "power of two": PowerOfTwoChoicesRequestRouter,
@@ -51,13 +55,17 @@ class Keys(tuple[int, ...]):
     fields: dict[str, Any]
 
 
-def _keys_of(path: str, fields: dict[str, Any]) -> Keys:
-    keys = Keys(routing.keys_of(path, fields))
-    keys.fields = fields
-    return keys
+_read = Reader._read
 
 
-ingress.keys_of = _keys_of
+def _with_body(reader: Reader, path: str, body: bytes) -> Asking:
+    asking = _read(reader, path, body)
+    keys = Keys(asking.routing.keys)
+    keys.fields = bodies.parsed(body)
+    return replace(asking, routing=Routing(keys))
+
+
+Reader._read = _with_body  # type: ignore[method-assign]
 ingress.dispatch = lambda *_: None
 
 
