@@ -6,7 +6,7 @@
 The engines run on the same machine in turns. Tokens are also counted per second of the processor, which does not depend
 on what else the machine does: set OPENBLAS_NUM_THREADS=1, for threads that wait for each other burn it.
 
-    python benchmarks/step_budget.py [--model DIR] [--prompt 2000] [--streams 2] [--rounds 2] [--seconds 0 1]
+    python benchmarks/step_budget.py [--model DIR] [--prompt 2000] [--streams 2] [--rounds 2] [--seconds 0 1] [--gap 0]
 """
 
 import argparse
@@ -114,6 +114,7 @@ def _engine(model: Path, seconds: float, options: argparse.Namespace) -> Iterato
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "POMARIUM_STEP_SECONDS": f"{seconds:g}",
+        "POMARIUM_GAP_SECONDS": f"{options.gap:g}",
     }
     with patch.dict(os.environ, variables):
         llm = LLM(
@@ -139,6 +140,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=2048, help="max_num_batched_tokens")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", nargs="+", type=float, default=[0.0, 1.0])
+    parser.add_argument("--gap", type=float, default=0.0, help="POMARIUM_GAP_SECONDS (default: 0, none)")
     return parser.parse_args()
 
 

@@ -40,6 +40,7 @@ def engine(model: Path, environment: Mapping[str, str] | None = None, **argument
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "POMARIUM_STEP_SECONDS": "1000",  # what a busy machine takes for a step must not decide what is in it
+        "POMARIUM_GAP_SECONDS": "0",
         **(environment or {}),
     }
     # vLLM freezes what there is, this engine with it: then only the whole heap could be looked through for its garbage.

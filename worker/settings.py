@@ -31,7 +31,11 @@ AUTO_FRACTION = 0.9
 """Share of the memory base that `auto` stands for under paged attention."""
 
 STEP_SECONDS = 1.0
-"""What a step is to take at most: who waits for a token beside a long prompt hardly notices so much."""
+"""What a step is to take at most."""
+
+GAP_SECONDS = 0.1
+"""What it is to take at most where answers are being written: one at 20 tokens a second goes on at half of that, at
+least, while a long prompt is computed."""
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
@@ -72,6 +76,7 @@ class Settings:
         device: None if the user did not ask for one: the GPU then, or the CPU on a machine without a GPU backend.
         modelscope_cache: absolute folder of the local ModelScope models.
         step_seconds: what a step of the engine is to take at most; 0: no bound.
+        gap_seconds: what tokens of prompts may make of it where answers are being written; 0: step_seconds.
         max_request_chars: characters of text and token ids in one request; None is `auto`.
         visible_devices: as the executor wrote it for this worker; None outside of one.
         max_body, max_upload: bytes of a request's body, and of an uploaded file's.
@@ -90,6 +95,7 @@ class Settings:
     mla_kernel: bool = False
     decode_graphs: bool = True
     step_seconds: float = STEP_SECONDS
+    gap_seconds: float = GAP_SECONDS
     max_request_chars: int | None = None
     wire: Wire = Wire.OFF
     visible_devices: str | None = None
@@ -298,6 +304,16 @@ VARIABLES: tuple[Variable, ...] = (
         _seconds_or_zero,
         "What a step of the engine is to take at most: its tokens follow from what steps were seen to take, between 16 "
         "tokens of prompts and `--max-num-batched-tokens`. 0: no bound.",
+    ),
+    Variable(
+        "POMARIUM_GAP_SECONDS",
+        "gap_seconds",
+        "0.1",
+        "a number of seconds, or 0",
+        _seconds_or_zero,
+        "How long who reads an answer may wait for a token while prompts of others are computed: a step has so few of "
+        "their tokens that it takes no longer, or twice what it takes without them. 0: POMARIUM_STEP_SECONDS bounds it "
+        "alone.",
     ),
     Variable(
         "POMARIUM_MAX_REQUEST_CHARS",

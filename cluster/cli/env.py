@@ -125,6 +125,7 @@ def _outcomes(settings: Settings, kind: DeviceKind, backend: device.GpuBackend |
         "mla_kernel": _kernels(settings.mla_kernel, kind),
         "decode_graphs": _on_off(settings.decode_graphs) if kind is DeviceKind.GPU else "no effect on this machine",
         "step_seconds": f"{settings.step_seconds:g} s" if settings.step_seconds else "no bound",
+        "gap_seconds": f"{settings.gap_seconds:g} s" if settings.gap_seconds else "as a step",
         "max_request_chars": "16 for each token of the model's length, at least 1000000"
         if settings.max_request_chars is None
         else str(settings.max_request_chars),

@@ -24,7 +24,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from pomarium.cluster.engine.scheduling.budget import Demand, Limits, Prompt, plan
+from pomarium.cluster.engine.scheduling.budget import Demand, Limits, Prompt, plan, target
 from pomarium.cluster.engine.scheduling.resumed import ResumingScheduler
 from pomarium.cluster.engine.scheduling.scheduler import CohortScheduler, SyncCohortScheduler
 from pomarium.cluster.executor.step_time import StepTimes, Work
@@ -44,7 +44,7 @@ class BoundScheduler(ResumingScheduler):
     """For async scheduling off.
 
     Attributes:
-        target_s: seconds that a step is to take at most; 0: no bound.
+        target_s: seconds that a step is to take at most; 0: no bound. gap_s: where requests decode; 0: likewise.
         times: what is known of the workers; None: they tell nothing, or it does not matter.
         step_budget: tokens that a step may have, by the latest that could tell.
     """
@@ -56,7 +56,8 @@ class BoundScheduler(ResumingScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.scheduler_config = copy(self.scheduler_config)  # one step's limits are nobody else's
-        self.target_s = load(os.environ).step_seconds
+        settings = load(os.environ)
+        self.target_s, self.gap_s = settings.step_seconds, settings.gap_seconds
         self.times: StepTimes | None = StepTimes(GRAIN * self.target_s) if self.target_s else None
         self.step_budget = self.max_num_scheduled_tokens
 
@@ -81,7 +82,9 @@ class BoundScheduler(ResumingScheduler):
         before = self.max_num_scheduled_tokens, config.long_prefill_token_threshold
         prompts = self._prompts() if self.times is not None and config.enable_chunked_prefill else []
         if self.times is not None and prompts:
-            budget = plan(Demand(self._decoding(), prompts, self._room()), self.times, Limits(*before), self.target_s)
+            decoding, stages = self._decoding(), self.parallel_config.pipeline_parallel_size
+            target_s = target(decoding, self.target_s, self.gap_s, stages)
+            budget = plan(Demand(decoding, prompts, self._room()), self.times, Limits(*before), target_s)
             self.step_budget = budget.ceiling or self.step_budget
             self.max_num_scheduled_tokens = budget.limits.step_tokens
             config.long_prefill_token_threshold = budget.limits.request_tokens

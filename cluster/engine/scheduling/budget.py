@@ -3,7 +3,7 @@
     Demand (what decodes, which prompts wait), StepTimes, Limits --plan--> Budget
 
 Requests that decode ride in every step, a row each; what is decided is how many tokens of prompts ride along. Their
-number is the largest for which the step is expected to take at most `target_s`, or twice what it takes without them:
+number is the largest for which the step is expected to take at most its target, or twice what it takes without them:
 on a device that reads the weights for seconds, chunks that fit into the target would spend all time on reading. Bounds:
 
 - at most what the configuration allows (max_num_batched_tokens), which is all there is to it on a fast device;
@@ -70,6 +70,16 @@ class Budget:
     limits: Limits
     bound: bool = False
     ceiling: int | None = None
+
+
+def target(decoding: Work, step_s: float, gap_s: float, stages: int) -> float:
+    """Seconds that the next step is to take at most.
+
+    Args:
+        decoding: what is sure to be in it. step_s: for any step. gap_s: from one token of an answer to its next; 0: as
+            for any step. stages: that a token passes before its next can be computed.
+    """
+    return min(step_s, gap_s / stages) if decoding.rows and gap_s else step_s
 
 
 def plan(demand: Demand, times: StepTimes, limits: Limits, target_s: float) -> Budget:

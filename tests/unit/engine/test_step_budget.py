@@ -17,6 +17,7 @@ from pomarium.cluster.engine.scheduling.budget import (
     Prompt,
     level,
     plan,
+    target,
 )
 from pomarium.cluster.executor.step_time import Line, StepTimes, Work, fit, rows_at
 
@@ -88,6 +89,25 @@ def test_steps_stay_in_time(name: str, streams: int) -> None:
     allowed = max(TARGET_S, 2 * alone, least)
     assert max(simulated.took) <= 1.5 * allowed, "the first steps, too"
     assert max(simulated.took[8:]) <= 1.2 * allowed
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_long_prompt_leaves_running_answers_half_their_pace_or_the_gap(name: str) -> None:
+    decoding, gap_s = Work(8, 800), 0.1
+    simulated = Simulated(SLOW[name], target_s=target(decoding, TARGET_S, gap_s, 1))
+    for tokens in (4000, 500, 4000):
+        simulated.prompt(tokens, streams=8)
+    alone = simulated.device(decoding)
+    least = simulated.device(rows_at(4000, MIN_TOKENS)) + alone
+    assert max(simulated.took[8:]) <= 1.2 * max(gap_s, 2 * alone, least)
+
+
+def test_what_a_step_is_to_take_hangs_on_who_waits() -> None:
+    assert target(NOTHING, 1.0, 0.1, 1) == 1.0, "nobody reads"
+    assert target(Work(3, 90), 1.0, 0.1, 1) == 0.1
+    assert target(Work(3, 90), 1.0, 0.1, 4) == 0.025, "a token passes all of them"
+    assert target(Work(3, 90), 1.0, 0.0, 1) == 1.0
+    assert target(Work(3, 90), 0.05, 0.1, 1) == 0.05
 
 
 @pytest.mark.parametrize("name", SLOW)

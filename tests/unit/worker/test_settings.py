@@ -69,6 +69,7 @@ def test_an_empty_environment_means_the_defaults_of_the_issue() -> None:
         gdn_lazy_kernels=True,
         mla_kernel=False,
         step_seconds=1.0,
+        gap_seconds=0.1,
         visible_devices=None,
     )
     assert load({}).resolved_fraction == 0.9
@@ -275,6 +276,7 @@ def test_every_field_of_settings_has_one_variable() -> None:
 @pytest.mark.parametrize(("text", "seconds"), [("0", 0.0), ("0.25", 0.25), (" 3 ", 3.0), ("1e2", 100.0)])
 def test_seconds_of_a_step(text: str, seconds: float) -> None:
     assert load({"POMARIUM_STEP_SECONDS": text}).step_seconds == seconds
+    assert load({"POMARIUM_GAP_SECONDS": text}).gap_seconds == seconds
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1 s", "nan", "inf", "1e400", "auto", "'1'"])
