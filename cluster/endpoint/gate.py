@@ -28,6 +28,7 @@ from pomarium.cluster.endpoint.turns import (
     refusal,
 )
 from pomarium.cluster.http import openai_errors
+from pomarium.cluster.http.asgi import Receive, while_there
 from pomarium.cluster.http.openai_errors import RefusalError
 from pomarium.cluster.replica.serve_plan import Queue
 
@@ -124,16 +125,18 @@ class Gate:
         return len(self._people) + len(self._batches)
 
     @asynccontextmanager
-    async def turn(self, asker: Asker, kept: bool = False) -> AsyncIterator[Turn]:
+    async def turn(self, asker: Asker, receive: Receive, kept: bool = False) -> AsyncIterator[Turn]:
         """One request: entered when it is to go to an engine, left when its answer is over.
 
         Args:
+            receive: of the request, whose body has been read.
             kept: it is not refused, however much is ahead of it.
 
         Raises:
             RefusalError: 429.
+            ClientDisconnect: the client left while it waited.
         """
-        await self._enter(asker, kept)
+        await self._enter(asker, receive, kept)
         turn = Turn(self._clock)
         try:
             yield turn
@@ -142,7 +145,7 @@ class Gate:
             self._learn(turn)
             self._let_in()
 
-    async def _enter(self, asker: Asker, kept: bool) -> None:
+    async def _enter(self, asker: Asker, receive: Receive, kept: bool) -> None:
         """Returns with the request among those that are held."""
         if not asker.batch:
             self._asked_at = self._clock()
@@ -164,9 +167,9 @@ class Gate:
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look())
         try:
-            await coming
-        except asyncio.CancelledError:
-            if not lines.drop(asker.client, coming):
+            await while_there(receive, coming)
+        except BaseException:  # its client has left, or its time is over
+            if not lines.drop(asker.client, coming) and not coming.cancelled():
                 self._hold(asker, -1)  # it was let in at the same moment
                 self._let_in()
             self._tell()
@@ -206,8 +209,9 @@ class Gate:
             while len(lines) and (supply is None or self._may_go(batch, supply)):
                 coming = lines.pop()
                 assert coming is not None
-                self._held = _added(self._held, batch, 1)
-                coming.set_result(None)
+                if not coming.done():  # else its client leaves at this moment
+                    self._held = _added(self._held, batch, 1)
+                    coming.set_result(None)
         self._tell()
 
     async def _look(self) -> None:

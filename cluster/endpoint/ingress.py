@@ -313,10 +313,9 @@ class Ingress:
         deployment = self._engines[name].deployment_name
         state = (lambda: self._reasons.state(deployment)) if self._served[name].sleeps else None
         async with AsyncExitStack() as stay:
-            entering = self._entered(stay, request, asking, key)
             try:
                 async with asyncio.timeout_at(until) as bound:
-                    turn = await while_there(request.receive, entering)
+                    turn = await self._entered(stay, request, asking, key)
             except TimeoutError:
                 if deadline is None or not bound.expired():
                     raise
@@ -329,14 +328,14 @@ class Ingress:
                 await while_there(request.receive, _relayed(relay, send, turn))
 
     async def _entered(self, stay: AsyncExitStack, request: Request, asking: Asking, key: bytes) -> Turn:
-        """The request is to go to an engine now, and its model stays. Raises RefusalError."""
+        """The request is to go to an engine now, and its model stays. Raises RefusalError and ClientDisconnect."""
         held = False
         if self._on_demand is not None:
             if unfit := self._on_demand.unfit(asking.name):
                 raise RefusalError(*openai_errors.invalid(unfit, "model"))
             held = self._on_demand.state(asking.name).state != rack_view.SERVING
             try:
-                await stay.enter_async_context(self._on_demand.needed(asking.name))
+                await while_there(request.receive, stay.enter_async_context(self._on_demand.needed(asking.name)))
             except HopelessError as hopeless:
                 raise RefusalError(*openai_errors.engine_unavailable(asking.name, str(hopeless))) from None
         if request.url.path not in PROMPTED:
@@ -344,7 +343,7 @@ class Ingress:
         address = request.client.host if request.client is not None else ""
         client = clients.client_of(request.headers, address, key, self._keys)
         asker = Asker(client, asking.tokens, clients.yields(request.headers))
-        return await stay.enter_async_context(self._gates[asking.name].turn(asker, kept=held))
+        return await stay.enter_async_context(self._gates[asking.name].turn(asker, request.receive, kept=held))
 
     async def _continued(self, name: str, routing: Routing, asked: Asked, body: bytes) -> Continued:
         """The answer of one of the model's engines, and of others after it if need be."""

@@ -5,9 +5,12 @@ import contextlib
 import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from random import Random
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -15,11 +18,13 @@ from starlette.routing import Route
 
 from pomarium.cluster.endpoint import ledger
 from pomarium.cluster.endpoint.cards import Served
-from pomarium.cluster.endpoint.gate import Meter
+from pomarium.cluster.endpoint.gate import Asker, Gate, Meter
 from pomarium.cluster.endpoint.ingress import Ingress
 from pomarium.cluster.endpoint.ledger import Entry, What
+from pomarium.cluster.endpoint.turns import Supply
 from pomarium.cluster.http import asgi_bridge
 from pomarium.cluster.http.asgi import Message
+from pomarium.cluster.http.openai_errors import RefusalError
 from pomarium.cluster.http.room import Room
 from pomarium.cluster.replica.answering import Lines
 from pomarium.cluster.replica.serve_plan import Queue
@@ -378,3 +383,46 @@ def test_what_computes_no_prompt_does_not_wait() -> None:
         assert (runs.status, counts.status) == (200, 200)
 
     scene(play)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5))
+@settings(max_examples=30, deadline=None)
+def test_no_slot_is_lost_or_given_twice_whoever_leaves_when(seed: int, slots: int) -> None:
+    chance = Random(seed)
+    running = most = 0
+
+    async def client(gate: Gate, name: str) -> None:
+        nonlocal running, most
+        left = asyncio.Event()
+
+        async def receive() -> Message:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        asyncio.get_running_loop().call_later(0.01 * chance.random(), left.set)
+        with contextlib.suppress(ClientDisconnect, RefusalError, TimeoutError):
+            async with asyncio.timeout(0.01 * chance.random()):
+                async with gate.turn(Asker(name, 1, batch=chance.random() < 0.3), receive):
+                    running += 1
+                    most = max(most, running)
+                    try:
+                        await asyncio.sleep(0.003 * chance.random())
+                    finally:
+                        running -= 1
+
+    async def play() -> None:
+        gate = Gate("m", Queue(requests=20), lambda: Supply(slots), Meter())
+        clients = []
+        for _ in range(60):
+            clients.append(asyncio.create_task(client(gate, chance.choice("abc"))))
+            if chance.random() < 0.2:
+                await asyncio.sleep(0.001)
+        await asyncio.gather(*clients)
+        assert (gate.waiting, running) == (0, 0)
+        for _ in range(slots):  # all of them are there to be had
+            turn = gate.turn(Asker("a", 1), asyncio.Event().wait)  # type: ignore[arg-type]
+            async with asyncio.timeout(60):
+                await turn.__aenter__()
+
+    asyncio.run(play())
+    assert most <= slots + max(1, slots // 2), "a batch that has everything gives way to people"
