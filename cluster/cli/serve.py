@@ -140,7 +140,8 @@ def plan_of(args: argparse.Namespace, environ: Mapping[str, str]) -> ServePlan:
     ingresses = args.ingresses
     if ingresses is None:
         ingresses = RACK_INGRESSES if environ.get("RAY_ADDRESS") else 1
-    models, keys = tuple(models_of(args, environ)), api_keys(args, environ)
+    queue, keys = serve_options.queue(args), api_keys(args, environ)
+    models = tuple(replace(model, queue=queue) for model in models_of(args, environ))
     on_demand = _on_demand(args, models, environ)
     if on_demand is not None:
         models = tuple(replace(m, on_demand=True, replicas=int(m.name in on_demand.pins)) for m in models)
@@ -166,8 +167,7 @@ def models_of(args: argparse.Namespace, environ: Mapping[str, str]) -> list[Mode
         engine_args["max_model_len"] = args.max_model_len
     rack = inventory.load(args.rack) if args.rack is not None else None
     network = None if rack is None else network_of(rack)
-    queue = serve_options.queue(args)
-    common = ModelPlan("", None, engine_args, 1, stages, args.share_macs, None, network, queue=queue)
+    common = ModelPlan("", None, engine_args, 1, stages, args.share_macs, None, network)
     if scaling is not None:
         common = common.scaled(scaling)
     if in_folder:

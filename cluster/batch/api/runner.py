@@ -40,7 +40,7 @@ DISK_S = 10.0
 """Pause after a record could not be read or written, such as on a full disk."""
 
 ROOM = 64
-"""Requests of batches at the engines at once; interactive ones queue beside them."""
+"""Requests of batches at the endpoint at once, which has people's go first (endpoint/gate.py)."""
 
 
 class BatchRunner:
