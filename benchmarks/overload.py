@@ -35,7 +35,7 @@ from pomarium.cluster.node import ports
 
 LOADS = (0.9, 3.0)
 CLIENTS = 96
-WARM_UP_S = 12.0
+WARM_UP_S = 15.0
 READY_S = 300.0
 AGAIN_S = 0.3
 WORDS = ("red", "blue", "green", "cold", "warm", "long", "short", "new", "deep", "high", "low", "fast", "slow", "dark")

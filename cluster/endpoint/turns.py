@@ -22,7 +22,7 @@ T = TypeVar("T", bound=Hashable)
 BURST_S = 10.0
 """How long who comes in a burst may have to wait for an engine, or as long as an answer takes, if that is longer."""
 
-GRACE_S = 2.0
+GRACE_S = 1.0
 """A queue that is not empty for longer than this is no burst's, and is kept short."""
 
 CALM_S = 5.0
