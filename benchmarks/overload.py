@@ -36,6 +36,7 @@ from pomarium.cluster.node import ports
 LOADS = (0.9, 3.0)
 CLIENTS = 96
 WARM_UP_S = 15.0
+ALONE_S = 4.0
 READY_S = 300.0
 AGAIN_S = 0.3
 WORDS = ("red", "blue", "green", "cold", "warm", "long", "short", "new", "deep", "high", "low", "fast", "slow", "dark")
@@ -102,6 +103,9 @@ async def capacity(place: Place, seconds: float) -> float:
             if not await place.ask(seen):
                 await asyncio.sleep(AGAIN_S * (0.5 + place.chance.random()))
 
+    alone = time.monotonic() + ALONE_S
+    while time.monotonic() < alone:  # the engine sees what one gets
+        await place.ask(seen)
     clients = [asyncio.create_task(client()) for _ in range(CLIENTS)]
     await asyncio.sleep(WARM_UP_S)
     before, began = len(seen.first_s), time.monotonic()

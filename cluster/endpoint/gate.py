@@ -118,6 +118,7 @@ class Gate:
         self._standing = Standing()
         self._answer_s, self._first_s, self._whole_s = Mean(), Mean(), Mean()
         self._looking: asyncio.Task[None] | None = None
+        self._turns: set[Turn] = set()
 
     @property
     def waiting(self) -> int:
@@ -138,9 +139,11 @@ class Gate:
         """
         await self._enter(asker, receive, kept)
         turn = Turn(self._clock)
+        self._turns.add(turn)
         try:
             yield turn
         finally:
+            self._turns.discard(turn)
             self._hold(asker, -1)
             self._learn(turn)
             self._let_in()
@@ -187,8 +190,10 @@ class Gate:
         known = self._answer_s.count and not asker.batch
         at_once = self._held.all or 1
         first = self._first_s if self._first_s.count else self._whole_s
-        per_s = at_once / max(self._answer_s.value, 1e-6) if known else None
-        return Pace(per_s, self._answer_s.value, first.value, bursts)
+        answer_s = self._answer_s.value
+        per_s = at_once / max(answer_s, 1e-6) if known else None
+        ends = sorted(max(0.0, answer_s - turn.so_far_s) for turn in self._turns)
+        return Pace(per_s, answer_s, first.value, bursts, ends)
 
     def _learn(self, turn: Turn) -> None:
         if turn.first_s is None:

@@ -10,7 +10,7 @@ request is refused for its own size.
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
@@ -86,12 +86,22 @@ class Pace:
     Attributes:
         per_s: requests that end; None: nothing is known. answer_s: for which one runs. first_s: until its first token.
         bursts: what waits has not waited for long.
+        ends: seconds after which those that run may end, if they take as long as others did, the soonest first.
     """
 
     per_s: float | None
     answer_s: float
     first_s: float
     bursts: bool
+    ends: Sequence[float] = ()
+
+    def wait_s(self, ahead: int) -> float:
+        """Seconds until a slot is free for one with so many ahead of it. Those that began together end together, and
+        nothing does in between."""
+        if self.per_s is None:
+            return 0.0
+        together = self.ends[min(ahead, len(self.ends) - 1)] if self.ends else 0.0
+        return max((ahead + 1) / self.per_s, together)
 
 
 def may_go(held: Held, supply: Supply) -> bool:
@@ -116,11 +126,11 @@ def refusal(ahead: Ahead, queue: Queue, supply: Supply, pace: Pace) -> int | Non
     """
     requests = max(LEAST_WAITING, SLOTFULS * supply.slots) if queue.requests is None else queue.requests
     tokens = supply.tokens if queue.tokens is None else queue.tokens
-    wait_s = 0.0 if pace.per_s is None else (ahead.requests + 1) / pace.per_s
+    wait_s = pace.wait_s(ahead.requests)
     allowed_s = allowed(queue, pace)
     if ahead.requests >= requests or (tokens is not None and ahead.requests and ahead.tokens >= tokens):
         return _retry(wait_s)
-    if ahead.requests and wait_s > allowed_s:
+    if wait_s > allowed_s and (ahead.requests or not pace.bursts):
         return _retry(wait_s - allowed_s)
     return None
 

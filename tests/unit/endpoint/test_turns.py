@@ -122,7 +122,7 @@ def test_what_may_have_to_wait_hangs_on_whether_it_comes_in_a_burst() -> None:
     most = int(2 * BURST_S) - 1
     assert refusal(Ahead(most, 0), Queue(), Supply(8), burst) is None
     assert refusal(Ahead(most + 1, 0), Queue(), Supply(8), burst) == 1
-    assert refusal(Ahead(0, 0), Queue(), Supply(8), standing) is None, "one may always wait"
+    assert refusal(Ahead(0, 0), Queue(), Supply(8), standing) is None
     assert refusal(Ahead(1, 0), Queue(), Supply(8), standing) == 1
     assert refusal(Ahead(19, 0), Queue(), Supply(8), standing) == 10
     assert refusal(Ahead(19, 0), Queue(wait_s=10.0), Supply(8), standing) is None
@@ -134,6 +134,15 @@ def test_what_may_have_to_wait_hangs_on_whether_it_comes_in_a_burst() -> None:
 def test_a_refusal_says_when_to_try_again(ahead: Ahead, per_s: float, answer_s: float, bursts: bool) -> None:
     found = refusal(ahead, Queue(), Supply(8, 100), Pace(per_s, answer_s, answer_s / 10, bursts))
     assert found is None or 1 <= found <= LONGEST_RETRY_S
+
+
+def test_those_that_began_together_are_expected_to_end_together() -> None:
+    ends = (1.0, 1.1, 1.2, 2.5)
+    assert [Pace(8.0, 3.0, 0.4, False, ends).wait_s(ahead) for ahead in (0, 1, 3, 4, 99)] == [1.0, 1.1, 2.5, 2.5, 12.5]
+    assert Pace(8.0, 3.0, 0.4, False, (0.0, 0.0)).wait_s(1) == 0.25, "no sooner than others did"
+    assert refusal(Ahead(0, 0), Queue(), Supply(4), Pace(8.0, 3.0, 0.4, False, ends)) == 1
+    assert refusal(Ahead(0, 0), Queue(), Supply(4), Pace(8.0, 3.0, 1.0, False, ends)) is None
+    assert refusal(Ahead(0, 0), Queue(), Supply(4), Pace(0.01, 90.0, 1.0, True, (80.0,))) is None, "a burst's first"
 
 
 def test_a_queue_that_stands_is_no_burst_until_it_was_calm() -> None:
