@@ -119,11 +119,22 @@ class Gate:
         self._answer_s, self._first_s, self._whole_s = Mean(), Mean(), Mean()
         self._looking: asyncio.Task[None] | None = None
         self._turns: set[Turn] = set()
+        self._ended: str | None = None
 
     @property
     def waiting(self) -> int:
         """Requests."""
         return len(self._people) + len(self._batches)
+
+    def end(self, reason: str) -> None:
+        """Nothing waits any more, but is told why: 503."""
+        self._ended = reason
+        for coming in (*self._people, *self._batches):
+            if not coming.done():
+                coming.set_exception(self._unavailable(reason))
+
+    def _unavailable(self, reason: str) -> RefusalError:
+        return RefusalError(*openai_errors.engine_unavailable(self._model, reason))
 
     @asynccontextmanager
     async def turn(self, asker: Asker, receive: Receive, kept: bool = False) -> AsyncIterator[Turn]:
@@ -134,7 +145,7 @@ class Gate:
             kept: it is not refused, however much is ahead of it.
 
         Raises:
-            RefusalError: 429.
+            RefusalError: 429; 503 once it has ended.
             ClientDisconnect: the client left while it waited.
         """
         await self._enter(asker, receive, kept)
@@ -157,6 +168,8 @@ class Gate:
         if supply is None or (not len(lines) and self._may_go(asker.batch, supply)):
             self._hold(asker, 1)
             return
+        if self._ended is not None:
+            raise self._unavailable(self._ended)
         bursts = self._standing.look(self._clock(), waiting=True)
         if not kept and (seconds := self._refusal(asker, supply, bursts)) is not None:
             self._meter.refused(FULL)
@@ -171,8 +184,9 @@ class Gate:
             self._looking = asyncio.create_task(self._look())
         try:
             await while_there(receive, coming)
-        except BaseException:  # its client has left, or its time is over
-            if not lines.drop(asker.client, coming) and not coming.cancelled():
+        except BaseException:  # its client has left, its time is over, or all ends
+            lines.drop(asker.client, coming)
+            if coming.done() and not coming.cancelled() and coming.exception() is None:
                 self._hold(asker, -1)  # it was let in at the same moment
                 self._let_in()
             self._tell()

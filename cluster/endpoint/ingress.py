@@ -53,7 +53,7 @@ from pomarium.cluster.endpoint.on_demand import OnDemand
 from pomarium.cluster.endpoint.rack_view import RackView
 from pomarium.cluster.endpoint.reading import Asking, Reader, timeout_of
 from pomarium.cluster.endpoint.reasons import Reasons
-from pomarium.cluster.endpoint.relay import Deadline, Relay
+from pomarium.cluster.endpoint.relay import ENDS, Deadline, Relay
 from pomarium.cluster.endpoint.routing import NoReplicaError
 from pomarium.cluster.http import openai_app, openai_errors, protocols
 from pomarium.cluster.http.answer_frames import Asked
@@ -154,6 +154,8 @@ class Ingress:
         self._gates = {name: self._gate(name) for name in engines}
         self._listen, self._limits, self._resumed = listen, limits, resumed
         self._listening: asyncio.Future[Answers] | None = None
+        self._running: set[Continued] = set()
+        self._ends = False
         self._batch_work: asyncio.Task[None] | None = None
         self._others = openai_app.application(
             [
@@ -181,6 +183,15 @@ class Ingress:
         await self._answers()
         if self._store is not None and any(not batch.status.over for batch in self._store.batches()):
             self._run_batches()
+
+    def end(self) -> None:
+        """The endpoint is being stopped: what is being answered ends with an error of its protocol, and so does what
+        comes."""
+        self._ends = True
+        for gate in self._gates.values():
+            gate.end(ENDS)
+        for answer in self._running:
+            answer.end()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -300,8 +311,7 @@ class Ingress:
             RefusalError: the request is none, no engine could answer it, too many wait for one, or its time is over.
             ClientDisconnect: the client left.
         """
-        began, key = asyncio.get_running_loop().time(), self._authorise(request)
-        path = request.url.path
+        began, key, path = asyncio.get_running_loop().time(), self._authorise(request), request.url.path
         body = b"".join([piece async for piece in request.stream()])  # body() would keep it as long as the request
         asking = await self._reader.read(path, body)
         name, timeout_s = asking.name, timeout_of(request.headers, asking, self._served[asking.name].queue.timeout_s)
@@ -324,8 +334,14 @@ class Ingress:
             answer = await self._continued(name, asking.routing, asked, body)
             del body  # an answer may take minutes
             relay = Relay(name, path, answer, lambda: self._reasons.why(deployment), state, deadline)
-            async with asyncio.timeout_at(None if until is None else until + LAST_EVENT_S):
-                await while_there(request.receive, _relayed(relay, send, turn))
+            self._running.add(answer)
+            if self._ends:
+                answer.end()
+            try:
+                async with asyncio.timeout_at(None if until is None else until + LAST_EVENT_S):
+                    await while_there(request.receive, _relayed(relay, send, turn))
+            finally:
+                self._running.discard(answer)
 
     async def _entered(self, stay: AsyncExitStack, request: Request, asking: Asking, key: bytes) -> Turn:
         """The request is to go to an engine now, and its model stays. Raises RefusalError and ClientDisconnect."""

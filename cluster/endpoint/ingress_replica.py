@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import ray
+from ray import serve
 from ray.exceptions import RayError
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
@@ -26,6 +27,7 @@ from pomarium.cluster.endpoint.cards import Served
 from pomarium.cluster.endpoint.gate import Meter
 from pomarium.cluster.endpoint.ingress import Ingress
 from pomarium.cluster.endpoint.on_demand import OnDemand, OnDemandModels
+from pomarium.cluster.endpoint.relay import ENDS
 from pomarium.cluster.endpoint.siblings import Siblings
 from pomarium.cluster.http.door import Bounds
 from pomarium.cluster.http.http_server import HttpServer
@@ -38,6 +40,9 @@ from pomarium.worker.address import authority
 
 FREE_S = 10.0
 """For how long the port of an ingress that was lost may still be taken."""
+
+FAREWELL_S = 3.0
+"""For clients to take what tells them that the endpoint ends."""
 
 WAITS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -73,7 +78,7 @@ class IngressReplica:
         # head has ended meanwhile.
         known = {name: engine.options() for name, engine in engines.items()}
         self._on_demand = None if on_demand is None else OnDemand(on_demand, reasons.states, _scale)
-        ingress = Ingress(
+        self._ingress = ingress = Ingress(
             known,
             api_keys,
             batches,
@@ -106,8 +111,14 @@ class IngressReplica:
             self._on_demand.check()
 
     async def __del__(self) -> None:
-        """Serve calls this when it is to end, and waits for graceful_shutdown_timeout_s: what runs is answered."""
-        await self._server.drain()
+        """Serve calls this when it is to end, and waits for graceful_shutdown_timeout_s. Nearly all of that is for what
+        runs to be answered; then who still waits is told."""
+        draining = asyncio.ensure_future(self._server.drain())
+        await asyncio.wait({draining}, timeout=max(0.0, _serve_waits_s() - FAREWELL_S))
+        if self._on_demand is not None:
+            self._on_demand.end(ENDS)
+        self._ingress.end()
+        await draining
 
 
 def _resumptions() -> Callable[[str, float], None]:
@@ -146,6 +157,11 @@ def _meters() -> Callable[[str], Meter]:
         )
 
     return meter
+
+
+def _serve_waits_s() -> float:
+    """How long Serve waits for this replica's end: a file of Serve's may say so (deploy/serve.example.yaml)."""
+    return float(serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s)
 
 
 async def _scale(deployment: str, engines: int) -> None:

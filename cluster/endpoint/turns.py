@@ -10,7 +10,7 @@ request is refused for its own size.
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
@@ -155,6 +155,9 @@ class Turns(Generic[T]):
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
+
+    def __iter__(self) -> Iterator[T]:
+        return iter([request for line in self._lines.values() for request, _ in line])
 
     def ahead(self, client: Hashable) -> Ahead:
         """What would go before one more request of `client`, if nobody else came."""

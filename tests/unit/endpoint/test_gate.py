@@ -372,6 +372,21 @@ def test_a_replica_s_room_is_heard_and_the_lack_of_any_holds_nobody() -> None:
     scene(play)
 
 
+def test_who_waits_when_the_endpoint_ends_is_told() -> None:
+    async def play(scene: Scene) -> None:
+        runs, waits = scene.ask("a"), scene.ask("b")
+        await scene.came(1)
+        await scene.waits(1)
+        scene.ingress.end()
+        late = scene.ask("c")
+        for asked in (waits, late, runs):
+            await asked.task
+            assert (asked.status, "being stopped" in asked.text) == (503, True)
+        assert (scene.replica.order, scene.waiting) == (["a"], 0)
+
+    scene(play)
+
+
 def test_what_computes_no_prompt_does_not_wait() -> None:
     async def play(scene: Scene) -> None:
         runs, counts = scene.ask("a"), scene.ask("t", at="/tokenize")
