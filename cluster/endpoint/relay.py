@@ -111,7 +111,7 @@ class Relay:
             raise self._deadline.refusal from None
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The body. Raises RefusalError: 503 if the engine is lost or silent, or the endpoint ends; 408 if it is late."""
+        """The body. Raises RefusalError: 503 if the engine is lost or silent or the endpoint ends; 408 if late."""
         try:
             while True:
                 yield await self._next()
