@@ -116,7 +116,7 @@ def eyes_of(where: Path | str, config: Mapping[str, Any], preprocessor: Mapping[
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         said = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{where}: its config.json and {PREPROCESSOR} do not describe a tower ({said})") from None
-    if min(side, patch, factor, tile, longest) < 1 or side % patch or (side // patch) % factor:
+    if min(side, patch, factor, tile, longest) < 1 or side < patch or (side // patch) % factor:
         raise CheckpointError(
             f"{where}: images of {side} pixels are not made of patches of {patch}, {factor} by {factor}"
         )

@@ -70,10 +70,9 @@ class Tower:
         eyes = self.eyes
         colours = mx.array(tiles).astype(mx.float32).transpose(0, 2, 3, 1)
         colours = (colours * eyes.scale - mx.array(eyes.mean)) / mx.array(eyes.std)
-        # All of a tile is image: this family pads none (transformers/models/idefics3, split_images).
-        side = eyes.tile // eyes.patch
-        seen = mx.ones((len(tiles), side, side), mx.bool_)
-        patches, *_ = self._vision(colours.astype(self._dtype), patch_attention_mask=seen)
+        # Without a mask, for all of a tile is image (transformers' split_images). With one the definition
+        # finds the patches' places by fractions in float32, and is off by one at 14, 26, 27 or 28 of them a side.
+        patches, *_ = self._vision(colours.astype(self._dtype))
         embeddings: mx.array = self._connector(patches)
         return embeddings.reshape(-1, embeddings.shape[-1])
 
