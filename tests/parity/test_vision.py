@@ -1,7 +1,7 @@
 """The tower and the text model around it, without an engine, against transformers' and mlx-vlm's own forward.
 
-Also with 14, 27 and 28 patches a side, as released towers have them, whose places fractions in float32 miss, and with tiles
-that are no multiple of a patch.
+Also with 14, 27 and 28 patches a side, as released towers have them, whose places fractions in float32 miss, and with
+tiles that are no multiple of a patch.
 """
 
 import json
