@@ -82,7 +82,10 @@ def _resized(image: Image.Image, longest_edge: int) -> Image.Image:
 
 
 def size_for(width: int, height: int, longest_edge: int) -> tuple[int, int]:
-    """Width and height with the longer side `longest_edge`, the other in proportion and even."""
+    """Width and height with the longer side `longest_edge`, the other in proportion and even.
+
+    Of its own result it gives the same, where `longest_edge` is no less than MOST_SIDES, as in all releases.
+    """
     longest_edge = min(longest_edge, MAX_LONGEST_EDGE)
     ratio = width / height
     if width >= height:
