@@ -7,6 +7,7 @@ A large body is read beside the loop that streams use, as far as Python's lock l
 
 import asyncio
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,11 @@ LARGE_AT_ONCE = 2
 
 CHARS_PER_TOKEN = 4
 """Of a prompt, about: whoever wants to know it takes a tokenizer, and the ingress has none."""
+
+ENCODED = re.compile(r"[A-Za-z0-9+/=]{1024,}")
+"""A picture in a prompt, as base64: its size says nothing of its tokens."""
+
+PICTURE_TOKENS = 256
 
 TIMEOUT_HEADER = "x-request-timeout"
 
@@ -58,8 +64,7 @@ class Reader:
             raise RefusalError(*openai_errors.invalid(str(error), None)) from None
         name = self._model(fields)
         text = text_of(path, fields)
-        tokens = -(-len(text) // CHARS_PER_TOKEN)
-        return Asking(name, Routing(prefix_keys(text)), tokens, _timeout(fields.get("timeout"), "timeout"))
+        return Asking(name, Routing(prefix_keys(text)), tokens_of(text), _timeout(fields.get("timeout"), "timeout"))
 
     def _model(self, fields: Mapping[str, Any]) -> str:
         """The one that is asked for, the only one if none is."""
@@ -74,6 +79,12 @@ class Reader:
         if isinstance(name, str) and name in self._models:
             return name
         raise RefusalError(*openai_errors.unknown_model(name, self._models))
+
+
+def tokens_of(text: str) -> int:
+    """Tokens of a prompt, about."""
+    pictures = [found.end() - found.start() for found in ENCODED.finditer(text)]
+    return -(-(len(text) - sum(pictures)) // CHARS_PER_TOKEN) + PICTURE_TOKENS * len(pictures)
 
 
 def timeout_of(headers: Mapping[str, str], asking: Asking, otherwise: float | None) -> float | None:

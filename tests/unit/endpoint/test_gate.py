@@ -21,6 +21,7 @@ from pomarium.cluster.endpoint.cards import Served
 from pomarium.cluster.endpoint.gate import Asker, Gate, Meter
 from pomarium.cluster.endpoint.ingress import Ingress
 from pomarium.cluster.endpoint.ledger import Entry, What
+from pomarium.cluster.endpoint.reading import PICTURE_TOKENS, tokens_of
 from pomarium.cluster.endpoint.turns import Supply
 from pomarium.cluster.http import asgi_bridge
 from pomarium.cluster.http.asgi import Message
@@ -385,6 +386,12 @@ def test_who_waits_when_the_endpoint_ends_is_told() -> None:
         assert (scene.replica.order, scene.waiting) == (["a"], 0)
 
     scene(play)
+
+
+def test_a_picture_counts_as_one_whatever_its_size() -> None:
+    words = "what is this? " * 100
+    assert tokens_of(words) == len(words) / 4
+    assert tokens_of(words + "QUJD" * 1_000_000) == len(words) / 4 + PICTURE_TOKENS
 
 
 def test_what_computes_no_prompt_does_not_wait() -> None:
