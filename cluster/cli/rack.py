@@ -80,7 +80,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     env.set_defaults(run=run_env)
     down = commands.add_parser("down", help="end what this machine runs for the rack; nothing is left")
     down.set_defaults(run=run_down)
-    importlib.import_module("pomarium.cluster.cli.rack_probe").add_parser(commands)
+    for module in ("rack_drain", "rack_probe"):
+        importlib.import_module(f"pomarium.cluster.cli.{module}").add_parser(commands)
     check = commands.add_parser("check", help="check a rack.yaml, and start nothing")
     check.add_argument("file", type=Path, metavar="FILE", help="the rack's description")
     check.set_defaults(run=run_check)

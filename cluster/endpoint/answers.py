@@ -40,7 +40,7 @@ from pomarium.cluster.http.sealing import KEY_BYTES, End
 from pomarium.cluster.replica import heartbeat
 from pomarium.cluster.replica.answering import ReplyTo
 from pomarium.cluster.replica.heartbeat import SilentError
-from pomarium.cluster.replica.loss import EngineFaultError, EngineGoneError, EngineLostError
+from pomarium.cluster.replica.loss import EngineFaultError, EngineGoneError, EngineLostError, EngineMovedError
 
 MOST_WAITING = 256 << 10
 """Bytes of an answer that wait for its reader before its replica does."""
@@ -54,7 +54,7 @@ ADMIT_S = 10.0
 LAST_WORD_S = 0.5
 """For what a replica had said on its line before its call failed: both tell of a loss, one of them why."""
 
-LOSS_OF = {Kind.LOST: EngineLostError, Kind.GONE: EngineGoneError}
+LOSS_OF = {Kind.LOST: EngineLostError, Kind.MOVED: EngineMovedError, Kind.GONE: EngineGoneError}
 """Messages by which an answer ends with its engine, and what is raised then."""
 
 LOOK_S = 0.5
@@ -95,8 +95,8 @@ class Answer:
         replica: that answers it, or did; "" before it begins.
         resumable: another replica could go on with it.
 
-    Raises, from `anext`: what the call of the replica raises; SilentError; CutError; EngineLostError; EngineGoneError;
-    EngineFaultError.
+    Raises, from `anext`: what the call of the replica raises; SilentError; CutError; EngineLostError;
+    EngineMovedError; EngineGoneError; EngineFaultError.
     """
 
     def __init__(self, asked: Asked, body: bytes, *, patient: bool, keeps: bool) -> None:
@@ -362,7 +362,7 @@ class Answers:
 
     def __init__(self, host: str, lost: Callable[[str], None] = lambda replica: None) -> None:
         """`host`: of this machine, where replicas reach it. `start` listens there. `lost`: told of each replica that
-        says that its engine is dead."""
+        says that its engine is dead, or ends."""
         self.lost = lost
         self.secret = secrets.token_bytes(KEY_BYTES)
         self.lines: set[ReplicaLine] = set()

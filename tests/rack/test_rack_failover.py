@@ -1,11 +1,11 @@
-"""Twenty answers on a rack of three Macs with two engines, one of whose Macs is killed or frozen: all of them go on."""
+"""Twenty answers on a rack of three Macs with two engines, one of whose Macs is killed, frozen or drained."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from answers_compared import CASES, COMPLETIONS, Asked, Case, answers_of, ask_all, assert_same
-from rack_serving import HEAL_S, Rack, serving
+from rack_serving import HEAL_S, Rack, command, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -53,3 +53,21 @@ def test_no_answer_ends_with_its_mac(rack: Rack, quiet: dict[str, Any], fault: s
     if fault == "frozen":
         rack.simulated.kill(mac)
     rack.simulated.rejoin(mac)
+
+
+def test_a_mac_is_drained_and_comes_back(rack: Rack, quiet: dict[str, Any]) -> None:
+    mac, asked = macs(rack)[0], streams(rack)
+    said = command(rack.environ, "drain", mac)
+    assert "engine(s) leave it" in said
+    assert f"{mac} is free: its node has ended." in said
+    assert state_of(rack, mac) == "drained"
+    assert_same(answers_of(asked), quiet)
+    print(f"drained: the longest gap was {max(one.longest_gap_s for one in asked.values()):.1f} s")
+    assert mac not in macs(rack), "its engine is on the Mac that was free"
+    assert f"{mac} has joined again" in command(rack.environ, "undrain", mac)
+    assert state_of(rack, mac) == "alive"
+
+
+def state_of(rack: Rack, mac: str) -> str:
+    (found,) = [str(one["state"]) for one in rack.status()["macs"] if one["name"] == mac]
+    return found
