@@ -50,7 +50,8 @@ class Loop:
     """A runner and the scheduler that feeds it.
 
     Attributes:
-        most_tokens: that a sequence has room for. sequences: at once. lengths: cached tokens of each request.
+        most_tokens: that a sequence has room for. sequences: at once. sampling: of each request.
+        lengths: cached tokens of each request.
     """
 
     model: PagedModel
@@ -58,6 +59,7 @@ class Loop:
     way: Way
     most_tokens: int
     sequences: int
+    sampling: SamplingParams = GREEDY
     lengths: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ class Loop:
     def join(self, name: str, tokens: int, computed: int) -> None:
         """A request of `tokens` tokens, of which the first `computed` are in the cache."""
         self._tables[name] = self._free.pop()
-        new = NewRequest(name, (1,) * tokens, tokens, computed, (self._tables[name],), GREEDY)
+        new = NewRequest(name, (1,) * tokens, tokens, computed, (self._tables[name],), self.sampling)
         self._new = (*self._new, new)
         self.lengths[name] = computed
 
@@ -105,9 +107,11 @@ class Loop:
             self._unread.popleft().read()
 
 
-def steady(model: PagedModel, launcher: Launcher, way: Way, contexts: Sequence[int]) -> Callable[[], None]:
+def steady(
+    model: PagedModel, launcher: Launcher, way: Way, contexts: Sequence[int], sampling: SamplingParams = GREEDY
+) -> Callable[[], None]:
     """A step of sequences that have so many tokens."""
-    loop = Loop(model, launcher, way, max(contexts) + WARM_STEPS + TURNS * STEPS + 1, len(contexts))
+    loop = Loop(model, launcher, way, max(contexts) + WARM_STEPS + TURNS * STEPS + 1, len(contexts), sampling)
     for number, context in enumerate(contexts):
         loop.join(str(number), context, context - 1)
     return loop.step

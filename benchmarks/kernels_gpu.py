@@ -8,6 +8,7 @@
             step       decode steps of an 8B and a 0.6B shape, batch 1 to 64 and ragged, in the runner's loop, beside
                        mlx-lm's generator, its batch padded to the longest (decode_loop.py); 16 GB of weights
             serve      the runner's loop with requests that come and go
+            sampling   the same loop with drawn, penalised and reported tokens, waited for and sent ahead
 
     python benchmarks/kernels_gpu.py [--parts check attention ...] [--layers 32]
 
@@ -29,6 +30,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -293,6 +295,38 @@ def serve_part(options: argparse.Namespace) -> None:
         print(f"| {count} | {built:.2f} | {ahead:.2f} | {built / ahead:.2f}x | {traced} |", flush=True)
 
 
+def sampling_part(options: argparse.Namespace) -> None:
+    """Print what steps take whose tokens are drawn, penalised and told with log-probabilities."""
+    import decode_loop
+    import mlx.core as mx
+    from decode_loop import Way
+
+    from pomarium.worker.models.paged import prepare
+    from pomarium.worker.sampling_params import SamplingParams
+
+    drawn = SamplingParams(temperature=0.7, top_p=0.8, top_k=20)
+    kinds = {
+        "greedy": decode_loop.GREEDY,
+        "drawn": drawn,
+        "drawn, repetition penalty": replace(drawn, repetition_penalty=1.05),
+        "the same, 5 log-probabilities": replace(drawn, repetition_penalty=1.05, num_logprobs=5),
+    }
+    print("Milliseconds per decode step of the 8B shape, as a graph; drawn: temperature 0.7, top_p 0.8, top_k 20.\n")
+    print("| sampling, sequences x context | waited for | sent ahead | |")
+    print("|---|---:|---:|---:|")
+    model = prepare(llama(options.layers), "llama")
+    for count in (1, 8, 32):
+        for name, sampling in kinds.items():
+            ways = (Way(True, False), Way(True, True))
+            contexts = [CONTEXT] * count
+            steps = [decode_loop.steady(model, gpu_launcher(), way, contexts, sampling) for way in ways]
+            waited, ahead = decode_loop.in_turns(steps)
+            del steps
+            mx.clear_cache()
+            row = f"| {name}, {count} x {CONTEXT} | {waited:.2f} | {ahead:.2f} | {waited / ahead:.2f}x |"
+            print(row, flush=True)
+
+
 def gpu_launcher() -> Any:
     """Of this machine's GPU."""
     import mlx.core as mx
@@ -308,6 +342,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "attention": attention_part,
     "step": step_part,
     "serve": serve_part,
+    "sampling": sampling_part,
     "mla": mla_part,
     "gdn": gdn_part,
 }

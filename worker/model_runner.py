@@ -25,8 +25,9 @@ from pomarium.worker.attention.decode_graphs import rows_of
 from pomarium.worker.batch import Batch, build_batch
 from pomarium.worker.forward import Forward
 from pomarium.worker.requests import RequestState, RequestTable
+from pomarium.worker.sampling.logprobs import Scored, gather
 from pomarium.worker.sampling.rows import LogitsProcessor, SamplingRow
-from pomarium.worker.sampling.sampler import Sampler, on_device
+from pomarium.worker.sampling.sampler import Sampler
 from pomarium.worker.step import Grammar, Logprobs, Step, StepResult
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class UnreadStep:
         request_ids: of the step, in order. samplers: those that sampled, in order.
         token_ids: int32 (R,), of the samplers. places: the list and index where each of them is to be entered.
         copy: the same tokens for whoever reads them, on another thread perhaps: MLX's arrays are not for two at once.
+        scored: log-probabilities that were asked for, for the same reader.
         ended: told once the tokens are known.
     """
 
@@ -98,6 +100,7 @@ class UnreadStep:
     samplers: tuple[str, ...]
     token_ids: mx.array
     copy: mx.array
+    scored: list[Scored]
     places: tuple[tuple[list[int], int], ...]
     ended: Callable[[], None]
 
@@ -105,7 +108,8 @@ class UnreadStep:
         """Wait for the tokens. To be called once, on any thread, by whoever tells the scheduler of them."""
         token_ids = _on_host(self.copy)
         self.ended()
-        return StepResult(self.request_ids, _by_request(self.request_ids, self.samplers, token_ids))
+        tokens = _by_request(self.request_ids, self.samplers, token_ids)
+        return StepResult(self.request_ids, tokens, gather(self.scored, token_ids))
 
     def enter(self) -> None:
         """Put the tokens in the place of what stands for them. A list that a request has no more is nobody's."""
@@ -134,7 +138,7 @@ class ModelRunner:
         processors, invariant_processors: the operator's own logits processors (see Sampler.sample).
         links: to the first stage, if `forward` is the last one of several.
         ahead: sampled tokens stay on the device and enter the next step there, so that it is built and sent while the
-            last one is computed. A step with a request that the host must look at (sampler.on_device) is waited for.
+            last one is computed. A step with a request that the host must look at (Sampler.on_device) is waited for.
     """
 
     def __init__(
@@ -168,7 +172,7 @@ class ModelRunner:
         scheduled = self.requests.apply(step)
         if not scheduled:
             return False
-        if self._unread and not all(_on_device(request) for request, _ in scheduled):
+        if self._unread and not all(self._on_device(request) for request, _ in scheduled):
             self._enter_all_but(0)
         batch = build_batch(scheduled)
         logits = self._forward.run(batch, self._tokens(batch.token_ids))
@@ -187,17 +191,21 @@ class ModelRunner:
         if self._waiting is None:
             raise RuntimeError("sample() without a step that was executed")
         waiting, self._waiting = self._waiting, None
-        if self._ahead and waiting.batch.samplers and all(_on_device(request) for request, _ in waiting.scheduled):
+        if self._ahead and waiting.batch.samplers and all(self._on_device(request) for request, _ in waiting.scheduled):
             return self._queue(waiting, grammar)
         return self._sample(waiting, grammar)
+
+    def _on_device(self, request: RequestState) -> bool:
+        return self._sampler.on_device(request.sampling) and request.sampling.num_prompt_logprobs is None
 
     def _queue(self, waiting: _Waiting, grammar: Grammar | None) -> UnreadStep:
         batch = waiting.batch
         requests = [self.requests[request_id] for request_id in batch.samplers]
         logits = rows_of(waiting.logits, batch.sample_index)
-        sampled = self._sampler.queue(logits, [_sampling_row(request) for request in requests], grammar)
-        copy = sampled + 0
-        mx.async_eval(sampled, copy)  # type: ignore[no-untyped-call]
+        unread = self._unread[-1].token_ids if self._unread else None
+        queued = self._sampler.queue(logits, [_sampling_row(request) for request in requests], grammar, unread)
+        sampled, copy = queued.token_ids, queued.token_ids + 0
+        mx.async_eval(sampled, copy, [part.arrays for part in queued.scored])  # type: ignore[no-untyped-call]
         places = tuple((request.token_ids, len(request.token_ids)) for request in requests)
         for index, request in enumerate(requests):
             request.token_ids.append(-1 - index)
@@ -206,6 +214,7 @@ class ModelRunner:
             batch.samplers,
             sampled,
             copy,
+            queued.scored,
             places,
             partial(self._ended, waiting, len(requests), self.requests.cached_tokens),
         )
@@ -289,12 +298,8 @@ class ModelRunner:
         return finished
 
 
-def _on_device(request: RequestState) -> bool:
-    return on_device(request.sampling) and request.sampling.num_prompt_logprobs is None
-
-
 def _sampling_row(request: RequestState) -> SamplingRow:
-    return SamplingRow(request.id, request.sampling, request.token_ids, request.num_prompt_tokens)
+    return SamplingRow(request.id, request.sampling, request.token_ids, request.num_prompt_tokens, request.occurrences)
 
 
 def _join(chunks: list[Logprobs]) -> Logprobs:

@@ -8,6 +8,7 @@ scheduler has seen them.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from pomarium.worker.sampling.occurrences import Occurrences
 from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import CachedRequest, Logprobs, NewRequest, Step
 
@@ -20,6 +21,7 @@ class RequestState:
         token_ids: prompt and sampled tokens. num_computed_tokens: leading tokens whose K/V are cached.
         block_tables: one list of block ids per cache group.
         prompt_logprobs: finished chunks of its prompt's log-probabilities.
+        occurrences: of `token_ids`, as far as the sampler has counted them.
     """
 
     id: str
@@ -29,6 +31,7 @@ class RequestState:
     block_tables: list[list[int]]
     sampling: SamplingParams
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    occurrences: Occurrences = field(default_factory=Occurrences)
 
 
 class RequestTable:
@@ -102,7 +105,7 @@ def _update(request: RequestState, cached: CachedRequest) -> None:
         request.block_tables = [list(table) for table in cached.new_block_ids or ()]
         request.prompt_logprobs = []
         if cached.token_ids is not None:
-            request.token_ids = list(cached.token_ids)
+            request.token_ids, request.occurrences = list(cached.token_ids), Occurrences()
     elif cached.new_block_ids is not None:
         for table, blocks in zip(request.block_tables, cached.new_block_ids, strict=True):
             table += blocks

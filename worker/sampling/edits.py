@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from pomarium.worker.sampling.rows import SamplingRow
+from pomarium.worker.sampling.rows import SamplingRow, late_tokens
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,25 @@ def allow_only(logits: mx.array, rows: Sequence[SamplingRow]) -> mx.array:
     return _set(masked, allowed, values)
 
 
-def bar_bad_words(logits: mx.array, rows: Sequence[SamplingRow]) -> mx.array:
-    """Bar the last token of each bad word whose other tokens end the output so far."""
-    return _bar(logits, cells(((i, _completions(row)) for i, row in enumerate(rows)), logits.shape[-1]))
+def bar_bad_words(logits: mx.array, rows: Sequence[SamplingRow], unread: mx.array | None = None) -> mx.array:
+    """Bar the last token of each bad word whose other tokens end the output so far.
+
+    Args:
+        unread: see `late_tokens`.
+    """
+    members = [i for i, row in enumerate(rows) if row.params.bad_words]
+    found = [_completions(rows[i]) for i in members]
+    vocab_size = logits.shape[-1]
+    barred = _bar(logits, cells(zip(members, (known for known, _ in found), strict=True), vocab_size))
+    late = late_tokens([rows[i] for i in members], unread)
+    pairs = [(j, *pair) for j, (_, then) in enumerate(found) for pair in then if 0 <= pair[1] < vocab_size]
+    if late is None or not pairs:
+        return barred
+    member, before, last = np.array(pairs, dtype=np.int32).T
+    met = late[mx.array(member)] == mx.array(before)
+    where = Cells(np.array(members, dtype=np.int32)[member], last)
+    # The lower one of what is there and this: words that end alike share a cell.
+    return barred.at[where.index].minimum(mx.where(met, -mx.inf, mx.inf))
 
 
 def hold_back_stops(logits: mx.array, rows: Sequence[SamplingRow], structured: Collection[str]) -> mx.array:
@@ -80,15 +96,23 @@ def add_bias(logits: mx.array, rows: Sequence[SamplingRow]) -> mx.array:
     return logits.at[where.index].add(mx.array(bias, dtype=mx.float32))
 
 
-def _completions(row: SamplingRow) -> set[int]:
-    """Tokens that would complete one of the row's bad words."""
+def _completions(row: SamplingRow) -> tuple[set[int], set[tuple[int, int]]]:
+    """Tokens that would complete one of the row's bad words; and (a, b) where b would if the row's last token, which is
+    still on the device, is a."""
     output = row.output_token_ids
-    barred = set()
+    barred: set[int] = set()
+    barred_after: set[tuple[int, int]] = set()
     for word in row.params.bad_words:
-        *prefix, last = word
-        if len(prefix) <= len(output) and list(output[len(output) - len(prefix) :]) == prefix:
+        *before, last = word
+        if not before or (row.late is None and _ends(output, before)):
             barred.add(last)
-    return barred
+        elif row.late is not None and _ends(output[:-1], before[:-1]):
+            barred_after.add((before[-1], last))
+    return barred, barred_after
+
+
+def _ends(tokens: Sequence[int], wanted: Sequence[int]) -> bool:
+    return len(wanted) <= len(tokens) and list(tokens[len(tokens) - len(wanted) :]) == list(wanted)
 
 
 def _bar(logits: mx.array, where: Cells) -> mx.array:

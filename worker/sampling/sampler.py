@@ -6,7 +6,8 @@
 
 A stage returns its argument untouched when no row needs it; what follows the greedy rows is in `routes`. It is
 one lazy graph, evaluated once; only token ids reach the host. The exceptions, each evaluated on its own: custom
-processors, reported log-probabilities, and rows whose kept set outgrew their shortlist.
+processors, reported log-probabilities, and rows whose kept set outgrew their shortlist. `queue` has none of them: it
+evaluates nothing, and takes a row whose last token is still on the device.
 
 No row can fail the batch. Where nothing is left to draw (a grammar and allowed_token_ids that exclude each other) the
 answer is token 0, which is what vLLM's argmax over NaN gives.
@@ -21,8 +22,8 @@ import numpy as np
 from pomarium.worker.sampling.edits import add_bias, allow_only, bar_bad_words, hold_back_stops
 from pomarium.worker.sampling.full_row import keep
 from pomarium.worker.sampling.grammar import apply_grammar
-from pomarium.worker.sampling.logprobs import LogprobsMode, sampled_logprobs, top_logprobs, wants_logprobs
-from pomarium.worker.sampling.penalties import apply_penalties, penalised
+from pomarium.worker.sampling.logprobs import LogprobsMode, Scored, gather, score, top_logprobs, wants_logprobs
+from pomarium.worker.sampling.penalties import apply_penalties
 from pomarium.worker.sampling.routes import draw_and_mask, draw_on_device, draw_tokens
 from pomarium.worker.sampling.rows import LogitsProcessor, SamplingRow
 from pomarium.worker.sampling.uniforms import random_bits, request_seed
@@ -38,10 +39,12 @@ class Sampled:
     logprobs: Logprobs | None
 
 
-def on_device(params: SamplingParams) -> bool:
-    """Whether a request is sampled without the host: it depends on how many tokens it has, not on which, and reports
-    nothing but the token."""
-    return not (penalised(params) or params.bad_words or wants_logprobs(params))
+@dataclass(frozen=True)
+class Queued:
+    """The same, lazily. token_ids: int32 (R,). scored: empty if no row asked."""
+
+    token_ids: mx.array
+    scored: list[Scored]
 
 
 class Sampler:
@@ -74,7 +77,7 @@ class Sampler:
         """
         if not rows:
             return Sampled([], None)
-        raw, edited = self._edit(logits, rows, grammar, processors)
+        raw, edited = self._edit(logits, rows, grammar, processors, None)
         params = [row.params for row in rows]
         if invariant_processors and not all(p.greedy for p in params):
             edited, params = _after_temperature(edited, rows, invariant_processors)
@@ -85,7 +88,7 @@ class Sampler:
         if not asked:
             return Sampled(token_ids, None)
         reported = raw
-        if self.logprobs_mode.startswith("processed"):
+        if self._reports_processed:
             # Drawn once more, together with what is reported. By row: the token must not depend on who else asked.
             masked = []
             for i in asked:
@@ -93,12 +96,35 @@ class Sampler:
                 masked.append(row)
             reported = mx.array(raw)
             reported[mx.array(asked)] = mx.array(np.stack(masked))
-        return Sampled(token_ids, sampled_logprobs(reported, params, token_ids, self.logprobs_mode))
+        scored = score(reported, params, mx.array(token_ids, dtype=mx.int32), self.logprobs_mode)
+        for part in scored:
+            mx.eval(part.arrays)  # one by one, as row_groups wants them
+        return Sampled(token_ids, gather(scored, token_ids))
 
-    def queue(self, logits: mx.array, rows: Sequence[SamplingRow], grammar: Grammar | None = None) -> mx.array:
-        """The tokens int32 (R,) of R > 0 rows that `on_device` admits, lazily. Arguments as `sample`."""
-        _, edited = self._edit(logits, rows, grammar, None)
-        return draw_on_device(edited, [row.params for row in rows], self._random_bits(rows))
+    def on_device(self, params: SamplingParams) -> bool:
+        """Whether a request is sampled without the host, which draws where processed log-probabilities are told."""
+        return not (self._reports_processed and wants_logprobs(params))
+
+    def queue(
+        self,
+        logits: mx.array,
+        rows: Sequence[SamplingRow],
+        grammar: Grammar | None = None,
+        unread: mx.array | None = None,
+    ) -> Queued:
+        """Sample R > 0 rows that `on_device` admits. Arguments as `sample`.
+
+        Args:
+            unread: int32 (S,), the tokens of the step before, if they are still on the device (SamplingRow.token_ids).
+        """
+        raw, edited = self._edit(logits, rows, grammar, None, unread)
+        params = [row.params for row in rows]
+        token_ids = draw_on_device(edited, params, self._random_bits(rows))
+        return Queued(token_ids, score(raw, params, token_ids, self.logprobs_mode))
+
+    @property
+    def _reports_processed(self) -> bool:
+        return self.logprobs_mode.startswith("processed")
 
     def _edit(
         self,
@@ -106,17 +132,18 @@ class Sampler:
         rows: Sequence[SamplingRow],
         grammar: Grammar | None,
         processors: LogitsProcessor | None,
+        unread: mx.array | None,
     ) -> tuple[mx.array, mx.array]:
         """float32 (R, V) behind the grammar, and behind the penalties."""
         raw = apply_grammar(logits[:, : self.vocab_size].astype(mx.float32), rows, grammar)
         structured = grammar.bitmask.keys() if grammar else ()
         edited = allow_only(raw, rows)
-        edited = bar_bad_words(edited, rows)
+        edited = bar_bad_words(edited, rows, unread)
         edited = hold_back_stops(edited, rows, structured)
         edited = add_bias(edited, rows)
         if processors:
             edited = _on_host(edited, rows, processors)
-        return raw, apply_penalties(edited, rows)
+        return raw, apply_penalties(edited, rows, unread)
 
     def prompt_logprobs(self, logits: mx.array, next_token_ids: Sequence[int], k: int) -> Logprobs:
         """Log-probabilities of a prompt's tokens: logits (N, V) at positions whose next tokens are given; k as
