@@ -1,5 +1,6 @@
-"""Twenty answers on a rack of three Macs with two engines, one of whose Macs is killed, frozen or drained."""
+"""Twenty answers on a rack of three Macs with two engines: a Mac, or the head, is killed, frozen, drained."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,15 +8,18 @@ import pytest
 from answers_compared import CASES, COMPLETIONS, Asked, Case, answers_of, ask_all, assert_same
 from rack_serving import HEAL_S, Rack, command, serving
 
+from pomarium.cluster.node import head_keeper, kin, ray_node
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 MODEL, TOKENS, STREAMS = "smollm2", 60, 20
+KEPT = ["--keep-state"] if sys.platform.startswith("linux") else []
 
 
 @pytest.fixture(scope="module")
 def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
     folder = tmp_path_factory.mktemp("rack")
-    with serving(folder, folder, ["--simulate", "3"], ["--replicas", "2", "--stages", "1"]) as rack:
+    with serving(folder, folder, ["--simulate", "3", *KEPT], ["--replicas", "2", "--stages", "1"]) as rack:
         yield rack
 
 
@@ -71,3 +75,19 @@ def test_a_mac_is_drained_and_comes_back(rack: Rack, quiet: dict[str, Any]) -> N
 def state_of(rack: Rack, mac: str) -> str:
     (found,) = [str(one["state"]) for one in rack.status()["macs"] if one["name"] == mac]
     return found
+
+
+@pytest.mark.skipif(not KEPT, reason="Ray keeps the state of a head on Linux alone")
+def test_a_head_that_ends_alone_comes_back_with_what_it_knew(rack: Rack, quiet: dict[str, Any]) -> None:
+    macs(rack)
+    before, asked = {replica["replica"] for replica in rack.status()["replicas"]}, streams(rack)
+    rack_is = rack.simulated.current
+    head = ray_node.kin_of(rack_is.nodes[0], rack_is.membership.session)
+    (gcs,) = [process for process in kin.members(head) if process.name() == head_keeper.GCS]
+    gcs.kill()
+    assert_same(answers_of(asked), quiet)
+    rack.until(lambda: rack.health()[0] == 200, HEAL_S)
+    status = rack.status()
+    assert {replica["replica"] for replica in status["replicas"]} == before, "engines were untouched"
+    assert [mac["state"] for mac in status["macs"]] == ["alive"] * 3
+    assert head_keeper.GCS in kin.names(head)
