@@ -115,6 +115,7 @@ PLAN = {
     r"serve deploy serve\.yaml": RUN,
     r"serve status": RUN,
     r"ray status": RUN,
+    r"make chaos ARGS=.*": "takes hours; tests/unit/repository/test_chaos.py has what needs no rack",
     r"sudo pmset .*": MAC,
     r"prometheus --config\.file=.*": OTHER + "tests/rack/test_serve_config.py, with its own address",
 }

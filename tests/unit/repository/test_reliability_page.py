@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_each_row_names_a_test_that_exists() -> None:
-    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    page, _, _ = (ROOT / "docs/reliability.md").read_text(encoding="utf-8").partition("\n## Chaos")
     rows = [line for line in page.splitlines() if line.startswith("| ") and "test |" not in line]
     assert len(rows) > 20
     for row in rows:
