@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from answers_compared import CASES, COMPLETIONS, Asked, Case, answers_of, ask_all, assert_same
+from answers_compared import CASES, COMPLETIONS, TOOLS, Asked, Case, all_good, answers_of, ask_all, assert_same
 from rack_serving import HEAL_S, Rack, command, serving
 
 from pomarium.cluster.node import head_keeper, kin, ray_node
@@ -19,7 +19,7 @@ KEPT = ["--keep-state"] if sys.platform.startswith("linux") else []
 @pytest.fixture(scope="module")
 def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
     folder = tmp_path_factory.mktemp("rack")
-    with serving(folder, folder, ["--simulate", "3", *KEPT], ["--replicas", "2", "--stages", "1"]) as rack:
+    with serving(folder, folder, ["--simulate", "3", *KEPT], ["--replicas", "2", "--stages", "1", *TOOLS]) as rack:
         yield rack
 
 
@@ -36,7 +36,7 @@ def streams(rack: Rack) -> dict[str, Asked]:
 
 @pytest.fixture(scope="module")
 def quiet(rack: Rack) -> dict[str, Any]:
-    return answers_of(streams(rack))
+    return all_good(answers_of(streams(rack)))
 
 
 def macs(rack: Rack) -> list[str]:
