@@ -5,8 +5,9 @@
              that token is read; a batch is padded to the longest
     --in_turns--> milliseconds per step
 
-Part of kernels_gpu.py (`--parts step serve`), which says what it needs. Contexts are filled with random K and V. Our
-loop has everything of a step that the worker does, sampling and bookkeeping too; mlx-lm's has what its generator does.
+Part of kernels_gpu.py (`--parts step serve hybrid sampling`), which says what it needs. Contexts are filled with random
+K and V, and of a hybrid model with whatever states are there. Our loop has everything of a step that the worker does,
+sampling and bookkeeping too; mlx-lm's has what its generator does.
 """
 
 import statistics
@@ -21,19 +22,26 @@ import numpy as np
 
 from pomarium.kernels.gpu_family import this_gpu
 from pomarium.kernels.launch import Launcher
+from pomarium.worker.attention.base import AttentionBackend
 from pomarium.worker.attention.choose import decode_graphs
 from pomarium.worker.attention.kernels import KernelAttention
 from pomarium.worker.forward import PagedForward
 from pomarium.worker.kv_cache.layout import single_group_layout
 from pomarium.worker.kv_cache.pool import PagedPool
+from pomarium.worker.kv_cache.states import single_group_states
 from pomarium.worker.model_runner import ModelRunner, UnreadStep
+from pomarium.worker.models.gated_delta_kernels import with_states
 from pomarium.worker.models.paged import PagedModel
 from pomarium.worker.sampling.sampler import Sampler
 from pomarium.worker.sampling_params import SamplingParams
-from pomarium.worker.step import CachedRequest, NewRequest, Step, StepResult
+from pomarium.worker.step import BlockTables, CachedRequest, NewRequest, Step, StepResult
 
 BLOCK_SIZE = 16
 WARM_STEPS, STEPS, TURNS = 8, 20, 5
+CHUNK = 128
+"""Tokens of a prompt at once, for mlx-lm."""
+ONE_SLOT = 1 << 20
+"""Tokens per slot of a state: one for a request's whole life."""
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -67,14 +75,19 @@ class Loop:
         count = 1 + self._width * self.sequences
         pool = PagedPool(single_group_layout(self.model.layers, BLOCK_SIZE, count), self.model.dtype)
         fill(pool, count * BLOCK_SIZE)
-        backend = KernelAttention(pool, self.launcher, this_gpu())
+        backend: AttentionBackend = KernelAttention(pool, self.launcher, this_gpu())
+        if self.model.states:
+            states = single_group_states(self.model.states, ONE_SLOT, 1 + self.sequences, table=1)
+            backend = with_states(backend, states, self.launcher)
         self.graphs = decode_graphs(self.model, backend) if self.way.graphs else None
         forward = PagedForward(self.model, backend, self.graphs, queues=self.way.ahead)
         sampler = Sampler(self.model.vocab_size, engine_seed=0)
         self.runner = ModelRunner(forward, sampler, lambda stats: None, ahead=self.way.ahead)
         blocks = 1 + np.random.default_rng(0).permutation(count - 1)
-        self._free = [tuple(table) for table in blocks.reshape(self.sequences, self._width).tolist()]
-        self._tables: dict[str, tuple[int, ...]] = {}
+        tables = [tuple(table) for table in blocks.reshape(self.sequences, self._width).tolist()]
+        slots = [((1 + number,),) if self.model.states else () for number in range(self.sequences)]
+        self._free: list[BlockTables] = [(table, *slot) for table, slot in zip(tables, slots, strict=True)]
+        self._tables: dict[str, BlockTables] = {}
         self._unread: deque[StepResult | UnreadStep] = deque()
         self._finished: frozenset[str] = frozenset()
         self._new: tuple[NewRequest, ...] = ()
@@ -82,7 +95,7 @@ class Loop:
     def join(self, name: str, tokens: int, computed: int) -> None:
         """A request of `tokens` tokens, of which the first `computed` are in the cache."""
         self._tables[name] = self._free.pop()
-        new = NewRequest(name, (1,) * tokens, tokens, computed, (self._tables[name],), self.sampling)
+        new = NewRequest(name, (1,) * tokens, tokens, computed, self._tables[name], self.sampling)
         self._new = (*self._new, new)
         self.lengths[name] = computed
 
@@ -137,8 +150,8 @@ def coming_and_going(model: PagedModel, launcher: Launcher, way: Way, sequences:
     return taken, 0 if loop.graphs is None else loop.graphs.traced - traced
 
 
-def their_steps(module: Any, contexts: Sequence[int], kv_heads: int) -> Iterator[None]:
-    """mlx-lm's generator over its batched cache, a step at a time."""
+def their_caches(module: Any, contexts: Sequence[int], kv_heads: int) -> list[Any]:
+    """mlx-lm's, batched, filled with random K and V."""
     from mlx_lm.models.cache import BatchKVCache, KVCache
 
     longest, count = max(contexts), len(contexts)
@@ -150,6 +163,22 @@ def their_steps(module: Any, contexts: Sequence[int], kv_heads: int) -> Iterator
         mx.eval(cache.keys, cache.values)
         caches.append(cache)
     mx.clear_cache()
+    return caches
+
+
+def their_filled_caches(module: Any, count: int, context: int) -> list[Any]:
+    """Those of a hybrid model, of sequences of one length: filled by prompts, in chunks."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    caches: list[Any] = make_prompt_cache(module)
+    for first in range(0, context - 1, CHUNK):
+        mx.eval(module(mx.ones((count, min(CHUNK, context - 1 - first)), mx.int32), cache=caches))
+    mx.clear_cache()
+    return caches
+
+
+def their_steps(module: Any, caches: list[Any], count: int) -> Iterator[None]:
+    """mlx-lm's generator over its caches, a step at a time."""
 
     def step(tokens: mx.array) -> mx.array:
         logits = module(tokens[:, None], cache=caches)[:, -1, :]
@@ -166,9 +195,9 @@ def their_steps(module: Any, contexts: Sequence[int], kv_heads: int) -> Iterator
         yield
 
 
-def theirs(module: Any, contexts: Sequence[int], kv_heads: int, *, ahead: bool) -> Callable[[], None]:
+def theirs(module: Any, caches: list[Any], count: int, *, ahead: bool) -> Callable[[], None]:
     """A step of the same by mlx-lm, sent ahead or waited for."""
-    steps = their_steps(module, contexts, kv_heads)
+    steps = their_steps(module, caches, count)
 
     def step() -> None:
         next(steps)

@@ -59,9 +59,9 @@ def layer() -> Qwen3NextGatedDeltaNet:
     return module
 
 
-def batch_of(lengths: tuple[int, ...]) -> Batch:
-    """A step of sequences that go on, each in a slot of its own."""
-    sequences = tuple(Sequence(str(number), 100, length, ((number + 1,),)) for number, length in enumerate(lengths))
+def batch_of(lengths: tuple[int, ...], start: int) -> Batch:
+    """A step of sequences of `start` tokens that go on, each in a slot of its own."""
+    sequences = tuple(Sequence(str(number), start, length, ((number + 1,),)) for number, length in enumerate(lengths))
     rows = np.arange(sum(lengths), dtype=np.int32)
     return Batch(sequences, rows, rows, rows[:0], rows[:0], (), {})
 
@@ -111,9 +111,9 @@ def main() -> None:
         eager = EagerStateBackend(StatePool(layout))
         kernels = state_backend(layout, launcher)
         assert isinstance(kernels, KernelStateBackend)
-        batch = batch_of(lengths)
+        new, batch = batch_of(lengths, 0), batch_of(lengths, 100)
         inputs = mx.random.normal((sum(lengths), 1, HIDDEN)).astype(mx.bfloat16)
-        want, got = (layer_step(backend, module, batch, inputs).astype(mx.float32) for backend in (eager, kernels))
+        want, got = (layer_step(backend, module, new, inputs).astype(mx.float32) for backend in (eager, kernels))
         difference = (mx.abs(want - got).max() / mx.abs(want).max()).item()
         rounds = options.rounds if max(lengths) == 1 else PREFILL_ROUNDS
         slow = median_ms(partial(layer_step, eager, module, batch, inputs), rounds)

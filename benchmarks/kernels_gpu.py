@@ -8,6 +8,7 @@
             step       decode steps of an 8B and a 0.6B shape, batch 1 to 64 and ragged, in the runner's loop, beside
                        mlx-lm's generator, its batch padded to the longest (decode_loop.py); 16 GB of weights
             serve      the runner's loop with requests that come and go
+            hybrid     decode steps of a model with gated-delta layers, likewise
             sampling   the same loop with drawn, penalised and reported tokens, waited for and sent ahead
 
     python benchmarks/kernels_gpu.py [--parts check attention ...] [--layers 32]
@@ -266,7 +267,10 @@ def step_part(options: argparse.Namespace) -> None:
         # What `prepare` changes leaves mlx-lm's own way as it is, with caches of its own (models.rows).
         model = prepare(module, "llama")
         for name, contexts in mixes.items():
-            sides = [decode_loop.theirs(module, contexts, 8, ahead=ahead) for ahead in (False, True)]
+            sides = [
+                decode_loop.theirs(module, decode_loop.their_caches(module, contexts, 8), len(contexts), ahead=ahead)
+                for ahead in (False, True)
+            ]
             ways = (Way(False, False), Way(True, False), Way(True, True))
             sides += [decode_loop.steady(model, launcher, way, contexts) for way in ways]
             found = decode_loop.in_turns(sides)
@@ -327,6 +331,53 @@ def sampling_part(options: argparse.Namespace) -> None:
             print(row, flush=True)
 
 
+def hybrid(layers: int) -> Any:
+    """Qwen3-Next with Qwen3.5 4B's sizes, dense: three of four layers are gated-delta ones. Random bfloat16 weights."""
+    import mlx.core as mx
+    from mlx.utils import tree_map
+    from mlx_lm.models.qwen3_next import Model, ModelArgs
+
+    shape = {
+        "model_type": "qwen3_next", "hidden_size": 2560, "num_hidden_layers": layers, "intermediate_size": 9216,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "full_attention_interval": 4,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "vocab_size": 151936, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e7, "partial_rotary_factor": 0.25, "max_position_embeddings": 32768, "tie_word_embeddings": True,
+        "num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0, "shared_expert_intermediate_size": 0,
+        "decoder_sparse_step": 1, "norm_topk_prob": True, "mlp_only_layers": list(range(layers)),
+    }  # fmt: skip
+    module = Model(ModelArgs.from_dict(shape))
+    module.update(tree_map(lambda w: (mx.random.normal(w.shape) * 0.02).astype(mx.bfloat16), module.parameters()))
+    mx.eval(module.parameters())
+    return module
+
+
+def hybrid_part(options: argparse.Namespace) -> None:
+    """Print decode steps of a hybrid model, ours and mlx-lm's."""
+    import decode_loop
+    import mlx.core as mx
+    from decode_loop import Way
+
+    from pomarium.worker.models.paged import prepare
+
+    print(f"Milliseconds per decode step of a hybrid model of {options.layers} layers, bf16, greedy.\n")
+    print("| sequences x context | mlx-lm, sent ahead | ours built, waited for | ours as a graph, waited for | "
+          "ours as a graph, sent ahead | times mlx-lm sent ahead |")  # fmt: skip
+    print("|---|---:|---:|---:|---:|---:|")
+    module = hybrid(options.layers)
+    model, launcher = prepare(module, "qwen3_next"), gpu_launcher()
+    for count in (1, 2, 8, 32):
+        caches = decode_loop.their_filled_caches(module, count, CONTEXT)
+        sides = [decode_loop.theirs(module, caches, count, ahead=True)]
+        ways = (Way(False, False), Way(True, False), Way(True, True))
+        sides += [decode_loop.steady(model, launcher, way, [CONTEXT] * count) for way in ways]
+        found = decode_loop.in_turns(sides)
+        cells = " | ".join(f"{ms:.2f}" for ms in found)
+        print(f"| {count} x {CONTEXT} | {cells} | {found[0] / found[-1]:.2f} |", flush=True)
+        del sides, caches
+        mx.clear_cache()
+
+
 def gpu_launcher() -> Any:
     """Of this machine's GPU."""
     import mlx.core as mx
@@ -343,6 +394,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "step": step_part,
     "serve": serve_part,
     "sampling": sampling_part,
+    "hybrid": hybrid_part,
     "mla": mla_part,
     "gdn": gdn_part,
 }

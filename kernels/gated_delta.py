@@ -36,6 +36,8 @@ THREADGROUP_BYTES = 24 << 10
 """Threadgroup memory that the recurrence may take; Metal has 32 KiB."""
 FRESH = -1
 """Slot to go on from that stands for zeros."""
+NULL_SLOT = 0
+"""vLLM's null block: several sequences may write it, if none goes on from it."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,18 @@ class GatedDeltaPlan:
     """Index arrays of one step and one group of layers.
 
     Attributes:
-        num_slots: of the pools. rows: T, of the step. count: S sequences. decode: each has one token.
+        num_slots: of the pools. rows: T, of the step. count: S sequences.
         sequences: int32 (S x 4,) or longer: first row, tokens, slot to go on from or FRESH, slot to write.
-        tiles: int32 (N x 2,) or longer: sequence, first token; of `num_tiles` tiles of the convolution.
+        tiles: int32 (N x 2,) or longer: sequence, first token; of `num_tiles` tiles of the convolution. None: each
+            sequence has one token, or none (see `plan_decode`).
     """
 
     num_slots: int
     rows: int
     count: int
-    decode: bool
     sequences: mx.array
-    tiles: mx.array
-    num_tiles: int
+    tiles: mx.array | None = None
+    num_tiles: int = 0
 
 
 def plan(lengths: np.ndarray, slots: np.ndarray, num_slots: int) -> GatedDeltaPlan:
@@ -113,22 +115,36 @@ def plan(lengths: np.ndarray, slots: np.ndarray, num_slots: int) -> GatedDeltaPl
     read, written = slots[:, 0], slots[:, 1]
     if read.min() < FRESH or written.min() < 0 or slots.max() >= num_slots:
         raise ValueError(f"slots {int(slots.min())} to {int(slots.max())} lie outside a pool of {num_slots}")
-    if len(set(written.tolist())) < len(written):
+    kept = written[written != NULL_SLOT]
+    if len(set(kept.tolist())) < len(kept):
         raise ValueError(f"two sequences write one of the slots {written.tolist()}")
     if any(slot in set(written[read != slot].tolist()) for slot in read[read != FRESH].tolist()):
         raise ValueError(f"a sequence goes on from a slot that another one writes: {slots.tolist()}")
     first = np.cumsum(lengths) - lengths
     sequences = np.concatenate([first[:, None], lengths[:, None], slots], axis=1)
+    rows, count = int(lengths.sum()), len(lengths)
+    if rows == count:
+        return GatedDeltaPlan(num_slots, rows, count, padded_ints(sequences))
     tiles = [(seq, start) for seq, length in enumerate(lengths.tolist()) for start in range(0, length, CONV_TILE)]
-    return GatedDeltaPlan(
-        num_slots,
-        int(lengths.sum()),
-        len(lengths),
-        bool((lengths == 1).all()),
-        padded_ints(sequences),
-        padded_ints(np.array(tiles)),
-        len(tiles),
-    )
+    return GatedDeltaPlan(num_slots, rows, count, padded_ints(sequences), padded_ints(np.array(tiles)), len(tiles))
+
+
+def plan_decode(slots: np.ndarray, num_slots: int, rows: int) -> GatedDeltaPlan:
+    """Lay out a step of S sequences of one token each, padded to `rows`: what is too much stores nothing.
+
+    Args:
+        slots: as `plan`.
+
+    Raises:
+        ValueError: as `plan`, or there are more than `rows`.
+    """
+    count = len(slots)
+    if count > rows:
+        raise ValueError(f"{count} sequences do not fit {rows} rows")
+    own = plan(np.ones(count, np.int64), slots, num_slots).sequences[: 4 * count]
+    padding = [[row, 0, FRESH, NULL_SLOT] for row in range(count, rows)]
+    sequences = np.concatenate([np.array(own).reshape(-1, 4), np.array(padding, np.int32).reshape(-1, 4)])
+    return GatedDeltaPlan(num_slots, rows, rows, padded_ints(sequences))
 
 
 def conv1d_silu(
@@ -157,7 +173,7 @@ def conv1d_silu(
         _check("conv", conv, (shape.num_slots, shape.kernel_size - 1, shape.channels), shape.dtype)
         outputs = ((x.shape, x.dtype), ((1,), mx.int32))
         group = (CONV_THREADS, 1, 1)
-        if plan.decode:
+        if plan.tiles is None:
             launch = Launch(
                 (x, weight, conv, plan.sequences, after), template, (columns, plan.count, 1), group, outputs
             )
@@ -213,8 +229,8 @@ def recurrent(
         ("DV", shape.value_dim),
         ("NSG", simdgroups),
     )
-    source = RECURRENT_DECODE if plan.decode else RECURRENT_PREFILL
-    if not plan.decode:
+    source = RECURRENT_DECODE if plan.tiles is None else RECURRENT_PREFILL
+    if plan.tiles is not None:
         template = (*template, ("TT", tile_tokens(shape.key_dim, 8 * simdgroups)))
 
     def run(arrays: tuple[mx.array, ...], after: mx.array) -> tuple[mx.array, mx.array]:

@@ -15,6 +15,7 @@ from step_driver import Driver, Live, Recorder
 from tiny_models import build, write_checkpoint
 
 from pomarium.worker.attention.base import AttentionBackend
+from pomarium.worker.attention.decode_graphs import DecodeGraphs
 from pomarium.worker.attention.gathered import GatheredAttention
 from pomarium.worker.attention.hybrid import EagerStateBackend, HybridBackend, StateBackend
 from pomarium.worker.forward import PagedForward
@@ -134,6 +135,7 @@ class HybridDriver(Driver):
     Args:
         tokens_per_slot: ONE_SLOT, or `block_size` for vLLM's mode "align": a new slot at each block.
         states: makes the backend of the states. attention: that of attention.
+        late: see Driver. graphs: makes those of decode steps, if there are any.
     """
 
     def __init__(
@@ -144,12 +146,16 @@ class HybridDriver(Driver):
         tokens_per_slot: int = ONE_SLOT,
         states: Callable[[StateLayout], StateBackend] = poisoned_states,
         attention: Callable[[PagedPool], AttentionBackend] = GatheredAttention,
+        late: bool = False,
+        graphs: Callable[[PagedModel, HybridBackend], DecodeGraphs | None] = lambda model, backend: None,
     ) -> None:
-        super().__init__(model, block_size, num_blocks)
+        super().__init__(model, block_size, num_blocks, late=late)
         layout = single_group_states(model.states, tokens_per_slot, num_blocks, len(self.layout.groups))
         backend = hybrid_backend(model, num_blocks, block_size, states(layout), attention)
-        self.recorder = Recorder(PagedForward(model, backend))
-        self.runner = ModelRunner(self.recorder, Sampler(model.vocab_size, engine_seed=0), lambda stats: None)
+        self.graphs = graphs(model, backend)
+        self.recorder = Recorder(PagedForward(model, backend, self.graphs, queues=late))
+        sampler = Sampler(model.vocab_size, engine_seed=0)
+        self.runner = ModelRunner(self.recorder, sampler, lambda stats: None, ahead=late)
 
     def _grow(self, request: Live, length: int) -> tuple[tuple[int, ...], ...]:
         if not request.tables:

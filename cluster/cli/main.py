@@ -59,21 +59,27 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for command in wanted:
         importlib.import_module(f"pomarium.cluster.cli.{command}").add_parser(subparsers)
     args, extra = parser.parse_known_args(list(arguments))
-    args.extra, args.argv, args.options = extra, list(arguments), _options(parser, arguments)
+    innermost = _innermost(parser, arguments)
+    args.extra, args.argv, args.options = extra, list(arguments), _options(innermost)
     if extra and not args.passes_through:
         wrong = next((word for word in extra if word.startswith("--")), "")
         meant = engine_options.nearest(wrong.partition("=")[0], args.options) if wrong else None
-        parser.error(f"unrecognized arguments: {' '.join(extra)}{f' (did you mean {meant}?)' if meant else ''}")
+        innermost.error(f"unrecognized arguments: {' '.join(extra)}{f' (did you mean {meant}?)' if meant else ''}")
     return args
 
 
-def _options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
-    """All options of the innermost command that `arguments` name."""
+def _innermost(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Of the command that `arguments` name."""
     for word in arguments:
         for action in parser._actions:  # argparse has no other way to tell what it was given
             if isinstance(action, argparse._SubParsersAction) and word in action.choices:
                 parser = action.choices[word]
                 break
+    return parser
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """All options of a command."""
     return [word for action in parser._actions for word in action.option_strings]
 
 

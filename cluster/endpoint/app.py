@@ -11,7 +11,7 @@ from ray.serve.deployment import Application
 
 from pomarium.cluster.endpoint import replica_scaling
 from pomarium.cluster.endpoint.cards import Served, root_of
-from pomarium.cluster.endpoint.ingress_replica import IngressReplica
+from pomarium.cluster.endpoint.ingress_replica import FAREWELL_S, IngressReplica
 from pomarium.cluster.endpoint.on_demand import OnDemandModels
 from pomarium.cluster.endpoint.residence import Rules
 from pomarium.cluster.machine.state import state_folder
@@ -69,7 +69,8 @@ def build(
         num_replicas=plan.ingresses,
         ray_actor_options={"num_cpus": INGRESS_CPUS, "resources": {HEAD: 0.001}},
         max_constructor_retry_count=MOST_STARTS,
-        graceful_shutdown_timeout_s=1,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=FAREWELL_S,
     )
     served = {
         m.name: Served(root_of(m.source, f.folder), _context(m, f), m.sleeps, m.scaling is not None)

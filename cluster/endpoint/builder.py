@@ -43,6 +43,15 @@ def _span(value: Any) -> Any:
     return {"min": value, "max": value} if isinstance(value, int) else value
 
 
+ON_DEMAND = frozenset({"on_demand", "pin", "pins", "memory", "keep"})
+"""What `pomarium serve` is told of models on demand."""
+
+ON_ONE_MACHINE = (
+    "models are loaded on demand on one machine, by `pomarium serve --on-demand`; on a rack they come and go by "
+    "`replicas: {min: 0, max: 1, keep: 10m}` of each model"
+)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -202,7 +211,7 @@ def _fault(found: dict[str, Any]) -> str:
     kind, message = found["type"], found["msg"]
     path = "args" + "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in found["loc"])
     if kind == "extra_forbidden":
-        return f"{path}: this argument is unknown."
+        return f"{path}: {ON_ONE_MACHINE if found['loc'][-1] in ON_DEMAND else 'this argument is unknown'}."
     if kind == "missing":
         return f"{path}: this argument is missing."
     if kind == "value_error":

@@ -53,6 +53,10 @@ ABSENCES = (NoReplicaError, DeploymentUnavailableError)
 """There is no replica to begin one."""
 
 
+class EndpointEndsError(Exception):
+    """The endpoint is being stopped, and its answers with it."""
+
+
 def hopeless(gains: Sequence[int], limits: Limits) -> bool:
     """Whether a request is given up.
 
@@ -66,7 +70,7 @@ def hopeless(gains: Sequence[int], limits: Limits) -> bool:
 class Continued:
     """An async iterator of `Accepted`, `Head` and pieces, as Answer is one.
 
-    Raises, from `anext`: what Answer raises, of the loss that ended it.
+    Raises, from `anext`: what Answer raises, of the loss that ended it; EndpointEndsError.
     """
 
     def __init__(
@@ -94,7 +98,7 @@ class Continued:
         self._gains: list[int] = []
         self._had = 0
         self._untaken = 0
-        self._cancelled = False
+        self._cancelled = self._ends = False
         self._loss: Exception | None = None
         self._lost_at = 0.0
 
@@ -131,6 +135,16 @@ class Continued:
         if not self._cancelled:  # Serve would raise once more what kept it from sending the request
             self._cancelled = True
             self._answer.cancel()
+
+    def end(self) -> None:
+        """The endpoint is being stopped: no more of it comes than is here already."""
+        self._ends = True
+        self._answer.fail(EndpointEndsError())
+
+    def _check(self) -> None:
+        """Raises EndpointEndsError where nobody is to go on with it."""
+        if self._ends:
+            raise EndpointEndsError
 
     def _passed(self, item: Accepted | Head | bytes) -> Accepted | Head | bytes | None:
         """What of an item is news to the client."""
@@ -173,6 +187,7 @@ class Continued:
 
     async def _again(self, loss: Exception) -> None:
         """Have another replica answer. Raises the loss if none is to."""
+        self._check()
         answer = self._answer
         answer.cancel()
         if answer.replica:
@@ -201,6 +216,7 @@ class Continued:
     async def _ask_later(self) -> None:
         """Ask for a replica once more, after a pause. Raises the loss if there is no hope of one."""
         await asyncio.sleep(LOOK_S)
+        self._check()
         waited = time.monotonic() - self._lost_at
         if waited > self._limits.wait_s:
             raise self._late()

@@ -139,6 +139,8 @@ class Ingress:
         self._reading_large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._listen, self._limits, self._resumed = listen, limits, resumed
         self._listening: asyncio.Future[Answers] | None = None
+        self._running: set[Continued] = set()
+        self._ends = False
         self._batch_work: asyncio.Task[None] | None = None
         self._others = openai_app.application(
             [
@@ -162,6 +164,13 @@ class Ingress:
         await self._answers()
         if self._store is not None and any(not batch.status.over for batch in self._store.batches()):
             self._run_batches()
+
+    def end(self) -> None:
+        """The endpoint is being stopped: what is being answered ends with an error of its protocol, and so does what
+        comes."""
+        self._ends = True
+        for answer in self._running:
+            answer.end()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -294,7 +303,13 @@ class Ingress:
             answer = await self._continued(name, routing, asked, body)
             del body  # an answer may take minutes
             relay = Relay(name, path, answer, lambda: self._reasons.why(deployment), state)
-            await while_there(request.receive, _relayed(relay, send))
+            self._running.add(answer)
+            if self._ends:
+                answer.end()
+            try:
+                await while_there(request.receive, _relayed(relay, send))
+            finally:
+                self._running.discard(answer)
 
     async def _continued(self, name: str, routing: Routing, asked: Asked, body: bytes) -> Continued:
         """The answer of one of the model's engines, and of others after it if need be."""

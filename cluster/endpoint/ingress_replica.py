@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import ray
+from ray import serve
 from ray.exceptions import RayError
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
@@ -25,6 +26,7 @@ from pomarium.cluster.endpoint import ledger, reasons, shared_port
 from pomarium.cluster.endpoint.cards import Served
 from pomarium.cluster.endpoint.ingress import Ingress
 from pomarium.cluster.endpoint.on_demand import OnDemand, OnDemandModels
+from pomarium.cluster.endpoint.relay import ENDS
 from pomarium.cluster.endpoint.siblings import Siblings
 from pomarium.cluster.http.door import Bounds
 from pomarium.cluster.http.http_server import HttpServer
@@ -37,6 +39,9 @@ from pomarium.worker.address import authority
 
 FREE_S = 10.0
 """For how long the port of an ingress that was lost may still be taken."""
+
+FAREWELL_S = 3.0
+"""For clients to take what tells them that the endpoint ends."""
 
 WAITS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -72,7 +77,7 @@ class IngressReplica:
         # head has ended meanwhile.
         known = {name: engine.options() for name, engine in engines.items()}
         self._on_demand = None if on_demand is None else OnDemand(on_demand, reasons.states, _scale)
-        ingress = Ingress(
+        self._ingress = ingress = Ingress(
             known, api_keys, batches, served, created, on_demand=self._on_demand, limits=limits, resumed=_resumptions()
         )
         counter = Counter("pomarium_http_requests", "Requests that are over.", tag_keys=("method", "route", "status"))
@@ -97,8 +102,14 @@ class IngressReplica:
             self._on_demand.check()
 
     async def __del__(self) -> None:
-        """Serve calls this when it is to end, and waits for graceful_shutdown_timeout_s: what runs is answered."""
-        await self._server.drain()
+        """Serve calls this when it is to end, and waits for graceful_shutdown_timeout_s. Nearly all of that is for what
+        runs to be answered; then who still waits is told."""
+        draining = asyncio.ensure_future(self._server.drain())
+        await asyncio.wait({draining}, timeout=max(0.0, _serve_waits_s() - FAREWELL_S))
+        if self._on_demand is not None:
+            self._on_demand.end(ENDS)
+        self._ingress.end()
+        await draining
 
 
 def _resumptions() -> Callable[[str, float], None]:
@@ -114,6 +125,11 @@ def _resumptions() -> Callable[[str, float], None]:
         waits.observe(waited_s, tags=tags)
 
     return resumed
+
+
+def _serve_waits_s() -> float:
+    """How long Serve waits for this replica's end: a file of Serve's may say so (deploy/serve.example.yaml)."""
+    return float(serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s)
 
 
 async def _scale(deployment: str, engines: int) -> None:

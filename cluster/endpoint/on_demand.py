@@ -120,6 +120,11 @@ class OnDemand:
         if self._task is not None and self._task.done():
             raise RuntimeError("models on demand are not looked after any more") from self._task.exception()
 
+    def end(self, reason: str) -> None:
+        """Nobody is let in any more: who waits is told so."""
+        for model in self._models.values():
+            self._refuse(model, reason)
+
     @asynccontextmanager
     async def needed(self, name: str) -> AsyncIterator[None]:
         """`name`, which fits, is there, and stays as long as the context is open. Raises HopelessError: it will not."""

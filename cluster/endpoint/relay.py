@@ -10,7 +10,7 @@ from typing import Any
 from pomarium.cluster import faults
 from pomarium.cluster.endpoint import holding
 from pomarium.cluster.endpoint.answers import Accepted
-from pomarium.cluster.endpoint.continued import ABSENCES, LOSSES
+from pomarium.cluster.endpoint.continued import ABSENCES, LOSSES, EndpointEndsError
 from pomarium.cluster.endpoint.holding import HopelessError, State
 from pomarium.cluster.http import openai_errors, protocols
 from pomarium.cluster.http.asgi_bridge import Head
@@ -20,11 +20,13 @@ from pomarium.cluster.replica.heartbeat import SilentError
 from pomarium.cluster.replica.loss import EngineLostError
 
 LOST = "it was lost under way"
+ENDS = "the endpoint is being stopped"
 SILENT = f"it has not answered for {heartbeat.SILENCE_S:g} s"
 
 
 class Relay:
-    """An engine's answer on its way to the client. A loss becomes a 503, or an error event if the answer had begun.
+    """An engine's answer on its way to the client. A loss, or the endpoint's own end, becomes a 503, or an error event
+    if the answer had begun.
 
     `path`: of the request, which says what such an event looks like. `why` tells why no replica runs. `state`: of a
     model that may sleep, for which the request is held; else None.
@@ -57,7 +59,7 @@ class Relay:
         except ABSENCES:
             self._refused = True
             raise self._unavailable(await self._why()) from None
-        except (*LOSSES, StopAsyncIteration) as lost:
+        except (*LOSSES, StopAsyncIteration, EndpointEndsError) as lost:
             raise self._unavailable(_lost(lost)) from None
         except HopelessError as hopeless:
             self._items.cancel()
@@ -74,13 +76,13 @@ class Relay:
         return await holding.held(anext(self._iterator), self._state)
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The body. Raises RefusalError (503) if the engine is lost or falls silent."""
+        """The body. Raises RefusalError (503) if the engine is lost or falls silent, or the endpoint ends."""
         try:
             while True:
                 yield await anext(self._iterator)
         except StopAsyncIteration:
             return
-        except LOSSES as lost:
+        except (*LOSSES, EndpointEndsError) as lost:
             raise self._unavailable(_lost(lost)) from None
 
     def _unavailable(self, reason: str) -> RefusalError:
@@ -103,7 +105,9 @@ class Relay:
 
 
 def _lost(error: Exception) -> str:
-    """The engine was lost, and of what as far as that is known; or it is silent."""
+    """The engine was lost, and of what as far as that is known; or it is silent, or the endpoint ends."""
+    if isinstance(error, EndpointEndsError):
+        return ENDS
     if isinstance(error, SilentError):
         return SILENT
     return f"{LOST}: {faults.sentence(error)}" if isinstance(error, EngineLostError) else LOST

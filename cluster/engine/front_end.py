@@ -53,9 +53,11 @@ def install() -> None:
 
 
 def _with_template(renderer: BaseRenderer, config: VllmConfig, tokenizer: TokenizerLike | None) -> None:
-    from pomarium.cluster.engine import call_form  # imports vLLM's protocols, which the engine itself has no use for
+    # They import vLLM's protocols, which the engine itself has no use for.
+    from pomarium.cluster.engine import call_form, form_answers
 
     call_form.install()
+    form_answers.install()
     if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.chat_template is None:
         model = config.model_config
         if content := _file(CHAT_TEMPLATE, str(model.tokenizer), model.tokenizer_revision):

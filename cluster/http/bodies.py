@@ -72,14 +72,14 @@ def check_depth(value: Any, limit: int = DEPTH) -> None:
         if not level:
             return
     del level
-    deep = (path for inner, path in _walked(value) if len(path) == limit and isinstance(inner, dict | list))
+    deep = (path for inner, path in walked(value) if len(path) == limit and isinstance(inner, dict | list))
     raise BodyError(_too_deep(_place(next(deep)), limit))
 
 
 def check_values(value: Any) -> None:
     """Raises BodyError for half of a surrogate pair in a text or key, or an integer that msgpack has no room for: it
     takes -2**63 to 2**64 - 1. Does not recurse."""
-    for item, path in _walked(value):
+    for item, path in walked(value):
         if isinstance(item, str):
             if not _encodable(item):
                 raise BodyError(_half(_place(path)))
@@ -90,7 +90,7 @@ def check_values(value: Any) -> None:
             raise BodyError(f"has an integer of more than 64 bits in `{_shown(_place(path))}`: make it smaller")
 
 
-def _walked(value: Any) -> Iterator[tuple[Any, list[str | int]]]:
+def walked(value: Any) -> Iterator[tuple[Any, list[str | int]]]:
     """All that is in `value`, itself first, with the way there, which is read before the walk goes on: a body may have
     millions of values, and a place is shown of one at most."""
     path: list[str | int] = []

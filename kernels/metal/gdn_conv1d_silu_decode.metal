@@ -3,19 +3,20 @@
 // x       T   (S, C)              the tokens' inputs; token i belongs to sequence i
 // weight  T   (C, K)              the last column is the token's own
 // conv    T   (slots, K - 1, C)   the last inputs of each sequence, oldest first; an input that is written
-// seqs    int (S, 4)              row, 1, slot to go on from (negative: from zeros), slot that the new state goes to
+// seqs    int (S, 4)              row, 1 (0: none, nothing is stored and y is left unset), slot to go on from (negative:
+//                                 from zeros), slot that the new state goes to
 // after   int (1,)                orders this launch behind earlier accesses of the pool
 // y       T   (S, C)              silu(sum over j of weight[:, j] * input j), in float32
 // token   int (1,)                orders later accesses behind this launch
 //
 // template: T, C, K (at least 2)
 // grid (C rounded up to 256, S, 1), threadgroup (256, 1, 1): a thread per channel of a sequence. A thread reads all of
-// its state before it writes, and no other thread reads or writes what it writes: the slots written are all different,
-// and a slot that one sequence goes on from is written by that one only.
+// its state before it writes, and no other thread reads or writes what it writes: the slots written are all different, but
+// for slot 0, which nobody goes on from then, and a slot that one sequence goes on from is written by that one only.
 constexpr int KEPT = K - 1;
 const int channel = int(thread_position_in_grid.x);
 const int seq = int(threadgroup_position_in_grid.y);
-if (channel < C) {
+if (channel < C && seqs[seq * 4 + 1] > 0) {
   const int row = seqs[seq * 4];
   const int from = seqs[seq * 4 + 2];
   const int to = seqs[seq * 4 + 3];

@@ -5,7 +5,8 @@
 // a, b    T     (rows, HV)           inputs of the gates
 // a_log   any   (HV,)                dt_bias any (HV,)
 // states  float (slots, HV, DV, DK)  an input that is written
-// seqs    int   (S, 4)               row, 1, slot to go on from (negative: from zeros), slot that the new state goes to
+// seqs    int   (S, 4)               row, 1 (0: none, nothing is stored and y is left unset), slot to go on from
+//                                    (negative: from zeros), slot that the new state goes to
 // after   int   (1,)                 orders this launch behind earlier accesses of the pool
 // y       T     (rows, HV, DV)
 // token   int   (1,)                 orders later accesses behind this launch
@@ -24,6 +25,9 @@ const int part = lane % 4;
 const int head = int(threadgroup_position_in_grid.y);
 const int seq = int(threadgroup_position_in_grid.z);
 const int dv = (int(threadgroup_position_in_grid.x) * NSG + int(simdgroup_index_in_threadgroup)) * 8 + lane / 4;
+if (seqs[seq * 4 + 1] == 0) {  // a whole threadgroup; never the first sequence, which makes the token
+  return;
+}
 const size_t row = size_t(seqs[seq * 4]);
 const int from = seqs[seq * 4 + 2];
 const int to = seqs[seq * 4 + 3];

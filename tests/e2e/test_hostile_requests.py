@@ -59,6 +59,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "min_tokens": ({"min_tokens": 2**63}, "min_tokens"),
     "top_k": ({"top_k": 10**30}, "64 bits"),
     "temperature": ({"temperature": 10**400}, "64 bits"),
+    "kind": ({"structured_outputs": 3}, "`structured_outputs` must be an object, not 3."),
+    "part": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "lacks `image_url`."),
 }
 
 BODIES = {
@@ -86,6 +88,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "arguments": ("/v1/responses", {"input": [*SAID, ITEM]}, "`input[1].arguments`"),
     "text": ("/v1/responses", {"input": "word " * 250_000}, "characters"),
     "no part": ("/v1/responses", {"input": [{"type": "message", "role": "assistant", "content": []}]}, "one part"),
+    "item": ("/v1/responses", {"input": [{"type": "item_reference", "id": "1"}]}, "`input[0].type` must be "),
+    "union": ("/v1/responses", {"input": [{"role": "user"}]}, "`input[0]` lacks `content`."),
+    "role": ("/v1/messages", {"messages": [{"role": "bot", "content": ""}]}, "`messages[0].role` must be 'user', "),
     "kept": ("/v1/responses", {"previous_response_id": "resp_1"}, "none is kept"),
     "config": ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": nested(250)}}}, "nested"),
     "input_schema": ("/v1/messages", {"tools": [ANTHROPIC_TOOL], "tool_choice": {"type": "any"}}, "nested deeper"),

@@ -132,6 +132,7 @@ def test_a_mac_that_is_lost_is_shown_and_so_is_why_a_model_is_not_served(chromiu
         tab.until(shows(".mac.lost", "mac-2", "lost"), SOON_S)
         tab.until(shows(".model", "m", "waiting", "2 stages need 2 Macs"), SOON_S)
         tab.until(shows("#said", "1 of 2 Macs alive, 1 lost"), SOON_S)
+        tab.until("document.getElementById('connection').className === 'connection hurt'", SOON_S)
         # Another ingress of the endpoint, which has looked before, answers.
         now["found"] = whole
         tab.until("performance.getEntriesByType('resource').length > 6", SOON_S)

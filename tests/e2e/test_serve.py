@@ -234,9 +234,44 @@ def test_a_killed_worker_is_replaced(server: Server, client: OpenAI) -> None:
     assert "an engine was lost" in server.output
 
 
-def test_ctrl_c_leaves_nothing(server: Server) -> None:
+ENDLESS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "Once", "ignore_eos": True, "max_tokens": 900},
+    "/v1/responses": {"input": "Hi", "ignore_eos": True, "max_output_tokens": 900},
+    "/v1/messages": {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 900,
+        "output_config": {
+            "format": {"type": "json_schema", "schema": {"type": "array", "minItems": 9_000, "items": {}}}
+        },
+    },
+}
+"""Streams that go on for as long as anybody waits."""
+
+
+def test_ctrl_c_tells_streams_and_leaves_nothing(server: Server) -> None:
+    begun = {path: threading.Event() for path in ENDLESS}
+    heard: dict[str, str] = {}
+
+    def follow(path: str) -> None:
+        body = {"model": MODEL, "stream": True} | ENDLESS[path]
+        with httpx.stream("POST", server.url + path, json=body, timeout=120) as answer:
+            for piece in answer.iter_text():
+                heard[path] = heard.get(path, "") + piece
+                if "delta" in heard[path] or "text" in heard[path]:
+                    begun[path].set()
+
+    followers = [threading.Thread(target=follow, args=[path]) for path in ENDLESS]
+    for follower in followers:
+        follower.start()
+    assert all(event.wait(60) for event in begun.values()), heard
     assert len(server.processes()) > 5
     assert server.interrupt() == 0
+    for follower in followers:
+        follower.join(30)
+    for path, text in heard.items():
+        assert text.count("is being stopped") == (2 if path == "/v1/responses" else 1), text[-600:]
+        assert text.endswith("data: [DONE]\n\n") is (path == "/v1/completions"), text[-600:]
+        assert ("event: error\n" in text) is (path != "/v1/completions")
     assert server.output.endswith("stopping ...\nstopped\n")
     deadline = time.monotonic() + 5
     while server.processes() and time.monotonic() < deadline:

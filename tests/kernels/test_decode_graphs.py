@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from emulator.counting import CountingLauncher
 from equality import BOUND
+from hybrid_models import HYBRIDS, ONE_SLOT, HybridDriver, build_hybrid
 from hypothesis import given
 from hypothesis import strategies as st
 from step_driver import Driver
@@ -27,10 +28,13 @@ from pomarium.worker.attention import decode_graphs
 from pomarium.worker.attention.choose import decode_graphs as graphs_of
 from pomarium.worker.attention.decode_graphs import DecodeGraphs, Graph
 from pomarium.worker.attention.gathered import GatheredAttention
+from pomarium.worker.attention.hybrid import HybridBackend
 from pomarium.worker.attention.kernels import KernelAttention, paged_pool
 from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.forward import PagedForward
 from pomarium.worker.kv_cache.pool import PagedPool
+from pomarium.worker.kv_cache.states import StateLayout
+from pomarium.worker.models.gated_delta_kernels import KernelStateBackend, state_backend
 from pomarium.worker.models.paged import PagedModel, prepare
 from pomarium.worker.sampling_params import SamplingParams
 
@@ -57,7 +61,7 @@ def driver_of(
     driver, launcher = Driver(paged, block_size=8, late=True), CountingLauncher()
     # The emulator fills what a kernel leaves unset with not-a-numbers, and so the pool.
     attention = KernelAttention(paged_pool(driver.layout, paged.dtype, launcher), launcher, gpu)
-    graphs = DecodeGraphs(paged, attention, trace)
+    graphs = DecodeGraphs(paged, attention, trace=trace)
     driver.recorder.inner = PagedForward(paged, attention, graphs, queues=True)
     return driver, graphs, launcher
 
@@ -91,6 +95,47 @@ def test_graphs_give_the_operations_tokens_and_logits(name: str, gpu: Gpu, bound
         for position, row in logits.items():
             scale = np.abs(row).max()
             assert np.abs(got.recorder.logits[request][position] - row).max() / scale < bound
+
+
+@pytest.mark.parametrize(("name", "tokens_per_slot"), [("qwen3_next", ONE_SLOT), ("qwen3_5", 8)])
+def test_hybrid_models_go_on_from_their_states(name: str, tokens_per_slot: int) -> None:
+    """Of three rows and a padded one, whose states begin as not-a-numbers; one sequence is preempted, token unread."""
+    paged = prepare(build_hybrid(name, head_dim=64, num_hidden_layers=3), HYBRIDS[name]["model_type"])
+    own = dict(list(prompts().items())[:3])
+    last = list(own)[-1]
+
+    def preempt(step: int) -> list[str]:
+        return [last] if step == 4 else []
+
+    want = HybridDriver(paged, 8)
+    tokens = want.run(own, NEW_TOKENS, chunks=CHUNKS, preempt=preempt)
+    launcher, pools = CountingLauncher(), []
+
+    def attention(pool: PagedPool) -> KernelAttention:
+        return KernelAttention(pool, launcher, APPLE)
+
+    def states(layout: StateLayout) -> KernelStateBackend:
+        backend = state_backend(layout, launcher)
+        assert isinstance(backend, KernelStateBackend)
+        pools.append(backend)
+        return backend
+
+    def graphs(model: PagedModel, backend: HybridBackend) -> DecodeGraphs:
+        assert isinstance(backend.attention, KernelAttention)
+        return DecodeGraphs(model, backend.attention, backend.states.in_graphs, untraced)
+
+    got = HybridDriver(
+        paged, 8, tokens_per_slot=tokens_per_slot, states=states, attention=attention, late=True, graphs=graphs
+    )
+    assert got.run(own, NEW_TOKENS, chunks=CHUNKS, preempt=preempt) == tokens
+    assert got.graphs is not None
+    assert got.graphs.traced >= 1
+    for request, logits in want.recorder.logits.items():
+        for position, row in logits.items():
+            assert np.abs(got.recorder.logits[request][position] - row).max() <= 2e-5 * np.abs(row).max()
+    (backend,) = pools
+    for pool in backend.ordered:
+        assert np.isnan(np.array(pool.arrays[0][0])).all(), "a padded row was stored"
 
 
 def test_a_graph_is_traced_once_for_many_steps_and_least_used_ones_go(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,12 @@ from pomarium.kernels.cases.gated_delta import (
 from pomarium.kernels.gated_delta import (
     CONV_TILE,
     FRESH,
+    NULL_SLOT,
     THREADGROUP_BYTES,
     GatedDeltaShape,
     conv1d_silu,
     plan,
+    plan_decode,
     recurrent,
     tile_tokens,
 )
@@ -149,6 +151,39 @@ def test_writes_are_read_by_the_next_launch(launcher: Launcher) -> None:
     mx.eval(outputs, pool.arrays)
     want, _ = expected_recurrent(inputs)
     np.testing.assert_allclose(float64(mx.concatenate(outputs)), want, atol=1e-6)
+
+
+def test_what_a_decode_step_is_padded_with_stores_nothing(launcher: Launcher) -> None:
+    """Two sequences in a step of five rows, whose other inputs are not-a-numbers: every other slot keeps its bits."""
+    slots = np.array([[FRESH, 7], [3, 5]])
+    inputs = random_inputs(SHAPE, np.array([1, 1]), slots, 4)
+    step = plan_decode(slots, SHAPE.num_slots, 5)
+    x, a, b = (
+        mx.concatenate([rows, mx.full((3, rows.shape[1]), np.nan, rows.dtype)])
+        for rows in (inputs.x, inputs.a, inputs.b)
+    )
+    conv, states = mx.array(inputs.conv.astype(np.float32)), mx.array(inputs.states)
+    mx.eval(conv, states)
+    pools = Ordered(conv), Ordered(states)
+    got = (
+        conv1d_silu(launcher, pools[0], SHAPE, step, x, inputs.weight),
+        recurrent(launcher, pools[1], SHAPE, step, x, a, b, inputs.a_log, inputs.dt_bias),
+    )
+    mx.eval(got, pools[0].arrays, pools[1].arrays)
+    for y, pool, (want_y, want_pool) in zip(
+        got, pools, (expected_conv(inputs), expected_recurrent(inputs)), strict=True
+    ):
+        np.testing.assert_allclose(float64(y)[:2], want_y, atol=2e-6)
+        np.testing.assert_allclose(float64(pool.arrays[0]), want_pool, atol=2e-6)
+
+
+def test_the_null_slot_alone_may_be_written_by_several_sequences() -> None:
+    lengths, slots = np.array([1, 2]), np.array([[FRESH, NULL_SLOT]] * 2)
+    assert plan(lengths, slots, 12).rows == 3
+    with pytest.raises(ValueError, match="goes on from a slot that another one writes"):
+        plan(lengths, np.array([[FRESH, NULL_SLOT], [NULL_SLOT, 2]]), 12)
+    with pytest.raises(ValueError, match="2 sequences do not fit 1 rows"):
+        plan_decode(slots, 12, 1)
 
 
 def test_tiles_fit_threadgroup_memory() -> None:

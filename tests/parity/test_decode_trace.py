@@ -5,19 +5,25 @@ sensible, but a graph that kept one array of its first step would give other num
 What kernels compute is tests/kernels' matter, there without the trace.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from hybrid_models import HYBRIDS, build_hybrid
 from tiny_models import TINY, build
 
 from pomarium.kernels.gpu_family import H100
 from pomarium.kernels.launch import KernelSource, Launch
 from pomarium.worker.attention.decode_graphs import DecodeGraphs, Graph, compiled
+from pomarium.worker.attention.hybrid import HybridBackend
 from pomarium.worker.attention.kernels import KernelAttention
 from pomarium.worker.batch import Batch, Sequence
 from pomarium.worker.forward import PagedForward
 from pomarium.worker.kv_cache.layout import single_group_layout
 from pomarium.worker.kv_cache.pool import PagedPool
+from pomarium.worker.kv_cache.states import single_group_states
+from pomarium.worker.models.gated_delta_kernels import state_backend
 from pomarium.worker.models.paged import PagedModel, prepare
 from pomarium.worker.warm_up import counts, rows_at_zero, warm_up
 
@@ -40,12 +46,31 @@ class Mixing:
         ]
 
 
-def attention_of(model: PagedModel) -> KernelAttention:
-    pool = PagedPool(single_group_layout(model.layers, BLOCK_SIZE, BLOCKS), model.dtype)
-    return KernelAttention(pool, Mixing(), H100)
+def backend_of(model: PagedModel) -> KernelAttention | HybridBackend:
+    layout = single_group_layout(model.layers, BLOCK_SIZE, BLOCKS)
+    attention = KernelAttention(PagedPool(layout, model.dtype), Mixing(), H100)
+    if not model.states:
+        return attention
+    slots = single_group_states(model.states, BLOCK_SIZE, BLOCKS, len(layout.groups))
+    return HybridBackend(attention, state_backend(slots, Mixing()))
+
+
+def tables_of(model: PagedModel) -> int:
+    return len({layer.window for layer in model.layers}) + bool(model.states)
+
+
+def graphs_of(
+    model: PagedModel, backend: KernelAttention | HybridBackend, trace: Callable[[Graph], Graph] = compiled
+) -> DecodeGraphs:
+    if isinstance(backend, KernelAttention):
+        return DecodeGraphs(model, backend, trace=trace)
+    assert isinstance(backend.attention, KernelAttention)
+    return DecodeGraphs(model, backend.attention, backend.states.in_graphs, trace)
 
 
 def model_of(name: str) -> PagedModel:
+    if name in HYBRIDS:
+        return prepare(build_hybrid(name, head_dim=64), HYBRIDS[name]["model_type"])
     return prepare(build(name, head_dim=64), TINY[name]["model_type"])
 
 
@@ -62,10 +87,10 @@ def decode(lengths: list[int], tables: int, seed: int) -> Batch:
     return Batch(sequences, tokens, np.array(lengths, np.int32) - 1, rows, rows, names, {})
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma2", "qwen3_next", "qwen3_5_moe"])
 def test_a_traced_graph_gives_for_each_step_what_its_own_graph_gives(name: str) -> None:
     model = model_of(name)
-    tables = len({layer.window for layer in model.layers})
+    tables = tables_of(model)
     traced: list[Graph] = []
 
     def trace(graph: Graph) -> Graph:
@@ -74,8 +99,8 @@ def test_a_traced_graph_gives_for_each_step_what_its_own_graph_gives(name: str) 
 
     sides = []
     for tracer in (trace, lambda graph: graph):
-        attention = attention_of(model)
-        forward = PagedForward(model, attention, DecodeGraphs(model, attention, tracer))
+        backend = backend_of(model)
+        forward = PagedForward(model, backend, graphs_of(model, backend, tracer))
         prompt = rows_at_zero(1, 2, tables)
         forward.run(prompt, mx.array(prompt.token_ids))  # from which the plans are known
         sides.append(forward)
@@ -86,23 +111,24 @@ def test_a_traced_graph_gives_for_each_step_what_its_own_graph_gives(name: str) 
     assert len(traced) == 2  # of four rows and of one
 
 
-def test_a_start_traces_the_graphs_of_batches_to_come() -> None:
-    model = model_of("llama")
-    attention = attention_of(model)
-    graphs = DecodeGraphs(model, attention)
-    forward = PagedForward(model, attention, graphs, queues=True)
-    warm_up(forward, most_sequences=6, tables=1)
+@pytest.mark.parametrize("name", ["llama", "qwen3_5"])
+def test_a_start_traces_the_graphs_of_batches_to_come(name: str) -> None:
+    model = model_of(name)
+    backend = backend_of(model)
+    graphs = graphs_of(model, backend)
+    forward = PagedForward(model, backend, graphs, queues=True)
+    warm_up(forward, most_sequences=6, tables=tables_of(model))
     assert graphs.traced == 4
-    batch = decode([9, 20, 33, 5, 6], 1, 0)
+    batch = decode([9, 20, 33, 5, 6], tables_of(model), 0)
     forward.run(batch, mx.array(batch.token_ids))
     assert graphs.traced == 4
 
 
 def test_a_start_waits_no_longer_than_it_is_given() -> None:
     model = model_of("llama")
-    attention = attention_of(model)
-    graphs = DecodeGraphs(model, attention)
-    warm_up(PagedForward(model, attention, graphs), most_sequences=6, tables=1, most_seconds=0.0)
+    backend = backend_of(model)
+    graphs = graphs_of(model, backend)
+    warm_up(PagedForward(model, backend, graphs), most_sequences=6, tables=1, most_seconds=0.0)
     assert graphs.traced == 0
 
 

@@ -7,6 +7,7 @@ from pomarium.kernels.launch import CudaLauncher, Launcher, MetalLauncher
 from pomarium.worker.attention.base import AttentionBackend
 from pomarium.worker.attention.decode_graphs import DecodeGraphs, RowsModel
 from pomarium.worker.attention.gathered import GatheredAttention
+from pomarium.worker.attention.hybrid import HybridBackend
 from pomarium.worker.attention.kernels import KernelAttention, paged_pool
 from pomarium.worker.attention.mla import LatentKernelAttention
 from pomarium.worker.device import Device, GpuBackend
@@ -39,4 +40,11 @@ def attention_backend(pool: PagedPool, device: Device, *, mla_kernel: bool) -> A
 
 def decode_graphs(model: RowsModel, backend: AttentionBackend) -> DecodeGraphs | None:
     """Graphs of `model`'s decode steps, where kernels take all of its layers; else None."""
-    return DecodeGraphs(model, backend) if isinstance(backend, KernelAttention) and backend.whole else None
+    attention, states = backend, None
+    if isinstance(backend, HybridBackend):
+        attention, states = backend.attention, backend.states.in_graphs
+        if states is None:
+            return None
+    return (
+        DecodeGraphs(model, attention, states) if isinstance(attention, KernelAttention) and attention.whole else None
+    )

@@ -6,7 +6,7 @@
 Python builds a layer's graph in about as long as a GPU computes it for one sequence. `mx.compile` keeps what was built;
 it serves another step if that differs in nothing but the arrays which the graph takes. So a step is padded to a bucket:
 rows that store nowhere and see no key, whose outputs nobody reads, and partitions without keys (paged_plan.room). The
-pool is no input. Kernels write it in place, in the order of the tokens that go in and come out (kernels.ordered).
+pools are no inputs. Kernels write them in place, in the order of the tokens that go in and come out (kernels.ordered).
 """
 
 import logging
@@ -18,11 +18,13 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
+from pomarium.kernels.ordered import Ordered
 from pomarium.kernels.paged_attention import DecodePlan, plan_decode
 from pomarium.kernels.paged_plan import room
 from pomarium.kernels.paged_tuning import DecodeVariant
 from pomarium.worker.attention.base import AttentionBackend, StepAttention
 from pomarium.worker.attention.gathered import GatheredStep
+from pomarium.worker.attention.hybrid import GraphStates, HybridStep
 from pomarium.worker.attention.kernels import (
     AttentionPlan,
     KernelAttention,
@@ -76,18 +78,19 @@ class BucketArrays:
     """All that changes from step to step beside the model's inputs.
 
     Attributes:
-        positions: int32 (rows,). plans: tables, work, reduce and ints of each plan.
+        positions: int32 (rows,). plans: tables, work, reduce and ints of each plan. slots: see GraphStates.slots.
     """
 
     positions: mx.array
     plans: list[list[mx.array]]
+    slots: list[mx.array]
 
 
-def bucket_of(kernels: Kernels, batch: Batch) -> tuple[Bucket, BucketArrays]:
+def bucket_of(kernels: Kernels, states: GraphStates | None, batch: Batch) -> tuple[Bucket, BucketArrays]:
     """Of a batch of one row per sequence, for the plans that layers have asked for.
 
     Raises:
-        ValueError: as `plan_decode` does.
+        ValueError: as `plan_decode`, of attention or of states, does.
     """
     pool, rows = kernels.pool, room(len(batch.sequences))
     groups = pool.layout.groups
@@ -102,7 +105,8 @@ def bucket_of(kernels: Kernels, batch: Batch) -> tuple[Bucket, BucketArrays]:
         plan = plan_decode(spans, tables, shape, group.window, kernels.gpu, padded=True)
         rooms.append(PlanRoom(key, plan.variant, plan.items, plan.tables.size // rows))
         arrays.append([plan.tables, plan.work, plan.reduce, plan.ints])
-    return Bucket(rows, tuple(rooms)), BucketArrays(mx.array(positions), arrays)
+    slots = [] if states is None else states.slots(batch, rows)
+    return Bucket(rows, tuple(rooms)), BucketArrays(mx.array(positions), arrays, slots)
 
 
 class _GivenPlans:
@@ -152,12 +156,20 @@ class DecodeGraphs:
         traced: buckets that were traced so far.
     """
 
-    def __init__(self, model: RowsModel, attention: KernelAttention, trace: Tracer = compiled) -> None:
+    def __init__(
+        self,
+        model: RowsModel,
+        attention: KernelAttention,
+        states: GraphStates | None = None,
+        trace: Tracer = compiled,
+    ) -> None:
         """Args:
-        attention: `whole`. trace: keeps what a function of arrays builds, so that another call costs no Python.
+        attention: `whole`. states: of a hybrid model's gated-delta layers.
+        trace: keeps what a function of arrays builds, so that another call costs no Python.
         """
         self._model = model
         self._attention = attention
+        self._states = states
         self._trace = trace
         self._graphs: OrderedDict[Bucket, Graph] = OrderedDict()
         self._refused = False
@@ -176,13 +188,13 @@ class DecodeGraphs:
         kernels = self._attention.kernels
         if self._refused or not kernels.asked or any(sequence.length > 1 for sequence in batch.sequences):
             return None
-        bucket, arrays = bucket_of(kernels, batch)
+        bucket, arrays = bucket_of(kernels, self._states, batch)
         count = len(batch.sequences)
         if bucket.rows > count:
             padding = mx.zeros((bucket.rows - count, *inputs.shape[1:]), inputs.dtype)
             inputs = mx.concatenate([inputs, padding])
-        tokens = [ordered.token for ordered in kernels.ordered.values()]
-        given = inputs, arrays.positions, arrays.plans, tokens
+        chains = self._chains()
+        given = inputs, arrays.positions, arrays.plans, arrays.slots, [ordered.token for ordered in chains]
         graph = self._graphs.get(bucket)
         if graph is None:
             ran = self._first(bucket, given)
@@ -192,9 +204,13 @@ class DecodeGraphs:
         else:
             self._graphs.move_to_end(bucket)
             output, tokens = graph(*given)
-        for ordered, token in zip(kernels.ordered.values(), tokens, strict=True):
+        for ordered, token in zip(chains, tokens, strict=True):
             ordered.join(token)
         return output[:count] if bucket.rows > count else output
+
+    def _chains(self) -> list[Ordered]:
+        """All that a step writes in place: attention's buffers, then states."""
+        return [*self._attention.kernels.ordered.values(), *(self._states.ordered if self._states else ())]
 
     def _first(self, bucket: Bucket, given: tuple[object, ...]) -> tuple[mx.array, list[mx.array]] | None:
         """Trace and run; None if that fails."""
@@ -212,22 +228,24 @@ class DecodeGraphs:
         return ran
 
     def _graph(self, bucket: Bucket) -> Graph:
-        kernels, model = self._attention.kernels, self._model
+        kernels, states, model = self._attention.kernels, self._states, self._model
         rows = np.arange(bucket.rows, dtype=np.int32)
 
         def graph(
             inputs: mx.array,
             positions: mx.array,
             plans: list[list[mx.array]],
+            slots: list[mx.array],
             tokens: list[mx.array],
         ) -> tuple[mx.array, list[mx.array]]:
-            branches = {
-                number: ordered.branch(token)
-                for (number, ordered), token in zip(kernels.ordered.items(), tokens, strict=True)
-            }
-            step = KernelStep(kernels, _GivenPlans(bucket, plans), branches, starts=False)
+            branches = [ordered.branch(token) for ordered, token in zip(self._chains(), tokens, strict=True)]
+            of_attention = len(kernels.ordered)
+            buffers = dict(zip(kernels.ordered, branches[:of_attention], strict=True))
+            step: StepAttention = KernelStep(kernels, _GivenPlans(bucket, plans), buffers, starts=False)
+            if states is not None:
+                step = HybridStep(step, states.step(bucket.rows, slots, branches[of_attention:]))
             output = model(inputs, positions, step, rows)
-            return output, [branch.token for branch in branches.values()]
+            return output, [branch.token for branch in branches]
 
         return graph
 

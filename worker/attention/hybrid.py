@@ -15,6 +15,7 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from pomarium.kernels.ordered import Ordered
 from pomarium.kernels.reference import Scoring
 from pomarium.worker.attention.base import AttentionBackend, StepAttention
 from pomarium.worker.batch import Batch
@@ -132,8 +133,30 @@ class HybridStep:
         return self.attention.attend_latents(layer, queries, latents, rank, scoring)
 
 
+class GraphStates(Protocol):
+    """States that steps of one row per sequence go on from in a graph that serves many (decode_graphs)."""
+
+    @property
+    def ordered(self) -> Sequence[Ordered]:
+        """All that such a step writes in place."""
+        ...
+
+    def slots(self, batch: Batch, rows: int) -> list[mx.array]:
+        """Index arrays of a batch, padded to `rows`: what changes from step to step."""
+        ...
+
+    def step(self, rows: int, slots: Sequence[mx.array], ordered: Sequence[Ordered]) -> StateStep:
+        """From index arrays, and branches of `ordered` in its order."""
+        ...
+
+
 class StateBackend(Protocol):
     """Maker of StateStep; owns the pool of states."""
+
+    @property
+    def in_graphs(self) -> GraphStates | None:
+        """None where a graph does not serve another step."""
+        ...
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -147,6 +170,8 @@ class StateBackend(Protocol):
 
 class EagerStateBackend:
     """StateBackend over a StatePool."""
+
+    in_graphs = None
 
     def __init__(self, pool: StatePool) -> None:
         self._pool = pool
@@ -166,14 +191,14 @@ class HybridBackend:
     """An AttentionBackend (see `base`) that also keeps states."""
 
     def __init__(self, attention: AttentionBackend, states: StateBackend) -> None:
-        self._attention = attention
-        self._states = states
+        self.attention = attention
+        self.states = states
 
     @property
     def arrays(self) -> list[mx.array]:
         """See `base.AttentionBackend.arrays`."""
-        return [*self._attention.arrays, *self._states.arrays]
+        return [*self.attention.arrays, *self.states.arrays]
 
     def prepare(self, batch: Batch) -> HybridStep:
         """See `base.AttentionBackend.prepare`."""
-        return HybridStep(self._attention.prepare(batch), self._states.prepare(batch))
+        return HybridStep(self.attention.prepare(batch), self.states.prepare(batch))

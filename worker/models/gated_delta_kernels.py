@@ -8,7 +8,7 @@ EagerStateBackend, once, and says why if it is not this.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,13 +17,21 @@ import numpy as np
 from mlx_lm.models import qwen3_5, qwen3_next
 
 from pomarium.kernels.cache_writes import unset
-from pomarium.kernels.gated_delta import FRESH, GatedDeltaPlan, GatedDeltaShape, conv1d_silu, plan, recurrent
+from pomarium.kernels.gated_delta import (
+    FRESH,
+    GatedDeltaPlan,
+    GatedDeltaShape,
+    conv1d_silu,
+    plan,
+    plan_decode,
+    recurrent,
+)
 from pomarium.kernels.launch import Launcher
 from pomarium.kernels.ordered import Ordered
 from pomarium.worker.attention.base import AttentionBackend
 from pomarium.worker.attention.hybrid import EagerStateBackend, HybridBackend, ModuleCall, StateBackend
 from pomarium.worker.batch import Batch
-from pomarium.worker.kv_cache.states import StateLayout, StatePool, sequence_slots
+from pomarium.worker.kv_cache.states import StateGroup, StateLayout, StatePool, sequence_slots
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +72,25 @@ def project(module: nn.Module, inputs: mx.array) -> Projections:
 class KernelStates:
     """StateStep (attention.hybrid) through kernels."""
 
-    def __init__(self, backend: "KernelStateBackend", plans: Sequence[GatedDeltaPlan]) -> None:
-        """`plans`: for each group of the backend's layout."""
+    def __init__(
+        self,
+        backend: "KernelStateBackend",
+        plans: Sequence[GatedDeltaPlan],
+        pools: Mapping[int, tuple[Ordered, Ordered]],
+    ) -> None:
+        """Args:
+        plans: for each group of the backend's layout. pools: the backend's, or branches of them.
+        """
         self._backend = backend
         self._plans = plans
+        self._pools = pools
 
     def run(self, layer: int, module: nn.Module, call: ModuleCall, inputs: mx.array) -> mx.array:
         """See StateStep.run."""
         backend = self._backend
         rows = inputs.shape[0]
         step = self._plans[backend.group_index[layer]]
-        conv, states = backend.pools[backend.layout.buffer_of_layer[layer]]
+        conv, states = self._pools[backend.layout.buffer_of_layer[layer]]
         made = project(module, inputs)
         weight = module.conv1d.weight.reshape(backend.shape.channels, backend.shape.kernel_size)
         qkv = conv1d_silu(backend.launcher, conv, backend.shape, step, made.qkv, weight)
@@ -106,18 +122,41 @@ class KernelStateBackend:
     @property
     def arrays(self) -> list[mx.array]:
         """See StateBackend.arrays."""
-        return [array for pools in self.pools.values() for pool in pools for array in pool.arrays]
+        return [array for pool in self.ordered for array in pool.arrays]
 
     def prepare(self, batch: Batch) -> KernelStates:
         """See StateBackend.prepare."""
         lengths = np.array([sequence.length for sequence in batch.sequences])
-        fresh = np.array([sequence.start == 0 for sequence in batch.sequences])
-        plans = []
-        for group in self.layout.groups:
-            slots = sequence_slots(batch, group)
-            slots[fresh, 0] = FRESH
-            plans.append(plan(lengths, slots, self.layout.num_slots))
-        return KernelStates(self, plans)
+        plans = [plan(lengths, _slots(batch, group), self.layout.num_slots) for group in self.layout.groups]
+        return KernelStates(self, plans, self.pools)
+
+    @property
+    def in_graphs(self) -> "KernelStateBackend":
+        """See StateBackend.in_graphs."""
+        return self
+
+    @property
+    def ordered(self) -> list[Ordered]:
+        """See GraphStates.ordered."""
+        return [pool for pools in self.pools.values() for pool in pools]
+
+    def slots(self, batch: Batch, rows: int) -> list[mx.array]:
+        """See GraphStates.slots."""
+        num_slots = self.layout.num_slots
+        return [plan_decode(_slots(batch, group), num_slots, rows).sequences for group in self.layout.groups]
+
+    def step(self, rows: int, slots: Sequence[mx.array], ordered: Sequence[Ordered]) -> KernelStates:
+        """See GraphStates.step."""
+        plans = [GatedDeltaPlan(self.layout.num_slots, rows, rows, sequences) for sequences in slots]
+        pairs = zip(ordered[::2], ordered[1::2], strict=True)
+        return KernelStates(self, plans, dict(zip(self.pools, pairs, strict=True)))
+
+
+def _slots(batch: Batch, group: StateGroup) -> np.ndarray:
+    """int32 (S, 2), as `gated_delta.plan` takes them."""
+    slots = sequence_slots(batch, group)
+    slots[[sequence.start == 0 for sequence in batch.sequences], 0] = FRESH
+    return slots
 
 
 def shape_of(layout: StateLayout) -> GatedDeltaShape:

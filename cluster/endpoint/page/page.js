@@ -123,9 +123,12 @@ function tell() {
   if (gone && age !== null) text += ` No answer since ${seconds(age)}.`;
   if (!gone && facts !== null) text = whole(facts);
   if (at("said").textContent !== text) at("said").textContent = text;
-  at("connection").className = `connection ${gone ? "gone" : facts === null ? "" : "live"}`;
+  const well = facts !== null && (hurt(facts) ? "hurt" : "live");
+  at("connection").className = `connection ${gone ? "gone" : well || ""}`;
   document.querySelector(".facts").classList.toggle("stale", gone);
 }
+
+const hurt = (found) => [...found.macs, ...found.models].some((one) => KINDS[one.state] === "bad") || found.disk;
 
 function whole(found) {
   const lost = found.macs.filter((mac) => mac.state === "lost").length;

@@ -1,6 +1,7 @@
 """Stands before vLLM's OpenAI application and refuses what would raise in it, hold its event loop or its compilers.
 
-    request --Guard: bodies.parsed, texts, calls, conversations, responses, constraints, grammars (in a thread)--> 400,
+    request --Guard: bodies.parsed, texts, kinds, calls, conversations, responses, constraints, grammars (in a
+               thread)--> 400,
                or the application as if alone
 
 An ASGI middleware, since the application's own checks run on the event loop that streams and heartbeats share, and
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pomarium.cluster.engine.intake import calls, constraints, conversations, responses, texts
+from pomarium.cluster.engine.intake import calls, constraints, conversations, kinds, responses, texts
 from pomarium.cluster.engine.intake.constraints import Constraint
 from pomarium.cluster.engine.intake.conversations import Abilities
 from pomarium.cluster.http import bodies, openai_errors, protocols
@@ -52,12 +53,15 @@ class Guard:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answers 400, or has the application answer. Looks no further once the client has left."""
-        if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope):
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         path = scope["path"]
         if protocols.is_anthropic(path):
             send = Retold(send)
+        if not _is_json(scope):
+            await self._app(scope, receive, send)
+            return
         body = await _read(receive)
         if body is None:
             return
@@ -87,7 +91,7 @@ class Guard:
             fields = await asyncio.to_thread(bodies.parsed, body) if large else bodies.parsed(body)
         except bodies.BodyError as error:
             return str(error)
-        if refusal := texts.refusal(fields, rules.chars, len(body)) or calls.refusal(fields):
+        if refusal := texts.refusal(fields, rules.chars, len(body)) or kinds.refusal(fields) or calls.refusal(fields):
             return refusal
         if path == protocols.RESPONSES and (refusal := responses.refusal(fields)):
             return refusal

@@ -81,6 +81,19 @@ def test_other_commands_take_no_unknown_argument(capsys: pytest.CaptureFixture[s
     assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["chat", "a", "b"], ["models", "list", "--jsn"], ["rack", "status", "x"]])
+def test_what_a_command_does_not_know_is_told_with_its_own_usage(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(words)
+    command = " ".join(["pomarium", *[word for word in words if word in ("chat", "models", "list", "rack", "status")]])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told.startswith(f"usage: {command} ")
+    assert f"{command}: error: unrecognized arguments: {words[-1]}" in told
+
+
 def plan(tokens: list[str], environ: dict[str, str] | None = None) -> ServePlan:
     args = cli.parse(["serve", "--port", str(free_port()), *tokens])
     return serve.plan_of(args, environ or {})

@@ -12,7 +12,7 @@ from ray.exceptions import ActorDiedError
 from pomarium.cluster import faults
 from pomarium.cluster.endpoint import continued
 from pomarium.cluster.endpoint.answers import Accepted, CutError
-from pomarium.cluster.endpoint.continued import UNTAKEN, Continued, hopeless
+from pomarium.cluster.endpoint.continued import UNTAKEN, Continued, EndpointEndsError, hopeless
 from pomarium.cluster.endpoint.holding import State
 from pomarium.cluster.endpoint.routing import NoReplicaError
 from pomarium.cluster.http.asgi_bridge import Head
@@ -37,6 +37,7 @@ class Attempt:
         self.cancelled = False
         self.before: Resume | None = None
         self._pieces: list[bytes] = []
+        self._waits: asyncio.Future[None] | None = None
 
     def __aiter__(self) -> "Attempt":
         return self
@@ -46,7 +47,8 @@ class Attempt:
             raise StopAsyncIteration
         item = self._items.pop(0)
         if item == "wait":
-            await asyncio.get_running_loop().create_future()
+            self._waits = asyncio.get_running_loop().create_future()
+            await self._waits
         if isinstance(item, Exception):
             raise item
         if isinstance(item, Accepted):
@@ -54,6 +56,10 @@ class Attempt:
         if isinstance(item, bytes):
             self._pieces.append(item)
         return item
+
+    def fail(self, error: Exception) -> None:
+        if self._waits is not None:
+            self._waits.set_exception(error)
 
     def gained(self) -> int:
         return (self.before.messages if self.before else 0) + len(self._pieces)
@@ -207,3 +213,39 @@ def test_it_waits_for_the_next_engine_as_after_a_loss() -> None:
 def test_without_failovers_it_ends() -> None:
     played = Played(Attempt(Accepted(), STREAM, b"1", MOVED), limits=Limits(0))
     assert played.error is MOVED
+
+
+@pytest.mark.parametrize(
+    "attempts",
+    [
+        [Attempt(Accepted(), STREAM, b"a", "wait")],
+        [Attempt("wait")],
+        [Attempt(Accepted(), STREAM, b"a", LOST), Attempt("wait")],
+        [Attempt(Accepted(), STREAM, b"a", LOST), *(Attempt(NoReplicaError()) for _ in range(10_000))],
+    ],
+    ids=["answering", "untaken", "resumed", "without a replica"],
+)
+def test_an_endpoint_that_ends_ends_its_answers(attempts: list[Attempt]) -> None:
+    left = attempts[1:]
+
+    async def known() -> State:
+        return NOTHING_KNOWN
+
+    async def play() -> list[Any]:
+        answer = Continued("r", attempts[0], lambda _: left.pop(0), LIMITS, known, lambda _: None)  # type: ignore[arg-type, return-value]
+        got: list[Any] = []
+
+        async def follow() -> None:
+            async for item in answer:
+                got.append(item)
+
+        following = asyncio.create_task(follow())
+        await asyncio.sleep(0.05)
+        assert not following.done()
+        answer.end()
+        with pytest.raises(EndpointEndsError):
+            await asyncio.wait_for(following, 30)
+        return got
+
+    got = asyncio.run(play())
+    assert [item for item in got if isinstance(item, bytes)] == ([] if attempts[0].gained() == 0 else [b"a"])

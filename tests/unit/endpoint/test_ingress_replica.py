@@ -74,6 +74,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, s
 
     monkeypatch.setattr(ingress_replica, "Counter", Counter)
     monkeypatch.setattr(ingress_replica, "Ingress", made)
+    monkeypatch.setattr(ingress_replica, "_serve_waits_s", lambda: 0.0)
     monkeypatch.setattr(ingress_replica, "session_folder", lambda: str(tmp_path))
     return told
 

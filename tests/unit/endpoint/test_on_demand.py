@@ -121,6 +121,15 @@ async def test_a_client_that_leaves_is_not_waited_for(serve: Serve) -> None:
         await ask(models, "a")
 
 
+async def test_who_waits_is_told_that_the_endpoint_ends(serve: Serve) -> None:
+    async with kept(serve, {"a": 6, "b": 6}) as models, models.needed("a"):
+        waiting = asyncio.create_task(ask(models, "b"))
+        await until(lambda: models.state("a").state == "leaving")
+        models.end("the endpoint is being stopped")
+        with pytest.raises(HopelessError, match="is being stopped"):
+            await waiting
+
+
 async def test_a_start_that_fails_is_told_and_not_tried_at_once(serve: Serve) -> None:
     serve.faulty.add("engine:a")
     async with kept(serve, {"a": 6, "b": 6}) as models:

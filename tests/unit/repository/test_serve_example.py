@@ -90,3 +90,14 @@ def test_a_faulty_argument_is_refused_in_one_sentence(changes: dict[str, Any], s
         builder.plan_of(endpoint_args(**changes), {})
     assert sentence in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", sorted(builder.ON_DEMAND))
+def test_models_on_demand_are_refused_by_their_key_with_what_a_rack_has_instead(key: str) -> None:
+    with pytest.raises(SettingsError) as refusal:
+        endpoint_args(**{key: True})
+    assert str(refusal.value).startswith(f"args.{key}: models are loaded on demand on one machine, by `pomarium serve")
+    assert "`replicas: {min: 0, max: 1, keep: 10m}`" in str(refusal.value)
+    entry = {"source": "a", "replicas": {"min": 0, "max": 1, "keep": "10m"}}
+    (model,) = builder.plan_of(endpoint_args(models=[entry]), {}).models
+    assert model.scaling == Scaling(0, 1, keep_s=600.0)
