@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pomarium.worker.pictures import PictureRows, rows_of_pictures
 from pomarium.worker.requests import RequestState
 from pomarium.worker.step import BlockTables
 
@@ -39,6 +40,7 @@ class Batch:
         sample_index: int32 (R,), for the requests that sample, in order: index into `logit_rows`.
         samplers: those requests' ids.
         prompt_index: request id -> (first, last) half-open range of `logit_rows` for prompt log-probabilities.
+        pictures: the rows that take embeddings of images.
     """
 
     sequences: tuple[Sequence, ...]
@@ -48,6 +50,7 @@ class Batch:
     sample_index: np.ndarray
     samplers: tuple[str, ...]
     prompt_index: dict[str, tuple[int, int]]
+    pictures: tuple[PictureRows, ...] = ()
 
 
 def build_batch(scheduled: list[tuple[RequestState, int]]) -> Batch:
@@ -63,11 +66,13 @@ def build_batch(scheduled: list[tuple[RequestState, int]]) -> Batch:
     sample_index: list[int] = []
     samplers: list[str] = []
     prompt_index: dict[str, tuple[int, int]] = {}
+    pictures: list[PictureRows] = []
     for request, length in scheduled:
         start, end, first_row = request.num_computed_tokens, request.num_computed_tokens + length, len(token_ids)
         token_ids += request.token_ids[start:end]
         positions.append(np.arange(start, end, dtype=np.int32))
         sequences.append(Sequence(request.id, start, length, tuple(tuple(table) for table in request.block_tables)))
+        pictures += rows_of_pictures(request.pictures, start, end, first_row)
         samples = end >= len(request.token_ids)
         if request.sampling.num_prompt_logprobs is not None and start < request.num_prompt_tokens - 1:
             rows = range(first_row, first_row + min(end, request.num_prompt_tokens - 1) - start)
@@ -85,4 +90,5 @@ def build_batch(scheduled: list[tuple[RequestState, int]]) -> Batch:
         np.array(sample_index, np.int32),
         tuple(samplers),
         prompt_index,
+        tuple(pictures),
     )

@@ -14,10 +14,11 @@ import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from pomarium.worker.attention.base import AttentionBackend
-from pomarium.worker.attention.decode_graphs import DecodeGraphs, run_rows
+from pomarium.worker.attention.decode_graphs import DecodeGraphs, run_rows, wanted_rows
 from pomarium.worker.batch import Batch
 from pomarium.worker.kv_cache.layout import LayerCache
 from pomarium.worker.models.paged import PagedModel
+from pomarium.worker.vision.merge import Sight
 
 
 class Forward(Protocol):
@@ -43,19 +44,29 @@ class PagedForward:
     Args:
         graphs: of decode steps; None: each step's graph is built.
         queues: a step may be queued behind one that has not ended; else it is waited for.
+        sight: gives rows the embeddings of images; None: the model takes none.
     """
 
     def __init__(
-        self, model: PagedModel, backend: AttentionBackend, graphs: DecodeGraphs | None = None, queues: bool = False
+        self,
+        model: PagedModel,
+        backend: AttentionBackend,
+        graphs: DecodeGraphs | None = None,
+        queues: bool = False,
+        sight: Sight | None = None,
     ) -> None:
         self._model = model
         self._backend = backend
         self._graphs = graphs
         self._queues = queues
+        self._sight = sight
 
     def run(self, batch: Batch, token_ids: mx.array) -> mx.array:
         """See Forward.run."""
-        logits = run_rows(self._model, self._backend, self._graphs, batch, token_ids, head=True)
+        if batch.pictures:
+            logits = self._with_pictures(batch, token_ids)
+        else:
+            logits = run_rows(self._model, self._backend, self._graphs, batch, token_ids, head=True)
         # A chunk in the middle of a prompt is waited for: its time is to be known, and nothing follows from it.
         if self._queues and len(batch.logit_rows):
             mx.async_eval(logits, self._backend.arrays)  # type: ignore[no-untyped-call]
@@ -63,6 +74,12 @@ class PagedForward:
             # Before the next step is queued, else MLX copies the pool instead of writing into it (kv_cache.pool).
             mx.eval(logits, self._backend.arrays)
         return logits[: len(batch.logit_rows)]
+
+    def _with_pictures(self, batch: Batch, token_ids: mx.array) -> mx.array:
+        """A step with rows of images is no decode step, so no graph does it."""
+        assert self._sight is not None  # else the engine knows of no images
+        embeddings = self._sight.embeddings(token_ids, batch.pictures)
+        return self._model(token_ids, batch.positions, self._backend.prepare(batch), wanted_rows(batch), embeddings)
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Nothing to do: the scheduler owns the blocks."""

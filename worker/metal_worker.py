@@ -46,6 +46,9 @@ from pomarium.worker.pipeline.stage import Stage
 from pomarium.worker.sampling.sampler import Sampler
 from pomarium.worker.settings import DeviceKind
 from pomarium.worker.settings import load as load_settings
+from pomarium.worker.vision.encoder_cache import EncoderCache
+from pomarium.worker.vision.merge import Sight, embedding_of
+from pomarium.worker.vision.tower import Tower, load_tower, tower_activation_bytes
 from pomarium.worker.vllm_logits_processors import OperatorProcessors
 from pomarium.worker.vllm_translation import (
     MX_DTYPES,
@@ -87,6 +90,8 @@ class MetalWorker(WorkerBase):
         self._stage: Stage | None = None
         self._graphs: DecodeGraphs | None = None
         self._forward: Forward | None = None
+        self._tower: Tower | None = None
+        self._pictures: EncoderCache | None = None
 
     def take_place(self, surroundings: Surroundings) -> None:
         """Learn, before anything is loaded, who shares this machine and which stage of a pipeline this is."""
@@ -123,6 +128,8 @@ class MetalWorker(WorkerBase):
             vocab_size=config.get_vocab_size(),
             longest=config.max_model_len,
         )
+        if self.model_config.is_multimodal_model:  # refused at start for stages, and without paging
+            self._tower = load_tower(directory, dtype)
         model_type = self.loaded.config["model_type"]
         self.paged: PagedModel | None = None
         if place is not None:
@@ -200,8 +207,8 @@ class MetalWorker(WorkerBase):
             available=now.available,
             reserve=now.reserve,
             others=memory.others_since(self.memory_at_start, now),
-            weights=self.loaded.weight_bytes,
-            activations=self._activation_bytes(),
+            weights=self.loaded.weight_bytes + (0 if self._tower is None else self._tower.weight_bytes),
+            activations=self._activation_bytes() + self._picture_bytes(),
             workers=self._surroundings.workers,
             fraction=self.settings.memory_fraction,
             paged=self.settings.paged_attention,
@@ -226,6 +233,15 @@ class MetalWorker(WorkerBase):
             itemsize=self.kv_dtype.size,
         )
 
+    def _picture_bytes(self) -> int:
+        """Of the encoder cache when it is full, beside what the tower takes while it computes."""
+        if self._tower is None:
+            return 0
+        tokens = max(self.scheduler_config.encoder_cache_size, self._tower.eyes.most_tokens)
+        kept = tokens * self.model_config.get_hidden_size() * self.kv_dtype.size
+        vision = self.loaded.config["vision_config"]
+        return int(kept) + tower_activation_bytes(self._tower.eyes, vision, self.kv_dtype.size)
+
     def update_max_model_len(self, max_model_len: int) -> None:
         """vLLM fitted the context to the memory (--max-model-len auto)."""
         self.model_config.max_model_len = max_model_len
@@ -248,7 +264,10 @@ class MetalWorker(WorkerBase):
         else:
             backend = self._cache(kv_cache_config)
             self._graphs = self._graphs_of(self.paged, backend)
-            self._forward = PagedForward(self.paged, backend, self._graphs, queues=self._graphs is not None)
+            if self._tower is not None:
+                self._pictures = EncoderCache(self._tower)
+            sight = None if self._pictures is None else Sight(embedding_of(self.loaded.model), self._pictures)
+            self._forward = PagedForward(self.paged, backend, self._graphs, self._graphs is not None, sight)
         ahead = self._graphs is not None
         self.runner = ModelRunner(self._forward, sampler, self._publish, custom[False], custom[True], ahead=ahead)
 
@@ -264,6 +283,7 @@ class MetalWorker(WorkerBase):
 
     def _wire(self, pool: Sequence[mx.array]) -> None:
         weights = [array for _, array in tree_flatten(self.loaded.model.parameters())]
+        weights += [] if self._tower is None else self._tower.arrays
         self._wired = wire(self.mlx_device, self.settings.wire, [*weights, *pool])
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
@@ -291,7 +311,10 @@ class MetalWorker(WorkerBase):
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Compute a step; None if `sample_tokens` is to follow."""
-        scheduled = self.runner.execute(step_of(scheduler_output, self._blocks))
+        step = step_of(scheduler_output, self._blocks)
+        if self._pictures is not None:
+            self._pictures.take(step)
+        scheduled = self.runner.execute(step)
         return None if scheduled else EMPTY_MODEL_RUNNER_OUTPUT
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
@@ -314,10 +337,12 @@ class MetalWorker(WorkerBase):
         mx.synchronize()
 
     def reset_mm_cache(self) -> None:
-        """No multimodal inputs, no cache."""
+        """Nothing to do: tiles are kept by the engine alone."""
 
     def reset_encoder_cache(self) -> None:
-        """No encoder, no cache."""
+        """Forget the embeddings of all images: the engine has."""
+        if self._pictures is not None:
+            self._pictures.clear()
 
 
 def _log_like_vllm() -> None:

@@ -8,6 +8,7 @@ scheduler has seen them.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from pomarium.worker.pictures import Picture
 from pomarium.worker.sampling.occurrences import Occurrences
 from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import CachedRequest, Logprobs, NewRequest, Step
@@ -21,6 +22,7 @@ class RequestState:
         token_ids: prompt and sampled tokens. num_computed_tokens: leading tokens whose K/V are cached.
         block_tables: one list of block ids per cache group.
         prompt_logprobs: finished chunks of its prompt's log-probabilities.
+        pictures: the images of its prompt.
         occurrences: of `token_ids`, as far as the sampler has counted them.
     """
 
@@ -31,6 +33,7 @@ class RequestState:
     block_tables: list[list[int]]
     sampling: SamplingParams
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    pictures: tuple[Picture, ...] = ()
     occurrences: Occurrences = field(default_factory=Occurrences)
 
 
@@ -96,6 +99,7 @@ def _admit(new: NewRequest) -> RequestState:
         new.num_computed_tokens,
         [list(table) for table in new.block_ids],
         new.sampling,
+        pictures=new.pictures,
     )
 
 

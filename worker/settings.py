@@ -56,7 +56,7 @@ class Wire(StrEnum):
 
 
 class MultimodalMode(StrEnum):
-    """What becomes of a multimodal checkpoint: the two first take its text model if it is on the allowlist."""
+    """What becomes of a multimodal checkpoint: its text model, images as well, or whichever of them runs."""
 
     AUTO = "auto"
     TEXT_ONLY_COMPAT = "text-only-compat"
@@ -241,9 +241,11 @@ VARIABLES: tuple[Variable, ...] = (
         "auto",
         "auto, text-only-compat or multimodal-native",
         _multimodal_mode,
-        "`auto`, `text-only-compat`: multimodal checkpoints on the compatibility allowlist (Gemma 4, Qwen3.5, Qwen3.6) "
-        "are served as text models; an image in a request is an error. `multimodal-native`: they are refused, for "
-        "images do not run yet.",
+        "`auto`: multimodal checkpoints on the compatibility allowlist (Gemma 4, Qwen3.5, Qwen3.6, Idefics3, SmolVLM) "
+        "are served as text models, and an image in a request is an error; Idefics3 and SmolVLM take images where the "
+        "checkpoint has its vision tower and nothing else is in the way. One line of the log says which. "
+        "`text-only-compat`: all are text models. `multimodal-native`: what cannot take images is refused with the "
+        "reason.",
     ),
     Variable(
         "VLLM_USE_MODELSCOPE",

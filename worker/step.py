@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pomarium.worker.pictures import Picture
 from pomarium.worker.sampling_params import SamplingParams
 
 BlockTables = tuple[tuple[int, ...], ...]
@@ -25,6 +26,7 @@ class NewRequest:
         token_ids: every known token: the prompt, then outputs already sampled (when it comes back).
         num_prompt_tokens: how many of `token_ids` are prompt.
         num_computed_tokens: how many leading tokens already have K/V in the blocks (a prefix-cache hit).
+        pictures: the images of its prompt, by their place in it.
     """
 
     id: str
@@ -33,6 +35,7 @@ class NewRequest:
     num_computed_tokens: int
     block_ids: BlockTables
     sampling: SamplingParams
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,19 @@ class CachedRequest:
 
 @dataclass(frozen=True)
 class Step:
-    """One scheduled step: request id -> number of tokens, and what changed since the last one."""
+    """One scheduled step: request id -> number of tokens, and what changed since the last one.
+
+    Attributes:
+        unseen: images whose embeddings this step is the first to need: key -> tiles uint8 (N, 3, side, side).
+        forgotten: keys of images whose embeddings no step will need, before this one is computed.
+    """
 
     num_scheduled_tokens: Mapping[str, int]
     new: tuple[NewRequest, ...] = ()
     cached: tuple[CachedRequest, ...] = ()
     finished: frozenset[str] = frozenset()
+    unseen: Mapping[str, np.ndarray] = field(default_factory=dict)
+    forgotten: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 import torch
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sampling_params import SamplingParams as VllmSamplingParams
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
@@ -29,9 +30,11 @@ from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput
 from pomarium.worker.kv_cache.layout import LayerCache
 from pomarium.worker.kv_cache.paging import Paging, expand
 from pomarium.worker.kv_cache.states import StateCache
+from pomarium.worker.pictures import Picture
 from pomarium.worker.sampling_params import SamplingParams
 from pomarium.worker.step import BlockTables, CachedRequest, Grammar, NewRequest, Step, StepResult
 from pomarium.worker.vllm_logits_processors import OperatorProcessors
+from pomarium.worker.vllm_step import SeeingStep
 
 MX_DTYPES = {torch.float32: mx.float32, torch.float16: mx.float16, torch.bfloat16: mx.bfloat16}
 _TORCH_DTYPES = {value: key for key, value in MX_DTYPES.items()}
@@ -87,6 +90,8 @@ def step_of(output: SchedulerOutput, blocks: Sequence[int]) -> Step:
             for index, request_id in enumerate(cached.req_ids)
         ),
         finished=frozenset(output.finished_req_ids),
+        unseen=output.unseen if isinstance(output, SeeingStep) else {},
+        forgotten=frozenset(output.free_encoder_mm_hashes),
     )
 
 
@@ -99,7 +104,14 @@ def _new_request(new: NewRequestData, blocks: Sequence[int]) -> NewRequest:
         num_computed_tokens=new.num_computed_tokens,
         block_ids=_tables(new.block_ids, blocks) or (),
         sampling=sampling_of(new.sampling_params),
+        pictures=tuple(_picture(feature) for feature in new.mm_features),
     )
+
+
+def _picture(feature: MultiModalFeatureSpec) -> Picture:
+    where = feature.mm_position
+    takes = np.ones(where.length, bool) if where.is_embed is None else where.is_embed.numpy().astype(bool)
+    return Picture(feature.identifier, where.offset, where.length, takes)
 
 
 def _tables(block_ids: tuple[list[int], ...] | None, blocks: Sequence[int]) -> BlockTables | None:

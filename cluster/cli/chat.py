@@ -1,4 +1,6 @@
-"""`pomarium chat`: a conversation in the terminal, or line by line from a pipe, with a model of a running endpoint.
+"""`pomarium chat`: a conversation in the terminal, or line by line from a pipe, with a model of an endpoint.
+
+    --url, or one that runs where `pomarium serve` listens, or one of its own (own_endpoint.py) --> the model
 
     line --command_of--> a command: the conversation changes, or ends
          `-- else -----> Conversation.messages --openai's client, streamed--> answer on stdout, its speed on stderr
@@ -17,7 +19,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from pomarium.cluster.cli import own_endpoint
 from pomarium.cluster.cli.serve_options import KEY_VARIABLE
+from pomarium.cluster.machine import listening
 from pomarium.worker.address import is_local
 from pomarium.worker.errors import PomariumError, SettingsError
 
@@ -81,14 +85,20 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Adds `chat` to the command line."""
     parser = subparsers.add_parser(
         "chat",
-        help="talk with a model of a running endpoint",
-        description="Talks with a model that `pomarium serve`, or another endpoint of OpenAI's protocol, serves. From "
-        "a pipe each line is a message.",
+        help="talk with a model of a running endpoint, or of one for this chat",
+        description="Talks with a model that `pomarium serve`, or another endpoint of OpenAI's protocol, serves. Where "
+        "nothing listens yet it starts `pomarium serve` for this chat. From a pipe each line is a message.",
         epilog="In the chat: " + "; ".join(f"{name} {what}" for name, what in COMMANDS.items()) + ". Ctrl-C ends an "
         "answer, and at the prompt the chat.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="its name at the endpoint (default: the only one)")
-    parser.add_argument("--url", default=URL, help="the endpoint, with or without /v1 (default: %(default)s)")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="its name at the endpoint (default: the only one); for an endpoint that is started, as `pomarium serve` "
+        "takes it",
+    )
+    parser.add_argument("--url", help=f"the endpoint, with or without /v1 (default: {URL}, or one for this chat)")
     parser.add_argument("--api-key", metavar="KEY", help=f"a key that it wants (default: {KEY_VARIABLE})")
     parser.add_argument("--system", default="", metavar="TEXT", help="how the model is to answer")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: what fits)")
@@ -97,14 +107,25 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talk until the user leaves: 0. Raises ChatError, SettingsError."""
-    client = client_of(args.url, args.api_key or os.environ.get(KEY_VARIABLE))
-    model = _model(client, args.model, args.url)
+    """Talk until the user leaves: 0. Raises ChatError, SettingsError, OwnEndpointError."""
+    key = args.api_key or os.environ.get(KEY_VARIABLE)
+    if args.url is not None or not listening.is_free(own_endpoint.HOST, urlsplit(URL).port or 0):
+        return _talk(args, args.url or URL, key, args.model)
+    _tell(f"Nothing answers at {URL}: an endpoint is started for this chat. `pomarium serve` starts one that stays.")
+    environ = {**os.environ, **({KEY_VARIABLE: key} if key else {})}
+    with own_endpoint.started(args.model, environ) as url:
+        return _talk(args, url, key, None)
+
+
+def _talk(args: argparse.Namespace, url: str, key: str | None, name: str | None) -> int:
+    """With the model `name` of the endpoint at `url`, or with its only one."""
+    client = client_of(url, key)
+    model = _model(client, name, url)
     options = {"max_tokens": args.max_tokens, "temperature": args.temperature}
     chat = _Chat(client, model, {name: value for name, value in options.items() if value is not None})
     talk = Conversation(args.system)
     if chat.live:
-        _tell(f"{model} at {args.url}; /help lists the commands")
+        _tell(f"{model} at {url}; /help lists the commands")
     for line in _lines(chat.live):
         if line.startswith("/"):
             if not obey(line, talk):

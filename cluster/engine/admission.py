@@ -13,6 +13,7 @@ from enum import StrEnum
 from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.models.wrappers import WRAPPERS
 from pomarium.worker.settings import DeviceKind, MultimodalMode
+from pomarium.worker.vision.families import SEEING
 
 BLOCK_SIZES = (8, 16, 32)
 LOAD_FORMATS = frozenset({"auto", "hf", "safetensors", "gguf"})
@@ -20,6 +21,9 @@ HYBRIDS = frozenset({"Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeFo
     architecture for architecture, wrapper in WRAPPERS.items() if wrapper.hybrid
 }
 """Architectures with gated-delta layers that the worker runs (worker.models.gated_delta)."""
+
+_BLIND = WRAPPERS.keys() - SEEING.keys()
+_SEEING_NAMES = " and ".join(SEEING)
 
 
 class Backend(StrEnum):
@@ -220,17 +224,17 @@ _MODEL = (
         lambda f: f"Diffusion language models such as {f.architectures[0]} are not supported; serve another model.",
     ),
     _refuse_if(
-        lambda f: f.multimodal_mode is MultimodalMode.NATIVE and not WRAPPERS.keys().isdisjoint(f.architectures),
+        lambda f: f.multimodal_mode is MultimodalMode.NATIVE and not _BLIND.isdisjoint(f.architectures),
         lambda f: (
-            f"VLLM_METAL_MULTIMODAL_MODE=multimodal-native asks for images and audio, which do not run yet; set it to "
-            f"auto or text-only-compat, and {f.architectures[0]} is served as a text model."
+            f"VLLM_METAL_MULTIMODAL_MODE=multimodal-native asks for images, which run for {_SEEING_NAMES} only; set it "
+            f"to auto or text-only-compat, and {f.architectures[0]} is served as a text model."
         ),
     ),
     _refuse_if(
         lambda f: f.is_multimodal and f.multimodal_mode is MultimodalMode.NATIVE,
         lambda f: (
-            f"VLLM_METAL_MULTIMODAL_MODE=multimodal-native asks for images and audio, which do not run yet "
-            f"({f.architectures[0]}); set it to auto and serve a text model."
+            f"VLLM_METAL_MULTIMODAL_MODE=multimodal-native asks for images, which run for {_SEEING_NAMES} only, not "
+            f"for {f.architectures[0]}; serve one of these, or set it to auto and serve a text model."
         ),
     ),
     _refuse_if(

@@ -12,6 +12,7 @@ from pomarium.cluster.engine.model_registry import REFUSED_MULTIMODAL
 from pomarium.cluster.node.worker_environment import RESOURCE
 from pomarium.worker.device import Device
 from pomarium.worker.settings import Settings
+from pomarium.worker.vision.families import SEEING
 
 
 def extract(config: VllmConfig, settings: Settings, device: Device) -> EngineFacts:
@@ -41,7 +42,7 @@ def extract(config: VllmConfig, settings: Settings, device: Device) -> EngineFac
         device_ids=_tuple_or_none(parallel.assigned_physical_gpu_ids),
         architectures=tuple(model.architectures),
         runner_type=model.runner_type,
-        is_multimodal=model.is_multimodal_model or not REFUSED_MULTIMODAL.isdisjoint(model.architectures),
+        is_multimodal=_multimodal(model),
         is_encoder_decoder=model.is_encoder_decoder,
         is_diffusion=model.is_diffusion,
         has_inner_state=model.has_inner_state,
@@ -75,6 +76,13 @@ def extract(config: VllmConfig, settings: Settings, device: Device) -> EngineFac
         default_attention=_default_attention(config.attention_config),
         default_kernels=_default_kernels(config.kernel_config),
     )
+
+
+def _multimodal(model: ModelConfig) -> bool:
+    """Whether it takes what is not computed; of a family that sees, images/sight.py has settled that."""
+    if not SEEING.keys().isdisjoint(model.architectures):
+        return False
+    return bool(model.is_multimodal_model) or not REFUSED_MULTIMODAL.isdisjoint(model.architectures)
 
 
 def backend_name(parallel: ParallelConfig) -> str:

@@ -4,6 +4,7 @@
                                      the form of calls is closed (call_form.py)
                  --processor made--> end tokens from all sources (worker/models/endings.py), in the log and in force
     request --rendered, processed--> refused if it names a token that the embedding lacks (request_bounds.py)
+    image_url --images/connector.py--> a picture of bounded size, or 400
             --generated--> told, and shown again where another engine began it (resumption.py)
 
 vLLM's hook for platforms, `Platform.validate_request`, is told neither of the model nor of the engine (one process may
@@ -26,6 +27,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.v1.engine.input_processor import InputProcessor
 
 from pomarium.cluster.engine import resumption
+from pomarium.cluster.engine.images import connector
 from pomarium.cluster.engine.request_bounds import beyond, refusal, surplus
 from pomarium.worker.errors import CheckpointError
 from pomarium.worker.models import endings
@@ -50,6 +52,7 @@ def install() -> None:
     InputProcessor.__init__ = _with_endings
     InputProcessor._validate_model_input = _validated
     resumption.install()
+    connector.install()
 
 
 def _with_template(renderer: BaseRenderer, config: VllmConfig, tokenizer: TokenizerLike | None) -> None:

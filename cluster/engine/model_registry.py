@@ -10,7 +10,9 @@ inspection, and is admitted or refused on what that says. Hybrids with gated-del
 which makes vLLM plan for states beside K and V (vllm/model_executor/models/config.py, MambaModelConfig).
 
 Multimodal wrappers on the allowlist (`worker.models.wrappers`) get the stand-in of their text model, so that to vLLM
-they are text models: it sets up no processor, and answers a request with an image with an error that says so. All other
+they are text models: it sets up no processor, and answers a request with an image with an error that says so. Those
+whose images can be computed (`worker.vision.families`) get one that takes images; whether they do is settled with the
+engine's configuration (images/sight.py). All other
 multimodal architectures get a stand-in, too, only to be refused at admission: vLLM's inspection of them fails where a
 package for images is missing, and says neither that nor what to serve instead.
 """
@@ -20,9 +22,11 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import _MULTIMODAL_MODELS, ModelRegistry
+from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from pomarium.cluster.engine.admission import HYBRIDS
 from pomarium.worker.models.wrappers import WRAPPERS
+from pomarium.worker.vision.families import SEEING
 
 ARCHITECTURES = frozenset({
     "ApertusForCausalLM", "Cohere2ForCausalLM", "CohereForCausalLM", "DeepseekV2ForCausalLM",
@@ -78,9 +82,45 @@ class MlxHybrid(MlxDecoder):
     has_inner_state: ClassVar[bool] = True
 
 
+def _info(*args: Any) -> Any:
+    from pomarium.cluster.engine.images.processor import PictureInfo  # imports what text models have no use for
+
+    return PictureInfo(*args)
+
+
+def _dummies(*args: Any) -> Any:
+    from pomarium.cluster.engine.images.processor import PictureDummies
+
+    return PictureDummies(*args)
+
+
+def _processor(*args: Any, **options: Any) -> Any:
+    from pomarium.cluster.engine.images.processor import PictureProcessor
+
+    return PictureProcessor(*args, **options)
+
+
+@MULTIMODAL_REGISTRY.register_processor(_processor, info=_info, dummy_inputs=_dummies)
+class MlxSeeing(MlxDecoder):
+    """A decoder that takes images (SupportsMultiModal in vLLM's interfaces.py)."""
+
+    supports_multimodal: ClassVar[bool] = True
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """What stands for an image in a prompt, where the chat template does not write it."""
+        return "<image>" if modality == "image" else None
+
+    def embed_multimodal(self, **kwargs: object) -> NoReturn:
+        """Part of the interface."""
+        raise NotImplementedError
+
+
 def register() -> None:
     """Make the stand-ins known to vLLM in this process; calling it again changes nothing."""
-    for architecture in ARCHITECTURES | REFUSED_MULTIMODAL | (WRAPPERS.keys() - HYBRIDS):
+    for architecture in SEEING:
+        ModelRegistry.register_model(architecture, MlxSeeing)
+    for architecture in (ARCHITECTURES | REFUSED_MULTIMODAL | (WRAPPERS.keys() - HYBRIDS)) - SEEING.keys():
         ModelRegistry.register_model(architecture, MlxDecoder)
     for architecture in HYBRIDS:
         ModelRegistry.register_model(architecture, MlxHybrid)

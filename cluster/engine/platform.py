@@ -86,8 +86,10 @@ class PomariumPlatform(Platform):
             return
         from pomarium.cluster.engine import front_end
         from pomarium.cluster.engine.config_facts import extract
+        from pomarium.cluster.engine.images import sight
 
         front_end.install()
+        sight.settle(vllm_config, settings)
         facts = extract(vllm_config, settings, device)
         if refusal := admit(facts):
             raise refusal

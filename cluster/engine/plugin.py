@@ -30,7 +30,15 @@ def register() -> str | None:
 
 
 def require_platform() -> None:
-    """Raises UnsupportedError if vLLM would not take our platform although it is wanted."""
+    """Raises UnsupportedError if vLLM would not take our platform although it is wanted.
+
+    Where it is, models are made known to vLLM: schedulers and workers ask what those take that see.
+    """
     from pomarium.cluster.provision import platform_choice
+    from pomarium.worker.settings import wants_mlx
 
     platform_choice.require()
+    if wants_mlx():
+        from pomarium.cluster.engine import model_registry
+
+        model_registry.register()

@@ -12,6 +12,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from pomarium.cluster.executor.step_time import Work, rows_at
+from pomarium.worker.vllm_step import SeeingStep
 
 
 @dataclass
@@ -22,7 +23,7 @@ class TimedOutput(ModelRunnerOutput):
 
 
 @dataclass
-class BudgetedStep(SchedulerOutput):
+class BudgetedStep(SeeingStep):
     """step_budget: tokens that a step may have, by the latest that could tell."""
 
     step_budget: int = 0

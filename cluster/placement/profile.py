@@ -6,7 +6,8 @@
 
 Tensors are counted as they lie in memory: as stored, but GGUF tensors as the converter writes them (families.py,
 quantization.py) and FP8 ones at 16 bits, to which mlx-lm expands them. What mlx-lm does not load (vision, audio, layers
-for speculation) is left out and reported. K and V come from the config's heads, latents and windows; for families whose
+for speculation) is left out and reported, but for the towers of families that see: these count on every stage, whether
+images are served or not. K and V come from the config's heads, latents and windows; for families whose
 windows mlx-lm is not known to apply, all tokens are counted. Operations are ESTIMATED as two for each weight that a
 token uses.
 """
@@ -30,6 +31,8 @@ from pomarium.worker.models.gguf.families import ROPE_FREQS, family_of, mlx_name
 from pomarium.worker.models.gguf.metadata import Metadata
 from pomarium.worker.models.gguf.quantization import AFFINE_BITS, GROUP_SIZE
 from pomarium.worker.models.gguf.reader import TensorInfo, read_header
+from pomarium.worker.models.wrappers import WRAPPED_IN
+from pomarium.worker.vision.families import SEEING, is_of_tower
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _EXPERTS = re.compile(r"\.(?:experts|switch_mlp)\.")
@@ -226,11 +229,14 @@ def profile_of(headers: Headers) -> Profile:
     facts = {**headers.config, **text} if isinstance(text, dict) else dict(headers.config)
     count = _size(facts, ("num_hidden_layers", "n_layers", "n_layer"), where)
     hidden = _size(facts, ("hidden_size", "n_embd", "d_model"), where)
+    sees = headers.config.get(WRAPPED_IN) in SEEING.values()
     layers: list[list[Tensor]] = [[] for _ in range(count)]
     ends: dict[str, list[Tensor]] = {"embedding": [], "head": [], "norm": [], "shared": [], "left out": []}
     for tensor in headers.tensors:
         match = _LAYER.search(tensor.name)
-        if _NOT_LOADED.search(tensor.name) or (match and int(match[1]) >= count) or tensor.memory == 0:
+        if sees and is_of_tower(tensor.name):
+            ends["shared"].append(tensor)
+        elif _NOT_LOADED.search(tensor.name) or (match and int(match[1]) >= count) or tensor.memory == 0:
             ends["left out"].append(tensor)
         elif match:
             layers[int(match[1])].append(tensor)

@@ -88,6 +88,7 @@ def room_here(environ: Mapping[str, str]) -> MachineRoom:
 def described(folder: Path, room: MachineRoom) -> Description:
     """A model's folder on a machine with `room`. What is wrong with it is its `refusal`."""
     from pomarium.worker.models.checkpoint import inspect
+    from pomarium.worker.models.wrappers import WRAPPED_IN
 
     family, context = _told(folder)
     try:
@@ -106,7 +107,8 @@ def described(folder: Path, room: MachineRoom) -> Description:
             f"It does not fit into the {format_size(room.memory)} that this machine has for models: weights and "
             f"one step leave {format_size(max(0, found.left))} for K and V."
         )
-    return Description(checkpoint.model_type, weights, context, refusal, max(0, found.left), found.context)
+    model_type = checkpoint.config.get(WRAPPED_IN, checkpoint.model_type)
+    return Description(model_type, weights, context, refusal, max(0, found.left), found.context)
 
 
 def conversation(folder: Path, model_type: str) -> Conversation:

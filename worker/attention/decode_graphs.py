@@ -250,6 +250,12 @@ class DecodeGraphs:
         return graph
 
 
+def wanted_rows(batch: Batch) -> np.ndarray:
+    """`batch.logit_rows`, or one: a step in the middle of a prompt wants none, but that keeps the graph whole and costs
+    one row of the head."""
+    return batch.logit_rows if len(batch.logit_rows) else np.zeros(1, np.int32)
+
+
 def run_rows(
     model: RowsModel,
     backend: AttentionBackend,
@@ -267,8 +273,7 @@ def run_rows(
     Returns:
         Logits of `batch.logit_rows`, or of one row if none are wanted; hidden states of all rows.
     """
-    # A step in the middle of a prompt wants no logits; one row keeps the graph whole and costs one row of the head.
-    rows = batch.logit_rows if len(batch.logit_rows) else np.zeros(1, np.int32)
+    rows = wanted_rows(batch)
     every_row = None if graphs is None else graphs.run(batch, inputs)
     if every_row is None:
         return model(inputs, batch.positions, backend.prepare(batch), rows)

@@ -21,7 +21,7 @@ from mlx_lm.utils import MODEL_REMAPPING, load_config
 from pomarium.worker.errors import CheckpointError, UnsupportedError
 from pomarium.worker.models.forms.completion import completed
 from pomarium.worker.models.quantisation import Quantisation, quantisation_of
-from pomarium.worker.models.wrappers import check_text_model
+from pomarium.worker.models.wrappers import check_text_model, lifted
 
 WHOLE = "model.safetensors"
 """The file of a model that is not cut into shards."""
@@ -93,7 +93,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory / 'config.json'} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{directory / 'config.json'} does not hold a JSON object.")
-    return completed(directory, config)
+    return lifted(directory, completed(directory, config))
 
 
 def untied(config: dict[str, Any], held: Set[str]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from pomarium.worker.models.forms.mends import mend
 from pomarium.worker.models.forms.tensors import CONVERSIONS
 from pomarium.worker.models.stage_weights import blank, foreign_parameters
 from pomarium.worker.models.stages import StageCut, layers_of, subclass
+from pomarium.worker.models.wrappers import WRAPPED_IN, text_tensors
 
 MOST_TOLD = 400
 """Characters of an error that are told: a model may lack hundreds of parameters."""
@@ -145,7 +146,7 @@ def _told(error: Exception) -> str:
 
 def _conversions(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> tuple[Conversion, ...]:
     """What to do with the tensors of `checkpoint` before mlx-lm's definition sees them, in order."""
-    conversions: list[Conversion] = []
+    conversions: list[Conversion] = [text_tensors] if WRAPPED_IN in checkpoint.config else []
     if (quantisation := checkpoint.quantisation) is not None and quantisation.blocks is not None:
         blocks, target = fp8.Blocks(*quantisation.blocks), dtype or _DTYPES[checkpoint.dtype]
         conversions.append(lambda weights: fp8.dequantised(weights, blocks, target, str(checkpoint.path)))

@@ -80,11 +80,17 @@ class PagedModel:
         positions: np.ndarray | mx.array,
         step: StepAttention,
         rows: np.ndarray | mx.array,
+        embeddings: mx.array | None = None,
     ) -> mx.array:
-        """Logits (N, vocab_size) of the rows int32 (N,) of T rows int32 (T,) each of token ids and positions."""
+        """Logits (N, vocab_size) of the rows int32 (N,) of T rows int32 (T,) each of token ids and positions.
+
+        Args:
+            embeddings: (T, hidden_size) of the rows, where they are not those of the token ids.
+        """
         offset = mx.array(positions)
         caches = _row_caches(self.entries, self.state_entries, offset, step)
-        logits = self.head.run(self.module, mx.array(inputs)[:, None], caches, mx.array(rows))
+        given = None if embeddings is None else embeddings[:, None]
+        logits = self.head.run(self.module, mx.array(inputs)[:, None], caches, mx.array(rows), given)
         return logits[:, 0]
 
 

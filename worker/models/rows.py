@@ -127,11 +127,23 @@ class HeadRows:
 
             inner.__class__ = type(base_class.__name__, (base_class,), {"__call__": call})
 
-    def run(self, model: nn.Module, token_ids: mx.array, cache: Sequence[object], rows: mx.array) -> mx.array:
-        """model(token_ids, cache) with only `rows` (int32 (N,)) of its first axis in the result."""
+    def run(
+        self,
+        model: nn.Module,
+        token_ids: mx.array,
+        cache: Sequence[object],
+        rows: mx.array,
+        embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """model(token_ids, cache) with only `rows` (int32 (N,)) of its first axis in the result.
+
+        Args:
+            embeddings: (T, 1, hidden_size), taken for those of `token_ids`.
+        """
         self._rows = rows
+        given = {} if embeddings is None else {"input_embeddings": embeddings}
         try:
-            logits: mx.array = model(token_ids, cache=cache)
+            logits: mx.array = model(token_ids, cache=cache, **given)
             return logits if self._installed else logits[rows]
         finally:
             self._rows = None

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pomarium.cluster.engine.intake import calls, constraints, conversations, kinds, responses, texts
+from pomarium.cluster.engine.intake import calls, constraints, conversations, kinds, pictures, responses, texts
 from pomarium.cluster.engine.intake.constraints import Constraint
 from pomarium.cluster.engine.intake.conversations import Abilities
 from pomarium.cluster.http import bodies, openai_errors, protocols
@@ -34,13 +34,14 @@ class Rules:
 
     Attributes:
         chars: of one request, at most. compiles: constraints are tried on llguidance, the engine's own compiler.
-        abilities: what requests in messages may ask for.
+        abilities: what requests in messages may ask for. sees: they may show images.
     """
 
     chars: int
     compiles: bool
     any_whitespace: bool = True
     abilities: Abilities = conversations.ALL
+    sees: bool = False
 
 
 class Guard:
@@ -91,7 +92,10 @@ class Guard:
             fields = await asyncio.to_thread(bodies.parsed, body) if large else bodies.parsed(body)
         except bodies.BodyError as error:
             return str(error)
-        if refusal := texts.refusal(fields, rules.chars, len(body)) or kinds.refusal(fields) or calls.refusal(fields):
+        shown = pictures.chars_of(fields) if rules.sees else 0
+        if refusal := texts.refusal(fields, rules.chars, len(body), shown):
+            return refusal
+        if refusal := kinds.refusal(fields) or calls.refusal(fields):
             return refusal
         if path == protocols.RESPONSES and (refusal := responses.refusal(fields)):
             return refusal
@@ -120,7 +124,9 @@ def rules_of(state: Any) -> Rules:
     chars = settings.load(os.environ).max_request_chars or texts.limit_of(model.max_model_len)
     own_form = model.hf_config.model_type == "gpt_oss"
     abilities = conversations.abilities_of(state.online_renderer, own_form)
-    return Rules(chars, outputs.backend == "guidance", not outputs.disable_any_whitespace, abilities)
+    return Rules(
+        chars, outputs.backend == "guidance", not outputs.disable_any_whitespace, abilities, model.is_multimodal_model
+    )
 
 
 class _Replayed:

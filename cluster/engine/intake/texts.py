@@ -18,13 +18,14 @@ def limit_of(max_model_len: int) -> int:
     return max(LEAST_CHARS, CHARS_PER_TOKEN * max_model_len)
 
 
-def refusal(fields: Mapping[str, Any], limit: int, body_chars: int) -> str | None:
+def refusal(fields: Mapping[str, Any], limit: int, body_chars: int, other_chars: int = 0) -> str | None:
     """Why the request is not read; None: it has at most `limit` characters and token ids.
 
     Args:
         body_chars: length of the body that `fields` were read from. It has no less than they have.
+        other_chars: of them that no tokenizer reads.
     """
-    if body_chars <= limit or (size := size_of(fields)) <= limit:
+    if body_chars <= limit or (size := size_of(fields) - other_chars) <= limit:
         return None
     return (
         f"The request has {size} characters and token ids: {limit} are the most that are read for this model. "

@@ -2,6 +2,7 @@
 
     SamplingParams.extra_args[OUTPUTS] --add_request--> Request.output_token_ids, as of one that was preempted
     schedule() --prefill_token_ids: prompt and outputs--> the workers, which compute both as a prompt
+               --SeeingStep: images that the step computes--> likewise (worker/vllm_step.py)
 
 They are outputs and no prompt: penalties, min_tokens, max_tokens, grammars and draws go on as if nothing had happened.
 They are not emitted: the front end has them. vLLM 0.29.
@@ -17,6 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from pomarium.cluster.engine.scheduling.resumption_key import OUTPUTS
+from pomarium.worker.vllm_step import seeing
 
 
 class ResumingScheduler(Scheduler):
@@ -36,7 +38,7 @@ class ResumingScheduler(Scheduler):
             request = self.requests[new.req_id]
             if request.num_output_tokens:
                 new.prefill_token_ids = list(request.all_token_ids)
-        return step
+        return seeing(step, self.requests)
 
     def _try_promote_blocked_waiting_request(self, request: Request) -> bool:
         """vLLM's; a grammar that is compiled takes in the outputs first."""

@@ -260,7 +260,9 @@ def test_rules_are_the_engines(
         monkeypatch.setenv(name, value)
     config = SimpleNamespace(
         structured_outputs_config=SimpleNamespace(backend=backend, disable_any_whitespace=False),
-        model_config=SimpleNamespace(max_model_len=length, hf_config=SimpleNamespace(model_type="llama")),
+        model_config=SimpleNamespace(
+            max_model_len=length, hf_config=SimpleNamespace(model_type="llama"), is_multimodal_model=False
+        ),
     )
     renderer = SimpleNamespace(renderer=SimpleNamespace(tokenizer=None), parser=None, chat_template=None)
     assert rules_of(SimpleNamespace(vllm_config=config, online_renderer=renderer)) == rules

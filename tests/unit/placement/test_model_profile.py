@@ -16,6 +16,7 @@ from mlx_lm.utils import save_config
 from safetensors.numpy import save_file
 from tiny_gguf import write_gguf
 from tiny_models import TINY, build, write_checkpoint
+from vision_models import FAMILIES, write_seeing
 from wrapper_models import GEMMA4, WRAPPED, build_text, write_wrapper
 
 from pomarium.cluster.placement.model import Workload, memory_needed
@@ -31,6 +32,7 @@ from pomarium.worker.models import embedded
 from pomarium.worker.models.checkpoint import inspect
 from pomarium.worker.models.gguf.convert import convert
 from pomarium.worker.models.paged import prepare
+from pomarium.worker.vision.tower import load_tower
 
 
 def of_directory(directory: Path, name: str = "tiny") -> Profile:
@@ -163,6 +165,16 @@ def test_multimodal_parts_and_speculation_layers_are_left_out(tmp_path: Path) ->
     assert profile.left_out_bytes == 2 * 256 + 64
     assert profile.model.weight_bytes == sum(a.nbytes for a in weights.values())
     assert profile.model.layers[0].window == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tower_of_a_family_that_sees_is_counted(family: str, tmp_path: Path) -> None:
+    """As the worker holds it."""
+    directory = write_seeing(family, tmp_path)
+    profile, tower = of_directory(directory), load_tower(directory, mx.float32)
+    assert profile.left_out_bytes == 0
+    assert profile.model.shared_bytes == tower.weight_bytes
+    assert total(profile) == profile.stored_bytes
 
 
 @pytest.mark.parametrize("name", GEMMA4)

