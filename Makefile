@@ -6,7 +6,7 @@ ARGS ?=
 # Set-up leaves compiling to the first import of a module: a Python that keeps nothing would compile at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install vllm-cpu-backend install-dev serve test test-full test-fast test-mac-network lint lint-style lint-types lint-layers format proto engine-options bench bench-batch bench-autoscale soak rack-simulation mutants check-macos-wheels clean
+.PHONY: help install vllm-cpu-backend install-dev serve test test-full test-fast test-mac-network lint lint-style lint-types lint-layers format proto engine-options bench bench-batch bench-autoscale soak chaos rack-simulation mutants check-macos-wheels clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -77,6 +77,9 @@ bench-autoscale: install-dev ## from a request to a rack asleep to its first tok
 
 soak: install-dev ## ten minutes of clients that are slow, leave or send too much, and the memory then (docs/benchmarks.md)
 	@$(BIN)/python benchmarks/endpoint_soak.py $(ARGS)
+
+chaos: install-dev ## kill, freeze and drain at random what a simulated rack consists of, while it answers (docs/reliability.md)
+	@PYTHONPATH=tests $(BIN)/python benchmarks/chaos.py $(ARGS)
 
 rack-simulation: install-dev ## a day of 8, 64 and 512 Macs that sleep, by policy (docs/benchmarks.md)
 	@$(BIN)/python benchmarks/rack_simulation.py $(ARGS)

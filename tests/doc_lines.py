@@ -104,6 +104,7 @@ PLAN = {
     r"\.venv/bin/pomarium serve MODEL --stages 2": OTHER + "tests/rack/test_two_macs.py",
     r"pomarium serve MODEL --stages auto": OTHER + "tests/rack/test_rack_plans.py",
     r"pomarium rack join HEAD --key KEY": MACS,
+    r"pomarium rack (drain|undrain) mac-3( --wait 15m)?": OTHER + "tests/rack/test_rack_failover.py",
     r"pomarium rack probe": OTHER + "tests/rack/test_rack_probe.py",
     r"deploy/install\.sh .*": MAC + "; tests/unit/repository/test_deploy.py has stand-ins for its commands",
     r"scp HEAD:.*": MACS,
@@ -114,6 +115,7 @@ PLAN = {
     r"serve deploy serve\.yaml": RUN,
     r"serve status": RUN,
     r"ray status": RUN,
+    r"make chaos ARGS=.*": "takes hours; tests/unit/repository/test_chaos.py has what needs no rack",
     r"sudo pmset .*": MAC,
     r"prometheus --config\.file=.*": OTHER + "tests/rack/test_serve_config.py, with its own address",
 }

@@ -5,7 +5,8 @@
 
 The agent listens on nothing: it asks the head each second, with the rack's token. A node that ended without being told
 to (it crashed, the head was away, the Mac was frozen) is started again; one that Ray's autoscaler drained, for it was
-idle, is the order to sleep. A Mac that is not let sleep joins again at once.
+idle, is the order to sleep. A Mac that is not let sleep joins again at once. One that `rack drain` has let go stays
+away until `rack undrain`, or until the agent itself is started anew.
 """
 
 import time
@@ -35,6 +36,7 @@ class Step(Enum):
 
     STAY = "stay"
     WAIT = "wait for the head"
+    STAY_AWAY = "wait for `rack undrain`"
     JOIN = "join"
     SLEEP = "sleep"
 
@@ -48,6 +50,7 @@ class Sight:
         head: Ray's head answers. told: what the rack says of this Mac; None: nothing, there is no autoscaler.
         drained: the head says that the last node was drained for it was idle.
         stranger: the head has been started anew since the node joined, and knows nothing of it.
+        let_go: the last node ended for that it was drained by hand, and that was not taken back.
     """
 
     runs: bool
@@ -56,6 +59,7 @@ class Sight:
     told: MacPower | None = None
     drained: bool = False
     stranger: bool = False
+    let_go: bool = False
 
 
 def decide(sight: Sight) -> Step:
@@ -68,6 +72,8 @@ def decide(sight: Sight) -> Step:
         return Step.JOIN if sight.stranger else Step.STAY
     if not sight.head:
         return Step.WAIT
+    if sight.let_go:
+        return Step.STAY_AWAY
     return Step.SLEEP if sight.drained else Step.JOIN
 
 
@@ -88,6 +94,9 @@ class Head(Protocol):
 
     def drained(self, instance: str) -> bool:
         """Whether this node was drained for it was idle. Raises PomariumError."""
+
+    def let_go(self, name: str) -> bool:
+        """Whether the Mac's last node was drained by hand, and that was not taken back. Raises PomariumError."""
 
 
 class Agent:
@@ -117,6 +126,7 @@ class Agent:
         self._ran = running
         self._session: str | None = None
         self._pause_s = FIRST_PAUSE_S
+        self._last = Step.WAIT
 
     def run(self) -> NoReturn:
         """For as long as this process lives."""
@@ -131,6 +141,9 @@ class Agent:
             self._join()
         elif step is Step.SLEEP:
             self._sleep()
+        elif step is Step.STAY_AWAY and self._last is not step:
+            self._say("this Mac was drained, and its node has ended; `pomarium rack undrain` lets it join again")
+        self._last = step
         return step
 
     def _look(self) -> Sight:
@@ -141,11 +154,12 @@ class Agent:
         try:
             session, told = self._head.session(), self._head.told(self._spec.name)
             drained = bool(instance) and not runs and self._head.drained(instance)
+            let_go = self._ran and not runs and self._head.let_go(self._spec.name)
         except PomariumError as error:
             self._say(f"the head does not answer: {error}")
             return Sight(runs, instance, head=False)
         self._session = self._session or session
-        return Sight(runs, instance, True, told, drained, session != self._session)
+        return Sight(runs, instance, True, told, drained, session != self._session, let_go)
 
     def _join(self) -> None:
         if self._ran:

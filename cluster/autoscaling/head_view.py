@@ -11,7 +11,7 @@ from ray.exceptions import RayError, RpcError
 from pomarium.cluster.node import ray_address
 from pomarium.cluster.node.membership import Membership
 from pomarium.cluster.node.starting import Say
-from pomarium.cluster.rack import power_states, reports, roster
+from pomarium.cluster.rack import drains, power_states, reports, roster
 from pomarium.cluster.rack.mac_power import MacPower
 from pomarium.worker import local_network
 from pomarium.worker.errors import PomariumError
@@ -71,6 +71,15 @@ class HeadView:
             raise self._lost(error) from error
         ends = [found.death_info for found in nodes.values() if found.instance_id == instance and _dead(found)]
         return any(end.reason == end.AUTOSCALER_DRAIN_IDLE for end in ends)
+
+    def let_go(self, name: str) -> bool:
+        """Raises PomariumError."""
+        try:
+            last = next((member for member in roster.read(self._connected()) if member.name == name), None)
+            drain = drains.read(name)
+        except FAULTS as error:
+            raise self._lost(error) from error
+        return last is not None and last.drained and drain is not None and drain.node == last.node
 
     def _connected(self) -> GcsClient:
         if self._client is None:

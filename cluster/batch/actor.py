@@ -22,7 +22,7 @@ from pomarium.cluster.executor import bundles
 from pomarium.cluster.http.answer_frames import Asked
 from pomarium.cluster.http.asgi_bridge import Collected
 from pomarium.cluster.node.worker_environment import Secrets, parted
-from pomarium.cluster.replica import patience
+from pomarium.cluster.replica import loss, patience
 from pomarium.cluster.replica.hosting import Hosted, Name, as_text
 from pomarium.cluster.replica.loss import EngineFaultError
 from pomarium.cluster.replica.model_check import Found
@@ -55,12 +55,14 @@ class EngineActor:
         """Status and body.
 
         Raises:
-            EngineLostError: the engine is dead.
+            loss.EngineLostError: the engine is dead, or leaves its Mac, which is drained.
         """
         collected = Collected(body)
         try:
             with as_text():
                 await self._hosted.answer(Asked("POST", url, HEADERS), collected)
+        except loss.EngineLostError:
+            raise
         except EngineFaultError as error:
             await self._hosted.check_health()
             logger.exception("A request failed.")

@@ -27,6 +27,8 @@ from pomarium.cluster.rack.identity import RackKey
 from pomarium.cluster.rack.this_machine import Machine
 from pomarium.worker.errors import SettingsError
 
+BACK_S, HEAD_LOOK_S = 15.0, 0.2
+"""For how long a head that keeps its state may be without its process, which is started again; between looks at it."""
 STAY_S = 2.0
 """Between looks at the head's node."""
 
@@ -54,6 +56,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="stay in the foreground, as launchd wants it: end the rack with this command, and this command with it",
     )
     rack_options.add_machine(up)
+    rack_options.add_kept_state(up)
     rack_options.add_simulation(up)
     up.set_defaults(run=run_up)
     join = commands.add_parser(
@@ -80,7 +83,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     env.set_defaults(run=run_env)
     down = commands.add_parser("down", help="end what this machine runs for the rack; nothing is left")
     down.set_defaults(run=run_down)
-    importlib.import_module("pomarium.cluster.cli.rack_probe").add_parser(commands)
+    for module in ("rack_drain", "rack_probe"):
+        importlib.import_module(f"pomarium.cluster.cli.{module}").add_parser(commands)
     check = commands.add_parser("check", help="check a rack.yaml, and start nothing")
     check.add_argument("file", type=Path, metavar="FILE", help="the rack's description")
     check.set_defaults(run=run_check)
@@ -92,7 +96,7 @@ def run_up(args: argparse.Namespace) -> int:
     if args.simulate is not None:
         return _up_simulated(args)
     rack_options.refuse_simulation(args)
-    machine = rack_options.machine_of(args, worker=not args.no_worker)
+    machine = rack_options.machine_of(args, worker=not args.no_worker, keeps=rack_options.keeps_state(args))
     port = rack_options.port_of(args.port)
     key = key_file.made(os.environ)
     with Interrupts():
@@ -119,7 +123,7 @@ def _stay(rack: CurrentRack) -> int:
     """Until the head's node ends, which is a failure, or this command is told to end."""
     try:
         while ray_node.runs(rack.nodes[0], rack.membership.session):
-            if not ray_node.heads(rack.nodes[0], rack.membership.session):
+            if not _headed(rack):
                 teardown.down(os.environ)
                 raise NodeStartError("Ray's head process (GCS) has ended, and so the rack was taken down.")
             time.sleep(STAY_S)
@@ -128,6 +132,17 @@ def _stay(rack: CurrentRack) -> int:
         return 0
     teardown.down(os.environ)
     raise NodeStartError("The node of the rack's head has ended.")
+
+
+def _headed(rack: CurrentRack) -> bool:
+    """Whether the node has its head, or gets it back in a moment."""
+    head = rack.nodes[0]
+    deadline = time.monotonic() + (BACK_S if head.keeps else 0.0)
+    while not ray_node.heads(head, rack.membership.session):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(HEAD_LOOK_S)
+    return True
 
 
 def _up_simulated(args: argparse.Namespace) -> int:
@@ -200,7 +215,7 @@ def run_status(args: argparse.Namespace) -> int:
     rack = current.enter()
     if rack is None:
         raise SettingsError(current.NO_RACK)
-    if not ray_node.heads(rack.nodes[0], rack.membership.session):
+    if not _headed(rack):
         raise NodeStartError(
             "Ray's head process (GCS) has ended: the rack serves for a minute at most. Take it down with "
             "`pomarium rack down`, and start it again with `pomarium rack up`."

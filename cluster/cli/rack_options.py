@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -56,8 +57,8 @@ def add_simulation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--link-loss", metavar="PERCENT", help="of packets, such as 0.1%%; with --namespaces")
 
 
-def machine_of(args: argparse.Namespace, worker: bool) -> Machine:
-    """What the options of `add_machine` say. Raises SettingsError."""
+def machine_of(args: argparse.Namespace, worker: bool, keeps: bool = False) -> Machine:
+    """What the options of `add_machine` say. keeps: as a head, its state. Raises SettingsError."""
     known = Known(
         name=args.name,
         memory_limit=_value("--memory", args.memory, parse_size),
@@ -66,7 +67,26 @@ def machine_of(args: argparse.Namespace, worker: bool) -> Machine:
     )
     if known.memory_limit is not None and known.memory_limit < 1:
         raise SettingsError("--memory 0 leaves nothing for a model: give more.")
-    return Machine(known, inventory.load(args.rack) if args.rack else None, args.address, worker, args.tls)
+    entry = inventory.load(args.rack) if args.rack else None
+    return Machine(known, entry, args.address, worker, args.tls, keeps=keeps)
+
+
+def add_kept_state(parser: argparse.ArgumentParser) -> None:
+    """Whether the head's state outlives its process."""
+    parser.add_argument(
+        "--keep-state",
+        action="store_true",
+        help="keep the state of Ray's head on disk, and start its process again when it ends (a head on Linux)",
+    )
+
+
+def keeps_state(args: argparse.Namespace) -> bool:
+    """What --keep-state asks for. Raises SettingsError where Ray cannot do it."""
+    if args.keep_state and not sys.platform.startswith("linux"):
+        raise SettingsError(
+            "--keep-state needs a head on Linux: Ray for macOS cannot keep the state of a head on disk. Leave it out."
+        )
+    return bool(args.keep_state)
 
 
 def port_of(given: int | None) -> int:
@@ -85,7 +105,8 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
         raise SettingsError(f"{given[0]} is not for a simulated rack: leave it or --simulate out.")
     memory = _value("--memory", args.memory, lambda text: _each(text, parse_size)) or ()
     cores = _value("--cpus", args.cpus, lambda text: _each(text, parse_cores)) or ()
-    return Simulation(args.simulate, memory, cores, _link(args), _value("--sleep", args.sleep, parse_duration))
+    sleep = _value("--sleep", args.sleep, parse_duration)
+    return Simulation(args.simulate, memory, cores, _link(args), sleep, keeps=keeps_state(args))
 
 
 def refuse_simulation(args: argparse.Namespace) -> None:

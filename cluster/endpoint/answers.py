@@ -41,7 +41,7 @@ from pomarium.cluster.http.sealing import KEY_BYTES, End
 from pomarium.cluster.replica import heartbeat
 from pomarium.cluster.replica.answering import ReplyTo
 from pomarium.cluster.replica.heartbeat import SilentError
-from pomarium.cluster.replica.loss import EngineFaultError, EngineGoneError, EngineLostError
+from pomarium.cluster.replica.loss import EngineFaultError, EngineGoneError, EngineLostError, EngineMovedError
 
 MOST_WAITING = 256 << 10
 """Bytes of an answer that wait for its reader before its replica does."""
@@ -55,7 +55,7 @@ ADMIT_S = 10.0
 LAST_WORD_S = 0.5
 """For what a replica had said on its line before its call failed: both tell of a loss, one of them why."""
 
-LOSS_OF = {Kind.LOST: EngineLostError, Kind.GONE: EngineGoneError}
+LOSS_OF = {Kind.LOST: EngineLostError, Kind.MOVED: EngineMovedError, Kind.GONE: EngineGoneError}
 """Messages by which an answer ends with its engine, and what is raised then."""
 
 LOOK_S = 0.5
@@ -96,8 +96,8 @@ class Answer:
         replica: that answers it, or did; "" before it begins.
         resumable: another replica could go on with it.
 
-    Raises, from `anext`: what the call of the replica raises; SilentError; CutError; EngineLostError; EngineGoneError;
-    EngineFaultError.
+    Raises, from `anext`: what the call of the replica raises; SilentError; CutError; EngineLostError;
+    EngineMovedError; EngineGoneError; EngineFaultError.
     """
 
     def __init__(self, asked: Asked, body: bytes, *, patient: bool, keeps: bool) -> None:
@@ -371,7 +371,7 @@ class Answers:
         told: Callable[[str, Room], None] = lambda replica, room: None,
     ) -> None:
         """`host`: of this machine, where replicas reach it. `start` listens there. `lost`: told of each replica that
-        says that its engine is dead. `told`: what each says it has room for."""
+        says that its engine is dead, or ends. `told`: what each says it has room for."""
         self.lost, self.told = lost, told
         self.secret = secrets.token_bytes(KEY_BYTES)
         self.lines: set[ReplicaLine] = set()

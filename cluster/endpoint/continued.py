@@ -7,6 +7,8 @@ A stream goes on behind the piece that came last: the next replica shows the tok
 (engine/resumption.py) and leaves out those pieces. Of an answer that comes as a whole the client has nothing yet, so it
 is begun anew. A request that no living engine had taken is sent to another replica at once, and waits for none: who
 asks next is told why there is none, and so is this one.
+
+What a drained Mac's engine leaves to others (EngineMovedError) goes on in the same way, and counts as no loss.
 """
 
 import asyncio
@@ -24,7 +26,13 @@ from pomarium.cluster.endpoint.routing import NoReplicaError
 from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.http.progress import Resume
 from pomarium.cluster.replica.heartbeat import SilentError
-from pomarium.cluster.replica.loss import EVENT_STREAM, EngineFaultError, EngineGoneError, EngineLostError
+from pomarium.cluster.replica.loss import (
+    EVENT_STREAM,
+    EngineFaultError,
+    EngineGoneError,
+    EngineLostError,
+    EngineMovedError,
+)
 from pomarium.cluster.replica.serve_plan import Limits
 
 logger = logging.getLogger(__name__)
@@ -86,6 +94,7 @@ class Continued:
         self._head: Head | None = None
         self._whole: list[bytes] | None = None
         self._ready: list[Head | bytes] = []
+        self._taken = False
         self._gains: list[int] = []
         self._had = 0
         self._untaken = 0
@@ -105,7 +114,7 @@ class Continued:
             except ABSENCES:
                 if self._loss is None:
                     raise
-                if not self._gains:
+                if not self._taken:
                     raise self._loss from None
                 await self._ask_later()
             except EngineFaultError as fault:
@@ -157,7 +166,7 @@ class Continued:
 
     def _back(self) -> None:
         """The next replica has begun."""
-        if self._loss is None or not self._gains:
+        if self._loss is None or not self._taken:
             self._loss = None
             return
         waited = time.monotonic() - self._lost_at
@@ -185,15 +194,16 @@ class Continued:
             self._tell_lost(answer.replica)
         if not isinstance(loss, EngineGoneError) and answer.begun:
             had = answer.gained()
-            self._gains.append(had - self._had)
+            if not isinstance(loss, EngineMovedError):
+                self._gains.append(had - self._had)
             self._had = had
-            self._untaken = 0
+            self._taken, self._untaken = True, 0
         else:
             self._untaken += 1
         if self._loss is None:
             self._loss, self._lost_at = loss, time.monotonic()
         ends_with_it = self._ask is None or not self._limits.times or (self._streams and not answer.resumable)
-        if ends_with_it or (not self._gains and self._untaken >= UNTAKEN):
+        if ends_with_it or (not self._taken and self._untaken >= UNTAKEN):
             raise self._loss
         if hopeless(self._gains, self._limits):
             logger.error("%s is given up: %d engines were lost while they answered it.", self._name, len(self._gains))

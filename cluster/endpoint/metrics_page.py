@@ -62,7 +62,7 @@ def macs_by_state(powers: Iterable[MacPower], members: Iterable[Member]) -> dict
         members: live nodes, and those that were lost.
     """
     told = {mac.name: mac.state for mac in powers}
-    alive = {member.name: member.alive for member in members if member.facts is not None}
+    alive = {member.name: member.alive for member in members if member.facts is not None and not member.drained}
     if not told and not alive:
         return {}
     states = list(Power) if told else [Power.AWAKE]

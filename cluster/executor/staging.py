@@ -13,6 +13,7 @@ from pomarium.cluster.executor.survey import RackNode
 from pomarium.cluster.placement.model import Mac, Network, Plan, Rack, Refusal, Workload
 from pomarium.cluster.placement.place import Objective, place
 from pomarium.cluster.placement.profile import Profile, Profiles
+from pomarium.cluster.rack.drains import Drain
 
 UNSAID_CONTEXT = 2048
 
@@ -67,6 +68,14 @@ def of_version(nodes: Sequence[RackNode], version: str) -> tuple[tuple[RackNode,
     if not others:
         return fitting, ""
     return fitting, f"Left out: {', '.join(others)} where {version} is needed; install the same version there."
+
+
+def without_drained(nodes: Sequence[RackNode], drains: Sequence[Drain]) -> tuple[tuple[RackNode, ...], str]:
+    """The nodes that nobody drains, and a sentence about the others, empty if there are none."""
+    leaving = {drain.node for drain in drains}
+    names = [node.mac.name for node in nodes if node.id in leaving]
+    said = f"Left out: {', '.join(names)}, which {'is' if len(names) == 1 else 'are'} being drained." if names else ""
+    return tuple(node for node in nodes if node.id not in leaving), said
 
 
 def slots(nodes: Sequence[RackNode], share_macs: bool) -> tuple[Slot, ...]:

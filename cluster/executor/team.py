@@ -23,12 +23,21 @@ from pomarium.cluster.executor.bundles import PlacementError, Reservation
 from pomarium.cluster.executor.codec import WorkerLostError
 from pomarium.cluster.executor.launch import WorkerProcess
 from pomarium.cluster.executor.member import Contact, Member
-from pomarium.cluster.executor.staging import Ask, Slot, Staging, bundle_slots, of_version, slots, stage
+from pomarium.cluster.executor.staging import (
+    Ask,
+    Slot,
+    Staging,
+    bundle_slots,
+    of_version,
+    slots,
+    stage,
+    without_drained,
+)
 from pomarium.cluster.executor.survey import Dormant, RackNode, alive, dormant, survey
 from pomarium.cluster.machine.version import own_version
 from pomarium.cluster.placement.model import Refusal
 from pomarium.cluster.placement.profile import read_profiles
-from pomarium.cluster.rack import power_states
+from pomarium.cluster.rack import drains, power_states
 from pomarium.cluster.rack.mac_power import Power
 
 ASSEMBLY_TIMEOUT_S = 60.0
@@ -100,10 +109,11 @@ def assemble(
     if group is not None and not group.wait(ASSEMBLY_TIMEOUT_S):
         raise PlacementError(bundles.no_room(ask.stages or 1, ASSEMBLY_TIMEOUT_S))
     while True:
-        awake = survey()
+        awake, drained = without_drained(survey(), drains.read_all())
         states = power_states.read_all()
         away = Dormant() if group is not None else dormant(states, {n.mac.name for n in awake}, time.time())
         nodes, left_out = of_version(awake, own_version())
+        left_out = f"{left_out} {drained}".strip()
         asleep, _ = of_version(away.nodes, own_version())
         if away.reasons:
             left_out = f"{left_out} Not woken: {', '.join(away.reasons)}.".lstrip()

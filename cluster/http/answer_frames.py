@@ -2,7 +2,7 @@
 
     replica: BEGUN(ticket, its name) --> ingress: ASKED, BODY ..., ASKED_ALL --> replica: HEAD, PIECE ..., END
                                                                             `-- ALIVE(its Room) each second
-                                                                            `-- LOST, GONE or FAILED instead of END
+                                                                            `-- LOST, MOVED, GONE, FAILED instead of END
     ingress: TAKEN, and where it keeps the connection at once or later: ASKED, BODY ... --> replica: BEGUN, HEAD, ...
     instead of PIECE: TOLD, a piece and the tokens behind it (progress.py); GROUPS, tokens without a piece
     behind ASKED, where another replica began the answer: RESUME ..., its Resume
@@ -48,12 +48,13 @@ class Kind(IntEnum):
     RESUME = 14
     UNRESUMABLE = 15
     GONE = 16
+    MOVED = 17
 
 
 _KINDS = {int(kind): kind for kind in Kind}
 """Kind(number) takes three times as long."""
 
-ENDS = frozenset({Kind.END, Kind.LOST, Kind.GONE, Kind.FAILED})
+ENDS = frozenset({Kind.END, Kind.LOST, Kind.MOVED, Kind.GONE, Kind.FAILED})
 """Of an answer."""
 
 

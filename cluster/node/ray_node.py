@@ -103,6 +103,7 @@ class NodeSpec:
         logs: what workers print reaches drivers.
         instance: its name for Ray's autoscaler, new at each start; "" for a node that is none of the autoscaler's.
         autoscaling: what the head's autoscaler reads (autoscaling/ray_config.py); None for none.
+        keeps: the head's state is on disk, and its process is started again when it ends alone (head_keeper.py).
     """
 
     name: str
@@ -119,6 +120,7 @@ class NodeSpec:
     logs: bool = True
     instance: str = ""
     autoscaling: Path | None = None
+    keeps: bool = False
 
 
 def marker(session: str, name: str) -> str:
@@ -150,7 +152,7 @@ def command(spec: NodeSpec, membership: Membership, python: str = sys.executable
             f"--dashboard-host={spec.address}",
             f"--dashboard-port={JOBS_PORT}",
             "--no-monitor" if spec.autoscaling is None else f"--autoscaling-config={spec.autoscaling}",
-            f"--system-config={json.dumps(dict(SYSTEM_CONFIG))}",
+            f"--system-config={json.dumps({**SYSTEM_CONFIG, **_kept(spec)})}",
         ]
     else:
         options.append(f"--address={membership.address}")
@@ -158,6 +160,10 @@ def command(spec: NodeSpec, membership: Membership, python: str = sys.executable
         options.append("--include-log-monitor=false")
     options += _port_options(spec.ports)
     return [*inside, *held, python, "-m", "ray.scripts.scripts", "start", *options]
+
+
+def _kept(spec: NodeSpec) -> dict[str, str]:
+    return {"gcs_storage": "rocksdb", "gcs_storage_path": str(spec.folder / "head")} if spec.keeps else {}
 
 
 def _port_options(ports: Ports) -> list[str]:

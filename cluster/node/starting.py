@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pomarium.cluster.node import kin, ray_node
+from pomarium.cluster.node import head_keeper, kin, ray_node
 from pomarium.cluster.node.membership import Membership
 from pomarium.cluster.node.ray_node import NodeSpec
 from pomarium.worker import local_network
@@ -68,6 +68,9 @@ def bring_up(specs: Sequence[NodeSpec], membership: Membership, base: Mapping[st
         starts = [launch(spec, membership, base) for spec in specs[at : at + together]]
         for start in starts:
             _await_up(start, membership, base)
+            if start.spec.keeps:
+                node = ray_node.kin_of(start.spec, membership.session)
+                head_keeper.start(node, ray_node.environment(start.spec, membership, base))
             say(f"{start.spec.name} is up at {start.spec.address}")
 
 

@@ -12,7 +12,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
 from pomarium.cluster.machine import disk
 from pomarium.cluster.machine.version import own_version
-from pomarium.cluster.rack import power_states, reports, roster, serve_actors
+from pomarium.cluster.rack import drains, power_states, reports, roster, serve_actors
 from pomarium.cluster.rack.status import RackStatus
 
 
@@ -41,4 +41,5 @@ def look(client: GcsClient, address: str, simulated: bool, ray_folder: str) -> R
         disk.shortage(disk.rooms(ray_folder)),
         at,
         psutil.virtual_memory().total,
+        drains.read_all(),
     )

@@ -58,6 +58,7 @@ class ReplicaReport:
         kv_use: share of its KV cache that requests hold, 0 to 1.
         cached_share: of the prompts' tokens, what its cache knew, over the last thousand requests; 0 to 1.
         written: Unix time in seconds, by the clock of the replica's machine.
+        least_macs: that it needs, however they are chosen.
     """
 
     model: str
@@ -72,6 +73,7 @@ class ReplicaReport:
     kv_use: float
     cached_share: float
     written: float
+    least_macs: int = 1
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class Member:
         facts: None for a node that is no Mac.
         instance: its name for Ray's autoscaler (RAY_CLOUD_INSTANCE_ID); "" if it has none.
         autoscaler: Ray's runs there.
+        node: Ray's id of it, hex. drained: it ended for that, by `rack drain`.
     """
 
     name: str
@@ -41,6 +42,8 @@ class Member:
     facts: MacFacts | None
     instance: str = ""
     autoscaler: bool = False
+    node: str = ""
+    drained: bool = False
 
 
 def connect(membership: Membership) -> GcsClient:
@@ -99,7 +102,11 @@ def _member(node: GcsNodeInfo) -> Member:
     name = facts.name if facts else node.node_name
     alive = node.state == GcsNodeInfo.ALIVE
     autoscaler = AUTOSCALER_LABEL in node.labels
-    return Member(name, node.node_manager_address, alive, node.is_head_node, facts, node.instance_id, autoscaler)
+    drained = bool(not alive and node.death_info.reason == node.death_info.AUTOSCALER_DRAIN_PREEMPTED)
+    return Member(
+        name, node.node_manager_address, alive, node.is_head_node, facts, node.instance_id, autoscaler,
+        node.node_id.hex(), drained,
+    )  # fmt: skip
 
 
 def _came(node: GcsNodeInfo) -> int:

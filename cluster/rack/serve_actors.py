@@ -41,7 +41,7 @@ class ServeActor:
         alive: it runs. coming: it is being started, for the first time or again.
         end: what it ended of, a clause, if it did and nobody had asked it to.
         began, ended: Unix time, seconds; 0 for what is not over.
-        restarts: how often Ray has started it again.
+        restarts: how often Ray has started it again. node: Ray's id of that which it runs on, hex.
     """
 
     kind: str
@@ -53,6 +53,7 @@ class ServeActor:
     began: float = 0.0
     ended: float = 0.0
     restarts: int = 0
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def _serve_actor(entry: ActorTableData) -> ServeActor | None:
     end = _end(entry) if dead or entry.state == ActorTableData.RESTARTING else None
     began, ended = entry.start_time / 1000, entry.end_time / 1000
     coming = not dead and not alive
-    return ServeActor(kind, deployment, replica, alive, coming, end, began, ended, restarts=entry.num_restarts)
+    node = entry.address.node_id.hex()
+    return ServeActor(kind, deployment, replica, alive, coming, end, began, ended, entry.num_restarts, node)
 
 
 def _end(entry: ActorTableData) -> str | None:

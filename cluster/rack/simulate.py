@@ -67,6 +67,7 @@ class Simulation:
         link: None for loopback addresses, else namespaces with this link.
         sleep: seconds without work before a Mac sleeps; all begin asleep. None: all are awake for good.
         always_awake: names of Macs that do not sleep. wake_deadline: seconds that a wake may take.
+        keeps: the head's state is on disk.
     """
 
     macs: int
@@ -76,6 +77,7 @@ class Simulation:
     sleep: float | None = None
     always_awake: tuple[str, ...] = ()
     wake_deadline: float = WAKE_DEADLINE_S
+    keeps: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.macs <= MOST:
@@ -146,6 +148,7 @@ def specs(
         worker=False,
         cpus=LOGICAL_CPUS,
         ports=node_ports[0],
+        keeps=simulation.keeps,
     )
     macs = []
     for index in range(count):

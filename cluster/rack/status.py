@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from pomarium.cluster.machine.units import format_size
-from pomarium.cluster.rack import serve_actors
+from pomarium.cluster.rack import drains, serve_actors
+from pomarium.cluster.rack.drains import Drain
 from pomarium.cluster.rack.labels import facts_of
 from pomarium.cluster.rack.mac_power import LOST, MacPower, Power, without_node
 from pomarium.cluster.rack.reports import LossReport, ReplicaReport, StageReport, WaitingReport
 from pomarium.cluster.rack.roster import Member
 from pomarium.cluster.rack.serve_actors import Part, ServeActor
 
-ALIVE = "alive"
+ALIVE, DRAINING, DRAINED = "alive", "draining", "drained"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class RackStatus:
     actors: Ray Serve's processes, the oldest first. losses: the last of each model.
     disk: a sentence on a full disk of this machine; None: all have room.
     at: when all of this was read, Unix seconds. memory: of the machine that read it, bytes.
+    drains: Macs that are to be let go.
     """
 
     address: str
@@ -44,6 +46,7 @@ class RackStatus:
     disk: str | None = None
     at: float = 0.0
     memory: int | None = None
+    drains: tuple[Drain, ...] = ()
 
     @property
     def unserved(self) -> tuple[LossReport, ...]:
@@ -87,9 +90,12 @@ class RackStatus:
         return tuple(mac for mac in self.macs if self.state_of(mac) == LOST)
 
     def state_of(self, member: Member) -> str:
-        """ "alive", "lost", or what the autoscaler says of a Mac that is not there (rack.mac_power.Power)."""
+        """ "alive", "draining", "drained", "lost", or what the autoscaler says of a Mac that is not there
+        (rack.mac_power.Power)."""
         if member.alive:
-            return ALIVE
+            return DRAINING if drains.of_nodes(self.drains, [member.node]) else ALIVE
+        if member.drained:
+            return DRAINED
         return without_node(next((mac.state for mac in self.powers if mac.name == member.name), None))
 
 

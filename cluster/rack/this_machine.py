@@ -49,7 +49,7 @@ class Machine:
         known: facts. inventory: rack.yaml, which may know more.
         address: to listen on; None takes that of the route to the head, or to the world.
         worker: it runs stages. tls: None: exactly if the address is not loopback.
-        ports: of its node.
+        ports: of its node. keeps: as a head, its state is on disk.
     """
 
     known: Known = field(default_factory=Known)
@@ -58,6 +58,7 @@ class Machine:
     worker: bool = True
     tls: bool | None = None
     ports: Ports = field(default_factory=Ports)
+    keeps: bool = False
 
 
 def up(
@@ -80,7 +81,8 @@ def up(
         raise SettingsError(f"Port {JOBS_PORT} of {address}, for jobs, is in use: end what listens there.")
     ports.require(machine.ports)
     spec = _spec(machine, address, environ, say)
-    return _start(replace(spec, head=True), f"{address}:{port}", machine, key, environ, say, prepare)
+    head = replace(spec, head=True, keeps=machine.keeps)
+    return _start(head, f"{address}:{port}", machine, key, environ, say, prepare)
 
 
 def join(

@@ -1,7 +1,7 @@
 """A replica's end of its answers: lines to the ingresses that ask, kept for the next request.
 
     ReplyTo (in the call, from an ingress) --Lines.take--> Line: a connection of this request alone, dialled or idle
-    Line: BEGUN --> the request and its body --> HEAD, PIECE ... --> END, LOST, GONE or FAILED --> TAKEN: idle again
+    Line: BEGUN --> the request and its body --> HEAD, PIECE ... --> END, LOST, MOVED, GONE or FAILED --> TAKEN: idle
     a line that its ingress keeps (ReplyTo.keeps): the next request comes over it by itself --> BEGUN --> HEAD ...
     Lines, each BEAT_S: ALIVE on every line in use, with what its replica has room for; at once when a request begins
 
@@ -37,7 +37,7 @@ from pomarium.cluster.http.room import Room
 from pomarium.cluster.http.sealed_stream import SealedStream
 from pomarium.cluster.http.sealing import End
 from pomarium.cluster.replica.heartbeat import BEAT_S, SILENCE_S
-from pomarium.cluster.replica.loss import EngineFaultError, EngineGoneError, EngineLostError
+from pomarium.cluster.replica.loss import EngineFaultError, EngineGoneError, EngineLostError, EngineMovedError
 
 logger = logging.getLogger(__name__)
 
@@ -307,6 +307,8 @@ class Lines:
 def _end_of(fault: EngineFaultError) -> Kind:
     if isinstance(fault, EngineGoneError):
         return Kind.GONE
+    if isinstance(fault, EngineMovedError):
+        return Kind.MOVED
     return Kind.LOST if isinstance(fault, EngineLostError) else Kind.FAILED
 
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import ray
+
 from pomarium.cluster import faults
 from pomarium.cluster.executor.lean_import import import_vllm, without_collections
 from pomarium.cluster.http import asgi_bridge
@@ -32,7 +34,8 @@ from pomarium.cluster.machine import disk
 from pomarium.cluster.node.ray_folder import session_folder
 from pomarium.cluster.rack import reports
 from pomarium.cluster.rack.reports import LossReport
-from pomarium.cluster.replica import kept_logging, loss, parsers, ray_llm
+from pomarium.cluster.replica import kept_logging, loss, parsers, ray_llm, step_watch
+from pomarium.cluster.replica.departure import Departure
 from pomarium.cluster.replica.loss import EngineFaultError, EngineGoneError, EngineLostError
 from pomarium.cluster.replica.model_check import Found
 from pomarium.cluster.replica.serve_plan import ModelPlan
@@ -58,7 +61,7 @@ CAUSE_LOOK_S = 0.05
 CAUSE_UNKNOWN = "the log says of what"
 
 FLUSH_S = 0.5
-"""What a process with a dead engine leaves to its running requests, to answer with an error."""
+"""What a process with a dead engine, or one that is to end, leaves to its requests, to answer with an error."""
 
 
 @contextmanager
@@ -98,7 +101,13 @@ class Hosted:
         self._slots = Slots(plan.step_requests, 1 if plan.scaling is None else math.ceil(2 * plan.scaling.load))
         self._load = server.load(self._steps, self._slots)
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._leave_when_dead()), loop.create_task(self._watch_steps())]
+        here = ray.get_runtime_context().get_node_id()
+        self._departure = Departure(replica, (here, *(() if team is None else team.reservation.nodes)))
+        self._tasks = [
+            loop.create_task(self._leave_when_dead()),
+            loop.create_task(self._leave_when_drained()),
+            loop.create_task(self._watch_steps()),
+        ]
         if team is not None:
             self._tasks.append(loop.create_task(self._report(team)))
         for task in self._tasks:
@@ -134,7 +143,8 @@ class Hosted:
             listener: is told what the answer's tokens are, so that another engine could go on with it.
 
         Raises:
-            EngineGoneError: the engine was dead before the request came.
+            EngineGoneError: the engine was dead before the request came, or is to end.
+            EngineMovedError: it ends, and leaves the answer to another one.
             EngineLostError: the engine is dead, before the answer was whole.
             Exception: what the application raises.
         """
@@ -146,7 +156,9 @@ class Hosted:
         scope = asgi_bridge.scope(asked.method, asked.path, asked.headers)
         try:
             with nullcontext() if listener is None else self._server.telling(asked, listener):
-                await asgi_bridge.run(self._server.app, scope, honest)
+                await self._departure.attended(asgi_bridge.run(self._server.app, scope, honest))
+        except EngineLostError:
+            raise
         except Exception:
             await self.check_health()
             raise
@@ -189,6 +201,8 @@ class Hosted:
 
     def word(self) -> str:
         """How a living engine does: `ok`, and what is to be said of its steps, if anything."""
+        if self._departure.drain is not None:  # others take what comes (rack/drain_check.py)
+            return f"{step_watch.OK}, but {self._departure.drain.reason}"
         return self._steps.word(time.monotonic())
 
     async def _watch_steps(self) -> None:
@@ -206,7 +220,8 @@ class Hosted:
 
         stages = await self._server.stages(team.members)
         links = links_of(stages, self._plan.network)
-        await report(Engine(self._plan.name, self._replica, stages[-1].end, stages, links), self._load)
+        least = 1 if self._plan.share_macs or self._plan.stages is None else self._plan.stages
+        await report(Engine(self._plan.name, self._replica, stages[-1].end, stages, links, least), self._load)
 
     async def _leave_when_dead(self) -> None:
         """End the process once the engine is dead: a lost one is replaced at once, an unhealthy one later."""
@@ -218,11 +233,20 @@ class Hosted:
                 logger.exception(
                     "The engine of %s is dead; its process ends, so that another is started.", self._plan.name
                 )
-                telling = asyncio.create_task(asyncio.to_thread(self._tell_of_the_loss, str(lost)))
-                await asyncio.wait({telling}, timeout=FLUSH_S)
-                await asyncio.sleep(FLUSH_S)
-                shutil.rmtree(self._fault_file.parent, ignore_errors=True)
-                os._exit(1)
+                await self._end_process(str(lost))
+
+    async def _leave_when_drained(self) -> None:
+        """End the process once a Mac that it runs on is to be let go."""
+        drain = await self._departure.due()
+        logger.warning("%s: the engine of %s ends; another is started elsewhere.", drain.reason, self._plan.name)
+        await self._end_process(drain.reason)
+
+    async def _end_process(self, reason: str) -> None:
+        telling = asyncio.create_task(asyncio.to_thread(self._tell_of_the_loss, reason))
+        await asyncio.wait({telling}, timeout=FLUSH_S)
+        await asyncio.sleep(FLUSH_S)
+        shutil.rmtree(self._fault_file.parent, ignore_errors=True)
+        os._exit(1)
 
     def _tell_of_the_loss(self, reason: str) -> None:
         reports.publish_loss(LossReport(self._plan.name, self._replica, reason, time.time()))

@@ -32,6 +32,10 @@ class EngineGoneError(EngineLostError):
     """The engine was dead before the request came to it."""
 
 
+class EngineMovedError(EngineLostError):
+    """The engine is to end, and leaves what it was answering to another one: a loss that was planned."""
+
+
 class Honest:
     """An Exchange that passes an answer on to `exchange`, up to where it tells of a dead engine.
 

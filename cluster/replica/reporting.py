@@ -117,6 +117,7 @@ class Load:
             kv_use=self.kv_use,
             cached_share=float(self._cache.hit_rate),
             written=written,
+            least_macs=engine.least_macs,
         )
 
 
@@ -148,6 +149,7 @@ class Engine:
     layers: int
     stages: tuple[StageReport, ...]
     links: tuple[LinkReport, ...]
+    least_macs: int = 1
 
 
 async def report(engine: Engine, load: Load) -> None:

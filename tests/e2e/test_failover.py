@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from answers_compared import CASES, answers_of, ask_all, assert_same
+from answers_compared import CASES, TOOLS, all_good, answers_of, ask_all, assert_same
 from rack_serving import until
 from serve_process import Server
 
@@ -23,7 +23,7 @@ WORKER, CORE, ENGINE = "WorkerActor", "EngineCore", "ServeReplica:pomarium:engin
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("failover"), ["--replicas", "2"])
+    server = Server(tmp_path_factory.mktemp("failover"), ["--replicas", "2", *TOOLS])
     server.ensure()
     yield server
     server.end()
@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def quiet(server: Server) -> dict[bool, dict[str, Any]]:
     """The answers of engines that nothing happens to, streamed and not."""
-    return {stream: answers_of(ask_all(server.url, MODEL, TOKENS, stream=stream)) for stream in (True, False)}
+    return {stream: all_good(answers_of(ask_all(server.url, MODEL, TOKENS, stream=stream))) for stream in (True, False)}
 
 
 def processes(server: Server, name: str) -> list[psutil.Process]:

@@ -145,8 +145,8 @@ function whole(found) {
 
 const KINDS = {
   serving: "good", alive: "good", awake: "good",
-  starting: "busy", waking: "busy", waiting: "busy", leaving: "busy", "going to sleep": "busy",
-  asleep: "idle", "set aside": "idle",
+  starting: "busy", waking: "busy", waiting: "busy", leaving: "busy", draining: "busy", "going to sleep": "busy",
+  asleep: "idle", "set aside": "idle", drained: "idle",
   lost: "bad", failed: "bad",
 };
 

@@ -36,6 +36,9 @@ def told(state: Power, instance: str = "m.1") -> MacPower:
         (Sight(False, "m.1", True, told(Power.RETIRING)), Step.SLEEP),
         (Sight(False, "m.2", True, told(Power.RETIRING)), Step.JOIN),
         (Sight(False, "", True, told(Power.WAKING, "m.2")), Step.JOIN),
+        (Sight(False, "", True, let_go=True), Step.STAY_AWAY),
+        (Sight(False, "", False, let_go=True), Step.WAIT),
+        (Sight(True, "", True, let_go=True), Step.STAY),
     ],
 )
 def test_what_follows_from_what_is_seen(sight: Sight, step: Step) -> None:
@@ -59,6 +62,7 @@ def test_a_running_node_is_ended_only_by_order(
 class Head:
     def __init__(self) -> None:
         self.there, self.power, self.idle, self.began, self.unready = True, None, False, "s1", False
+        self.by_hand = False
 
     power: MacPower | None
 
@@ -78,6 +82,9 @@ class Head:
 
     def drained(self, instance: str) -> bool:
         return self.idle
+
+    def let_go(self, name: str) -> bool:
+        return self.by_hand
 
 
 @pytest.fixture
@@ -182,3 +189,14 @@ def test_a_woken_mac_is_roused_before_anything_else(rack: Rack) -> None:
     rack.head.idle, rack.head.there = True, True
     rack.agent.step()
     assert rack.roused == [0, 1]
+
+
+def test_a_mac_that_was_drained_stays_away_until_that_is_taken_back(rack: Rack) -> None:
+    rack.head.by_hand = True
+    assert rack.agent.step() is Step.JOIN, "an agent that is started anew joins"
+    assert [rack.agent.step() for _ in range(3)] == [Step.STAY_AWAY] * 3
+    assert [line for line in rack.said if "drained" in line] == [
+        "this Mac was drained, and its node has ended; `pomarium rack undrain` lets it join again"
+    ]
+    rack.head.by_hand = False
+    assert rack.agent.step() is Step.JOIN

@@ -18,7 +18,7 @@ from pomarium.cluster.endpoint.routing import NoReplicaError
 from pomarium.cluster.http.asgi_bridge import Head
 from pomarium.cluster.http.progress import Resume
 from pomarium.cluster.replica.heartbeat import SilentError
-from pomarium.cluster.replica.loss import EngineFaultError, EngineGoneError, EngineLostError
+from pomarium.cluster.replica.loss import EngineFaultError, EngineGoneError, EngineLostError, EngineMovedError
 from pomarium.cluster.replica.serve_plan import LIMITS, Limits
 
 NOTHING_KNOWN = State()
@@ -187,6 +187,32 @@ def test_what_cannot_go_on_ends_with_its_engine(played: Callable[[], Played]) ->
 def test_who_gains_something_may_lose_so_many(gains: list[int], times: int) -> None:
     given_up = hopeless(gains, Limits(times, 1.0))
     assert given_up == (len(gains) > times or gains[-2:] == [0, 0])
+
+
+MOVED = EngineMovedError("mac-2 is being drained")
+
+
+def test_what_a_drained_mac_leaves_goes_on_and_counts_as_no_loss() -> None:
+    moved = [Attempt(Accepted(), MOVED) for _ in range(9)]
+    played = Played(Attempt(Accepted(), STREAM, b"1", MOVED), *moved, Attempt(Accepted(), b"2"), limits=Limits(1, 60.0))
+    assert (played.got, played.error) == ([Accepted(), STREAM, b"1", b"2"], None)
+    assert {resume.messages for resume in played.resumes if resume} == {1}
+    assert len(played.waits) == 1
+
+
+def test_it_waits_for_the_next_engine_as_after_a_loss() -> None:
+    def absent() -> list[Attempt]:
+        return [Attempt(NoReplicaError()), Attempt(EngineGoneError("mac-2 is being drained"))]
+
+    played = Played(Attempt(Accepted(), STREAM, b"1", MOVED), *absent(), Attempt(Accepted(), b"2"))
+    assert (played.got, played.error) == ([Accepted(), STREAM, b"1", b"2"], None)
+    whole = Played(Attempt(Accepted(), WHOLE, b"1", MOVED), *absent(), Attempt(Accepted(), WHOLE, b"1", b"2"))
+    assert (whole.got, whole.error) == ([Accepted(), WHOLE, b"1", b"2"], None)
+
+
+def test_without_failovers_it_ends() -> None:
+    played = Played(Attempt(Accepted(), STREAM, b"1", MOVED), limits=Limits(0))
+    assert played.error is MOVED
 
 
 @pytest.mark.parametrize(
