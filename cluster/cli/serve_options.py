@@ -103,7 +103,7 @@ def _add_queue(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="requests that may wait for a model's engines before one; what would come behind more gets 429 (default: "
-        "four for each that the engines run, at least 64)",
+        "four for each that the engines run, at least 256)",
     )
     parser.add_argument(
         "--max-waiting-tokens",

@@ -34,7 +34,7 @@ FIRST_SLOTS = 16
 SHORTEST_S = 0.05
 LONGEST_RETRY_S = 60
 
-LEAST_WAITING, SLOTFULS = 64, 4
+LEAST_WAITING, SLOTFULS = 256, 4
 """Requests that may wait where nothing is said, at least, and for each slot."""
 
 
