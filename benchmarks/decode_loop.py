@@ -5,9 +5,9 @@
              that token is read; a batch is padded to the longest
     --in_turns--> milliseconds per step
 
-Part of kernels_gpu.py (`--parts step serve hybrid sampling`), which says what it needs. Contexts are filled with random
-K and V, and of a hybrid model with whatever states are there. Our loop has everything of a step that the worker does,
-sampling and bookkeeping too; mlx-lm's has what its generator does.
+Part of kernels_gpu.py (step, serve, hybrid, latent, sampling), which says what it needs. Contexts are filled with
+random K and V, and of a hybrid model with whatever states are there. Our loop has everything of a step that the worker
+does, sampling and bookkeeping too; mlx-lm's has what its generator does.
 """
 
 import statistics
@@ -25,6 +25,7 @@ from pomarium.kernels.launch import Launcher
 from pomarium.worker.attention.base import AttentionBackend
 from pomarium.worker.attention.choose import decode_graphs
 from pomarium.worker.attention.kernels import KernelAttention
+from pomarium.worker.attention.mla import LatentKernelAttention
 from pomarium.worker.forward import PagedForward
 from pomarium.worker.kv_cache.layout import single_group_layout
 from pomarium.worker.kv_cache.pool import PagedPool
@@ -75,7 +76,8 @@ class Loop:
         count = 1 + self._width * self.sequences
         pool = PagedPool(single_group_layout(self.model.layers, BLOCK_SIZE, count), self.model.dtype)
         fill(pool, count * BLOCK_SIZE)
-        backend: AttentionBackend = KernelAttention(pool, self.launcher, this_gpu())
+        kind = LatentKernelAttention if any(layer.latent for layer in self.model.layers) else KernelAttention
+        backend: AttentionBackend = kind(pool, self.launcher, this_gpu())
         if self.model.states:
             states = single_group_states(self.model.states, ONE_SLOT, 1 + self.sequences, table=1)
             backend = with_states(backend, states, self.launcher)
@@ -230,6 +232,6 @@ def fill(pool: PagedPool, tokens: int) -> None:
     for layer, cache in enumerate(pool.layout.layers):
         rows = mx.arange(tokens * cache.num_kv_heads).reshape(tokens, cache.num_kv_heads)
         keys = mx.random.normal((tokens, cache.num_kv_heads, cache.head_dim)).astype(pool.dtype)
-        pool.write(layer, rows, keys, keys)
+        pool.write(layer, rows, keys, None if cache.latent else keys)
         mx.eval(pool.arrays)
     mx.clear_cache()

@@ -9,6 +9,7 @@
                        mlx-lm's generator, its batch padded to the longest (decode_loop.py); 16 GB of weights
             serve      the runner's loop with requests that come and go
             hybrid     decode steps of a model with gated-delta layers, likewise
+            latent     of one with latent attention
             sampling   the same loop with drawn, penalised and reported tokens, waited for and sent ahead
 
     python benchmarks/kernels_gpu.py [--parts check attention ...] [--layers 32]
@@ -352,20 +353,47 @@ def hybrid(layers: int) -> Any:
     return module
 
 
+def latent(layers: int) -> Any:
+    """DeepSeek-V3's definition with DeepSeek-V2-Lite's sizes, dense. Random bfloat16 weights."""
+    import mlx.core as mx
+    from mlx.utils import tree_map
+    from mlx_lm.models.deepseek_v3 import Model, ModelArgs
+
+    shape = {
+        "model_type": "deepseek_v3", "hidden_size": 2048, "num_hidden_layers": layers, "intermediate_size": 10944,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None, "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "vocab_size": 102400,
+        "first_k_dense_replace": layers, "max_position_embeddings": 32768,
+    }  # fmt: skip
+    module = Model(ModelArgs.from_dict(shape))
+    module.update(tree_map(lambda w: (mx.random.normal(w.shape) * 0.02).astype(mx.bfloat16), module.parameters()))
+    mx.eval(module.parameters())
+    return module
+
+
 def hybrid_part(options: argparse.Namespace) -> None:
     """Print decode steps of a hybrid model, ours and mlx-lm's."""
+    _families("a hybrid model", hybrid, "qwen3_next", options.layers)
+
+
+def latent_part(options: argparse.Namespace) -> None:
+    """Print decode steps of a model with latent attention, ours and mlx-lm's."""
+    _families("a model with latent attention", latent, "deepseek_v3", min(27, options.layers))
+
+
+def _families(named: str, build: Callable[[int], Any], model_type: str, layers: int) -> None:
     import decode_loop
     import mlx.core as mx
     from decode_loop import Way
 
     from pomarium.worker.models.paged import prepare
 
-    print(f"Milliseconds per decode step of a hybrid model of {options.layers} layers, bf16, greedy.\n")
+    print(f"Milliseconds per decode step of {named} of {layers} layers, bf16, greedy.\n")
     print("| sequences x context | mlx-lm, sent ahead | ours built, waited for | ours as a graph, waited for | "
           "ours as a graph, sent ahead | times mlx-lm sent ahead |")  # fmt: skip
     print("|---|---:|---:|---:|---:|---:|")
-    module = hybrid(options.layers)
-    model, launcher = prepare(module, "qwen3_next"), gpu_launcher()
+    module = build(layers)
+    model, launcher = prepare(module, model_type), gpu_launcher()
     for count in (1, 2, 8, 32):
         caches = decode_loop.their_filled_caches(module, count, CONTEXT)
         sides = [decode_loop.theirs(module, caches, count, ahead=True)]
@@ -395,6 +423,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "serve": serve_part,
     "sampling": sampling_part,
     "hybrid": hybrid_part,
+    "latent": latent_part,
     "mla": mla_part,
     "gdn": gdn_part,
 }

@@ -20,17 +20,18 @@ import numpy as np
 from pomarium.kernels.cache_writes import DTYPES, padded_ints
 from pomarium.kernels.gpu_family import Family, Gpu
 from pomarium.kernels.launch import KernelSource, Launch, Launcher
+from pomarium.kernels.paged_plan import room, room_of_tables
 
 RANK, ROPE = 512, 64
 """Elements of a latent's value part and of its rotated key: DeepSeek-V2, -V3, GLM-4 MoE Lite."""
 
 BLOCK_SIZES = (16, 32)
 
-_INPUTS = ("q", "latents", "block_tables", "tasks", "iparams", "fparams")
+_INPUTS = ("q", "latents", "block_tables", "tasks", "iparams", "fparams", "after")
 _PARTIAL = ("po", "pm", "pl")
 
-LANES = KernelSource("mla_decode", _INPUTS, _PARTIAL)
-MATRICES = KernelSource("mla_decode_matrix", _INPUTS, _PARTIAL)
+LANES = KernelSource("mla_decode", _INPUTS, (*_PARTIAL, "token"))
+MATRICES = KernelSource("mla_decode_matrix", _INPUTS, (*_PARTIAL, "token"))
 REDUCE = KernelSource("mla_reduce", (*_PARTIAL, "spans"), ("out",))
 SOURCES: tuple[KernelSource, ...] = (LANES, MATRICES, REDUCE)
 
@@ -117,6 +118,7 @@ def plan(
     num_blocks: int,
     gpu: Gpu,
     tuning: Tuning | None = None,
+    rows: int | None = None,
 ) -> DecodePlan:
     """Split S sequences into tasks.
 
@@ -124,9 +126,11 @@ def plan(
         block_tables: int32 (S, B), the first ceil(length / block_size) entries of each row are read.
         lengths: int32 (S,), tokens that each sequence's query sees, at least 1.
         num_blocks: of the pool. tuning: instead of the family's.
+        rows: sequences that the plan is padded to, and with them tables and tasks, so that plans of many steps are of
+            one shape (paged_plan.room); nobody may read the outputs of those that are too much.
 
     Raises:
-        ValueError: a length is not within its table, or a block not within the pool.
+        ValueError: a length is not within its table, or a block not within the pool, or there are more than `rows`.
     """
     if block_tables.ndim != 2 or lengths.shape != block_tables.shape[:1] or not len(lengths):
         raise ValueError(f"block tables {block_tables.shape} do not fit lengths {lengths.shape}")
@@ -149,19 +153,31 @@ def plan(
     first = np.concatenate([[0], np.cumsum(counts)[:-1]])
     start = (np.arange(counts.sum()) - first[sequence]) * part
     tasks = np.stack([sequence, start, np.minimum(start + part, lengths[sequence])], axis=1)
+    spans = np.stack([first, counts], axis=1)
+    if rows is not None:
+        if rows < len(lengths):
+            raise ValueError(f"{len(lengths)} sequences do not fit {rows} rows")
+        block_tables = _padded(block_tables, rows, room_of_tables(block_tables.shape[1]))
+        spans, tasks = _padded(spans, rows, 2), _padded(tasks, room(len(tasks)), 3)
     return DecodePlan(
         heads,
         dtype,
         block_size,
         num_blocks,
         tuning,
-        len(lengths),
+        len(spans),
         len(tasks),
         mx.array([block_tables.shape[1], heads], mx.int32),
         padded_ints(block_tables),
         padded_ints(tasks),
-        padded_ints(np.stack([first, counts], axis=1)),
+        padded_ints(spans),
     )
+
+
+def _padded(table: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    padded = np.zeros((rows, columns), np.int32)
+    padded[: table.shape[0], : table.shape[1]] = table
+    return padded
 
 
 def _task_tokens(lengths: np.ndarray, wanted: int, block_size: int, least: int) -> int:
@@ -179,17 +195,17 @@ def decode(
     queries: mx.array,
     latents: mx.array,
     scale: float,
-) -> mx.array:
+    after: mx.array,
+) -> tuple[mx.array, mx.array]:
     """Attention of one query per sequence.
 
     Args:
         queries: (S, H, rank + rope_dim), float16, bfloat16 or float32.
-        latents: (num_blocks x block_size, rank + rope_dim), the pool, of the same dtype. MLX's own operations write it,
-            so that its writes are ordered before this.
-        scale: on the products.
+        latents: (num_blocks x block_size, rank + rope_dim), the pool, of the same dtype.
+        scale: on the products. after: token int32 (1,) of the pool's last access.
 
     Returns:
-        (S, H, rank) of the queries' dtype.
+        (S, H, rank) of the queries' dtype, and the token of this access.
 
     Raises:
         ValueError: shapes or dtypes that do not fit the plan or the kernel.
@@ -202,13 +218,12 @@ def decode(
         )
     if queries.dtype != plan.dtype or latents.dtype != plan.dtype:
         raise ValueError(f"queries of {queries.dtype} and latents of {latents.dtype} do not fit a plan of {plan.dtype}")
-    inputs = (queries, latents, plan.block_tables, plan.tasks, plan.sizes, _factor(scale))
+    inputs = (queries, latents, plan.block_tables, plan.tasks, plan.sizes, _factor(scale), after)
     if plan.tuning.matrices:
-        partial = launcher.launch(MATRICES, _matrices_launch(plan, inputs))
+        *partial, token = launcher.launch(MATRICES, _matrices_launch(plan, inputs))
     else:
-        partial = launcher.launch(LANES, _lanes_launch(plan, inputs))
-    out: mx.array = launcher.launch(REDUCE, _reduce_launch(plan, partial))[0]
-    return out
+        *partial, token = launcher.launch(LANES, _lanes_launch(plan, inputs))
+    return launcher.launch(REDUCE, _reduce_launch(plan, partial))[0], token
 
 
 @lru_cache(maxsize=64)
@@ -242,7 +257,7 @@ def _decode_launch(
         template=(("T", plan.dtype), ("RANK", RANK), ("ROPE", ROPE), ("BS", plan.block_size), *choices),
         grid=(threads * plan.head_blocks * tasks, 1, 1),
         threadgroup=(threads, 1, 1),
-        outputs=(((tasks, plan.heads, RANK), mx.float32), (stats, mx.float32), (stats, mx.float32)),
+        outputs=(((tasks, plan.heads, RANK), mx.float32), (stats, mx.float32), (stats, mx.float32), ((1,), mx.int32)),
     )
 
 

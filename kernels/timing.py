@@ -155,7 +155,7 @@ def _latent(launcher: Launcher, gpu: Gpu, sizes: Sizes) -> Workload:
     latents, queries = _random(blocks * BLOCK, width), _random(sizes.sequences, sizes.latent_heads, width)
     return Workload(
         f"mla_decode, {sizes.sequences} x {sizes.context} latents",
-        lambda: [mla.decode(launcher, plan, queries, latents, width**-0.5)],
+        lambda: mla.decode(launcher, plan, queries, latents, width**-0.5, mx.zeros((1,), mx.int32)),
         latents.nbytes,
     )
 

@@ -2,10 +2,13 @@
 //
 // inputs   q (S, H, W) T, W = RANK + ROPE: queries in the latents' space, behind them their rotated parts
 //          latents (blocks * BS, W) T: the pool; a token's value is the first RANK elements of its latent
-//          block_tables (S, B) int32; tasks (N, 3) int32: sequence, first token (a multiple of TT), end (> first)
-//          iparams {B, H} int32; fparams {scale * log2(e)} float32
+//          block_tables (S, B) int32; tasks (N, 3) int32: sequence, first token (a multiple of TT), end (where it is no
+//          more than first there are no tokens: po 0, pm -inf, pl 0)
+//          iparams {B, H} int32; fparams {scale * log2(e)} float32; after int (1,): orders this launch behind earlier
+//          accesses of the pool
 // outputs  po (N, H, RANK) float32: sum over the task's tokens of exp2(score - pm) * value
 //          pm (N * H) float32: largest score, base 2; pl (N * H) float32: sum of exp2(score - pm). All are written.
+//          token int (1,): orders later accesses behind this launch
 // template T (float, half, bfloat), RANK, ROPE, BS, HB heads per simdgroup, NSG simdgroups, TT tokens per tile (TT
 //          divides BS; HB * TT is 8, 16 or 32)
 // grid     (32 * NSG * N * ceil(H / (NSG * HB)), 1, 1), threadgroup (32 * NSG, 1, 1): NSG * HB heads of one task, next
@@ -179,4 +182,7 @@ for (int h = 0; h < HB; h++) {
       for (int j = 0; j < VE; j++) po[row + (c * 32 + lane) * VE + j] = o[h][c * VE + j];
     }
   }
+}
+if (threadgroup_position_in_grid.x == 0 && tid == 0) {
+  token[0] = after[0] | 1;
 }

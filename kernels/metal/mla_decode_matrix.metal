@@ -120,12 +120,12 @@ for (int n = 0; n <= count; n++) {
 #pragma unroll
     for (int r = 0; r < R; r++) {
       const int head = (tid + r * NT) / TT;
-      const int token = tid % TT;
+      const int column = tid % TT;
       float score = -INFINITY;
-      if (head < MH && t0 + (n - 1) * TT + token < t1) {
+      if (head < MH && t0 + (n - 1) * TT + column < t1) {
         score = 0.0f;
 #pragma unroll
-        for (int i = 0; i < SLICES; i++) score += sums[(i * MH + head) * SP + token];
+        for (int i = 0; i < SLICES; i++) score += sums[(i * MH + head) * SP + column];
         score *= scale;
       }
       float top = score;
@@ -137,8 +137,8 @@ for (int n = 0; n <= count; n++) {
       if (head < MH) {
         l[r] = l[r] * fade + p;
         m[r] = top;
-        weights[head * TT + token] = T(p);
-        if (token < 8) fades[head * 8 + token] = fade;
+        weights[head * TT + column] = T(p);
+        if (column < 8) fades[head * 8 + column] = fade;
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -195,4 +195,7 @@ for (int h = 0; h < HB; h++) {
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
+}
+if (threadgroup_position_in_grid.x == 0 && tid == 0) {
+  token[0] = after[0] | 1;
 }

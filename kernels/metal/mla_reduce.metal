@@ -1,7 +1,7 @@
 // Combine the tasks of each sequence that mla_decode computed.
 //
 // inputs   po (N, H, RANK), pm, pl (N * H) float32: as mla_decode writes them
-//          spans (S, 2) int32: first task and number of tasks (>= 1) of each sequence
+//          spans (S, 2) int32: first task and number of tasks of each sequence (0: out is not a number)
 // output   out (S, H, RANK) T
 // template T, RANK
 // grid     (128 * H, S, 1), threadgroup (128, 1, 1): one head of one sequence

@@ -29,7 +29,7 @@ from pomarium.worker.attention.choose import decode_graphs as graphs_of
 from pomarium.worker.attention.decode_graphs import DecodeGraphs, Graph
 from pomarium.worker.attention.gathered import GatheredAttention
 from pomarium.worker.attention.hybrid import HybridBackend
-from pomarium.worker.attention.kernels import KernelAttention, paged_pool
+from pomarium.worker.attention.kernels import KernelAttention, KernelGraphs, paged_pool
 from pomarium.worker.errors import UnsupportedError
 from pomarium.worker.forward import PagedForward
 from pomarium.worker.kv_cache.pool import PagedPool
@@ -61,7 +61,7 @@ def driver_of(
     driver, launcher = Driver(paged, block_size=8, late=True), CountingLauncher()
     # The emulator fills what a kernel leaves unset with not-a-numbers, and so the pool.
     attention = KernelAttention(paged_pool(driver.layout, paged.dtype, launcher), launcher, gpu)
-    graphs = DecodeGraphs(paged, attention, trace=trace)
+    graphs = DecodeGraphs(paged, KernelGraphs(attention.kernels), trace)
     driver.recorder.inner = PagedForward(paged, attention, graphs, queues=True)
     return driver, graphs, launcher
 
@@ -121,8 +121,8 @@ def test_hybrid_models_go_on_from_their_states(name: str, tokens_per_slot: int) 
         return backend
 
     def graphs(model: PagedModel, backend: HybridBackend) -> DecodeGraphs:
-        assert isinstance(backend.attention, KernelAttention)
-        return DecodeGraphs(model, backend.attention, backend.states.in_graphs, untraced)
+        assert backend.in_graphs is not None
+        return DecodeGraphs(model, backend.in_graphs, untraced)
 
     got = HybridDriver(
         paged, 8, tokens_per_slot=tokens_per_slot, states=states, attention=attention, late=True, graphs=graphs
@@ -158,11 +158,10 @@ def test_a_graph_is_traced_once_for_many_steps_and_least_used_ones_go(monkeypatc
 def test_a_padded_row_is_stored_nowhere() -> None:
     """The pool began as not-a-numbers: what no sequence owns still is."""
     driver, graphs, _ = driver_of(llama(), APPLE)
-    attention = graphs._attention
     driver.run({"a": [5, 6, 7], "b": [8, 9], "c": [3]}, 4)
     assert graphs.traced
     owned = {block for request in "abc" for block in driver_blocks(driver, request)}
-    pool = attention.kernels.pool
+    pool = graphs._attention._kernels.pool
     keys = pool.keys_and_values(0)[0].reshape(pool.layout.num_blocks, -1)
     written = set(np.flatnonzero(~np.isnan(np.array(keys)).all(axis=1)).tolist())
     assert written == owned

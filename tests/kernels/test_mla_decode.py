@@ -17,6 +17,9 @@ from pomarium.kernels.reference_mla import latent_attention
 TINY_GPU = Gpu(H100.family, 4)
 LONGEST = 150
 
+FIRST = mx.zeros((1,), mx.int32)
+"""The token of a pool that nobody has accessed."""
+
 
 @dataclass(frozen=True)
 class Special:
@@ -77,11 +80,28 @@ def test_scores_far_apart_neither_overflow_nor_vanish(name: str, launcher: Emula
         queries, pool = (np.array(array) for array in workload.arrays)
         pool[workload.slots(0)[largest]] = queries[0, 0] * 50
         plan = plan_of(workload)
-        out = mla.decode(launcher, plan, mx.array(queries), mx.array(pool), SCALE)
+        out, _ = mla.decode(launcher, plan, mx.array(queries), mx.array(pool), SCALE, FIRST)
         np.testing.assert_allclose(np.array(out)[0, 0], queries[0, 0, : mla.RANK] * 50, rtol=1e-6)
 
 
-def plan_of(workload: Workload, gpu: Gpu = TINY_GPU) -> mla.DecodePlan:
+@pytest.mark.parametrize("kernel", ["lanes float32", "matrices float32"])
+def test_what_a_step_is_padded_with_changes_nothing(kernel: str, launcher: EmulatedLauncher) -> None:
+    """Two sequences in a plan of four: tables, tasks and sequences more than there are."""
+    special = SPECIALS[kernel]
+    workload = Workload((100, 5), 3, special.block_size, special.dtype, tuning=special.tuning(16))
+    queries, pool = workload.arrays
+    plan = plan_of(workload, rows=4)
+    assert plan.num_sequences == 4
+    assert plan.num_tasks == 8
+    padded = mx.concatenate([queries, mx.full((2, *queries.shape[1:]), np.nan)])
+    out, token = mla.decode(launcher, plan, padded, pool, SCALE, FIRST)
+    assert np.abs(np.array(out)[:2] - workload.expected()).max() < BOUNDS[special.dtype]
+    assert token.item() == 1
+    with pytest.raises(ValueError, match="2 sequences do not fit 1 rows"):
+        plan_of(workload, rows=1)
+
+
+def plan_of(workload: Workload, gpu: Gpu = TINY_GPU, rows: int | None = None) -> mla.DecodePlan:
     return mla.plan(
         workload.block_tables,
         np.array(workload.lengths, np.int32),
@@ -91,6 +111,7 @@ def plan_of(workload: Workload, gpu: Gpu = TINY_GPU) -> mla.DecodePlan:
         num_blocks=workload.num_blocks,
         gpu=gpu,
         tuning=workload.tuning,
+        rows=rows,
     )
 
 
@@ -182,4 +203,4 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     plan = plan_of(GOOD)
     with pytest.raises(ValueError, match=message):
-        mla.decode(NoLauncher(), plan, mx.zeros(queries, dtypes[0]), mx.zeros(pool, dtypes[1]), SCALE)
+        mla.decode(NoLauncher(), plan, mx.zeros(queries, dtypes[0]), mx.zeros(pool, dtypes[1]), SCALE, FIRST)

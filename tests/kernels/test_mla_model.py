@@ -1,6 +1,7 @@
 """A tiny latent-attention model served through the emulated kernel gives the tokens of the MLX-operation path."""
 
 import logging
+import re
 from functools import cache
 
 import mlx.core as mx
@@ -14,9 +15,12 @@ from tiny_models import build
 from pomarium.kernels import mla
 from pomarium.kernels.gpu_family import H100
 from pomarium.kernels.reference import Scoring
+from pomarium.worker.attention.choose import attention_backend
+from pomarium.worker.attention.decode_graphs import DecodeGraphs
 from pomarium.worker.attention.gathered import GatheredAttention
 from pomarium.worker.attention.mla import LatentKernelAttention
 from pomarium.worker.batch import Batch, Sequence
+from pomarium.worker.device import Device, DeviceKind, GpuBackend
 from pomarium.worker.forward import PagedForward
 from pomarium.worker.kv_cache.layout import LayerCache, single_group_layout
 from pomarium.worker.kv_cache.pool import PagedPool
@@ -57,10 +61,50 @@ def test_the_kernel_gives_mlx_lm_s_tokens(kernel: str, monkeypatch: pytest.Monke
         compared = len(prompt) if shared else len(want.logits)
         got = np.stack([driver.recorder.logits[request][position] for position in range(compared)])
         assert logit_error(got, want.logits[:compared]) < BOUND
-    assert set(launcher.launches) == {kernel, "mla_reduce"}
+    assert set(launcher.launches) == {kernel, "mla_reduce", "reshape_and_cache"}
     decoded = [rows for name, rows in launcher.rows if name == kernel]
     assert sum(decoded) >= LAYERS * len(LENGTHS) * (NEW_TOKENS - 1)
     assert {1, len(LENGTHS)} < set(decoded)
+
+
+@pytest.mark.parametrize("kernel", TUNINGS)
+def test_decode_steps_as_graphs_with_late_tokens_change_nothing(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded to buckets; a trace keeps the function of its first step (test_decode_graphs.py). One is preempted."""
+    monkeypatch.setattr(mla, "TUNINGS", {H100.family: TUNINGS[kernel]})
+    own = dict(list(prompts().items())[:3])
+
+    def preempt(step: int) -> list[str]:
+        return ["short"] if step == 4 else []
+
+    want = Driver(model(), block_size=16, num_blocks=64)
+    tokens = want.run(own, NEW_TOKENS, chunks=(7, 1, 16, 50), preempt=preempt)
+    driver = Driver(model(), block_size=16, num_blocks=64, late=True)
+    backend = LatentKernelAttention(PagedPool(driver.layout, model().dtype), CountingLauncher(), H100)
+    graphs = DecodeGraphs(model(), backend.in_graphs, lambda graph: graph)
+    driver.recorder.inner = PagedForward(model(), backend, graphs, queues=True)
+    assert driver.run(own, NEW_TOKENS, chunks=(7, 1, 16, 50), preempt=preempt) == tokens
+    assert graphs.traced >= 2
+    for request, rows in want.recorder.logits.items():
+        for position, row in rows.items():
+            assert np.abs(driver.recorder.logits[request][position] - row).max() <= BOUND * np.abs(row).max()
+
+
+def test_a_row_that_pads_a_step_is_stored_nowhere() -> None:
+    """Three sequences in a bucket of four: what no sequence owns keeps its zeros."""
+    layout = single_group_layout([LayerCache(1, 576, None, 512, latent=True)], 16, 9)
+    pool = PagedPool(layout, mx.float32)
+    backend = LatentKernelAttention(pool, CountingLauncher(), H100)
+    step = batch((0, 1, (7,)), (3, 1, (4,)), (16, 1, (5, 1)))
+    backend.prepare(step).attend_latents(0, mx.zeros((3, 3, 576)), mx.zeros((3, 576)), 512, Scoring(0.06))
+    graphs = backend.in_graphs
+    found = graphs.bucket(step, 4)
+    assert found is not None
+    branches = [ordered.branch(ordered.token) for ordered in graphs.ordered]
+    given = graphs.step(4, *found, branches)
+    out = given.attend_latents(0, mx.ones((4, 3, 576)), mx.ones((4, 576)), 512, Scoring(0.06))
+    mx.eval(out, [branch.arrays for branch in branches])
+    written = np.flatnonzero(np.array(pool.latents(0)).any(axis=1)).tolist()
+    assert written == sorted([7 * 16, 4 * 16 + 3, 1 * 16])
 
 
 def batch(*spans: tuple[int, int, tuple[int, ...]]) -> Batch:
@@ -91,31 +135,31 @@ def test_decode_rows_of_a_mixed_step_take_the_kernel() -> None:
         assert [rows for name, rows in launcher.rows if name.startswith("mla_decode")] == decoded
 
 
-@pytest.mark.parametrize(
-    ("blocks", "message"), [((2, 9), r"blocks 2 to 9 .* pool of 9"), ((-3, 2), r"blocks -3 to 2 .* pool of 9")]
-)
-def test_a_block_table_that_leaves_the_pool_is_refused(blocks: tuple[int, ...], message: str) -> None:
+@pytest.mark.parametrize(("blocks", "named"), [((2, 9), 9), ((-3, 2), -3)])
+def test_a_block_table_that_leaves_the_pool_is_refused(blocks: tuple[int, ...], named: int) -> None:
     launcher = CountingLauncher()
     layout = single_group_layout([LayerCache(1, 576, None, 512, latent=True)], 16, 9)
-    step = LatentKernelAttention(PagedPool(layout, mx.float32), launcher, H100).prepare(batch((20, 1, blocks)))
-    with pytest.raises(ValueError, match=message):
-        step.attend_latents(0, mx.zeros((1, 3, 576)), mx.zeros((1, 576)), 512, Scoring(0.06))
+    backend = LatentKernelAttention(PagedPool(layout, mx.float32), launcher, H100)
+    with pytest.raises(ValueError, match=rf"names block {named} .*outside a pool of 9"):
+        backend.prepare(batch((20, 1, blocks)))
     assert launcher.rows == []
 
 
-def test_blocks_that_the_kernel_does_not_take_are_left_to_operations(caplog: pytest.LogCaptureFixture) -> None:
-    driver, launcher = Driver(model(), block_size=8, num_blocks=64), CountingLauncher()
+@pytest.mark.parametrize(
+    ("layers", "block_size", "reason"),
+    [
+        ((LayerCache(1, 576, None, 512, latent=True),), 8, r"blocks of 8 tokens \(it takes 16, 32\)"),
+        ((LayerCache(1, 320, None, 256, latent=True),), 16, r"latents of 256 \+ 64 elements"),
+        ((LayerCache(2, 16), LayerCache(1, 576, None, 512, latent=True)), 16, "layers that keep no latents"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_left_to_operations(
+    layers: tuple[LayerCache, ...], block_size: int, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = PagedPool(single_group_layout(layers, block_size, 4), mx.float32)
+    device = Device(DeviceKind.GPU, GpuBackend.CUDA, "some device", ("float32",))
     with caplog.at_level(logging.INFO, "pomarium"):
-        backend = LatentKernelAttention(PagedPool(driver.layout, model().dtype), launcher, H100)
-    assert "blocks of 8 tokens (it takes 16, 32)" in caplog.text
-    driver.recorder.inner = PagedForward(model(), backend)
-    tokens = driver.run(prompts(), 2)
-    assert tokens == Driver(model(), block_size=8, num_blocks=64).run(prompts(), 2)
-    assert launcher.rows == []
-
-
-def test_a_layer_with_keys_and_values_is_left_to_operations(caplog: pytest.LogCaptureFixture) -> None:
-    layers = (LayerCache(2, 16), LayerCache(1, 576, None, 512, latent=True))
-    with caplog.at_level(logging.INFO, "pomarium"):
-        LatentKernelAttention(PagedPool(single_group_layout(layers, 16, 4), mx.float32), CountingLauncher(), H100)
-    assert "they keep no latents" in caplog.text
+        assert type(attention_backend(pool, device, mla_kernel=True)) is GatheredAttention
+    assert re.search(reason, caplog.text)
+    with pytest.raises(ValueError, match=reason):
+        LatentKernelAttention(pool, CountingLauncher(), H100)

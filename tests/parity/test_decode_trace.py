@@ -15,9 +15,11 @@ from tiny_models import TINY, build
 
 from pomarium.kernels.gpu_family import H100
 from pomarium.kernels.launch import KernelSource, Launch
+from pomarium.worker.attention.base import AttentionBackend
 from pomarium.worker.attention.decode_graphs import DecodeGraphs, Graph, compiled
 from pomarium.worker.attention.hybrid import HybridBackend
 from pomarium.worker.attention.kernels import KernelAttention
+from pomarium.worker.attention.mla import LatentKernelAttention
 from pomarium.worker.batch import Batch, Sequence
 from pomarium.worker.forward import PagedForward
 from pomarium.worker.kv_cache.layout import single_group_layout
@@ -27,7 +29,7 @@ from pomarium.worker.models.gated_delta_kernels import state_backend
 from pomarium.worker.models.paged import PagedModel, prepare
 from pomarium.worker.warm_up import counts, rows_at_zero, warm_up
 
-BLOCK_SIZE, BLOCKS = 8, 256
+BLOCK_SIZE, BLOCKS = 16, 256
 
 
 class Mixing:
@@ -46,9 +48,10 @@ class Mixing:
         ]
 
 
-def backend_of(model: PagedModel) -> KernelAttention | HybridBackend:
+def backend_of(model: PagedModel) -> AttentionBackend:
     layout = single_group_layout(model.layers, BLOCK_SIZE, BLOCKS)
-    attention = KernelAttention(PagedPool(layout, model.dtype), Mixing(), H100)
+    kind = LatentKernelAttention if any(layer.latent for layer in model.layers) else KernelAttention
+    attention = kind(PagedPool(layout, model.dtype), Mixing(), H100)
     if not model.states:
         return attention
     slots = single_group_states(model.states, BLOCK_SIZE, BLOCKS, len(layout.groups))
@@ -59,19 +62,16 @@ def tables_of(model: PagedModel) -> int:
     return len({layer.window for layer in model.layers}) + bool(model.states)
 
 
-def graphs_of(
-    model: PagedModel, backend: KernelAttention | HybridBackend, trace: Callable[[Graph], Graph] = compiled
-) -> DecodeGraphs:
-    if isinstance(backend, KernelAttention):
-        return DecodeGraphs(model, backend, trace=trace)
-    assert isinstance(backend.attention, KernelAttention)
-    return DecodeGraphs(model, backend.attention, backend.states.in_graphs, trace)
+def graphs_of(model: PagedModel, backend: AttentionBackend, trace: Callable[[Graph], Graph] = compiled) -> DecodeGraphs:
+    assert backend.in_graphs is not None
+    return DecodeGraphs(model, backend.in_graphs, trace)
 
 
 def model_of(name: str) -> PagedModel:
     if name in HYBRIDS:
         return prepare(build_hybrid(name, head_dim=64), HYBRIDS[name]["model_type"])
-    return prepare(build(name, head_dim=64), TINY[name]["model_type"])
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64} if name == "deepseek_v3" else {"head_dim": 64}
+    return prepare(build(name, **sizes), TINY[name]["model_type"])
 
 
 def decode(lengths: list[int], tables: int, seed: int) -> Batch:
@@ -87,7 +87,7 @@ def decode(lengths: list[int], tables: int, seed: int) -> Batch:
     return Batch(sequences, tokens, np.array(lengths, np.int32) - 1, rows, rows, names, {})
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma2", "qwen3_next", "qwen3_5_moe"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma2", "qwen3_next", "qwen3_5_moe", "deepseek_v3"])
 def test_a_traced_graph_gives_for_each_step_what_its_own_graph_gives(name: str) -> None:
     model = model_of(name)
     tables = tables_of(model)
@@ -111,7 +111,7 @@ def test_a_traced_graph_gives_for_each_step_what_its_own_graph_gives(name: str) 
     assert len(traced) == 2  # of four rows and of one
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_5"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_5", "deepseek_v3"])
 def test_a_start_traces_the_graphs_of_batches_to_come(name: str) -> None:
     model = model_of(name)
     backend = backend_of(model)

@@ -6,10 +6,12 @@
 (`gathered`) or, on a GPU, the kernels'. Rows are tokens, (T, heads, head_dim); there is no batch or length axis.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import mlx.core as mx
 
+from pomarium.kernels.ordered import Ordered
 from pomarium.kernels.reference import Scoring
 from pomarium.worker.batch import Batch
 
@@ -74,8 +76,42 @@ class StepAttention(Protocol):
         ...
 
 
+class InGraphs(Protocol):
+    """Attention of steps of one row per sequence, in a graph that serves many of them (decode_graphs)."""
+
+    @property
+    def ordered(self) -> Sequence[Ordered]:
+        """All that such a step writes in place."""
+        ...
+
+    def bucket(self, batch: Batch, rows: int) -> tuple[Any, list[list[mx.array]]] | None:
+        """What steps that share a graph agree in, hashable, and the arrays that change from one to the next.
+
+        Args:
+            batch: of one row per sequence. rows: that it is padded to, with such as store nowhere and see nothing.
+
+        Returns:
+            None before any layer has asked for a plan.
+
+        Raises:
+            ValueError: a block table does not hold its sequence.
+        """
+        ...
+
+    def step(
+        self, rows: int, agreed: Any, arrays: Sequence[Sequence[mx.array]], ordered: Sequence[Ordered]
+    ) -> StepAttention:
+        """From what `bucket` gave, and branches of `ordered` in its order."""
+        ...
+
+
 class AttentionBackend(Protocol):
     """Maker of StepAttention; owns the pool."""
+
+    @property
+    def in_graphs(self) -> InGraphs | None:
+        """None where a graph does not serve another step."""
+        ...
 
     @property
     def arrays(self) -> list[mx.array]:

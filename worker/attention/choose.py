@@ -1,5 +1,7 @@
 """Which attention backend a device and a model take, and whether their decode steps have graphs."""
 
+import logging
+
 import mlx.core as mx
 
 from pomarium.kernels.gpu_family import this_gpu
@@ -7,12 +9,13 @@ from pomarium.kernels.launch import CudaLauncher, Launcher, MetalLauncher
 from pomarium.worker.attention.base import AttentionBackend
 from pomarium.worker.attention.decode_graphs import DecodeGraphs, RowsModel
 from pomarium.worker.attention.gathered import GatheredAttention
-from pomarium.worker.attention.hybrid import HybridBackend
 from pomarium.worker.attention.kernels import KernelAttention, paged_pool
-from pomarium.worker.attention.mla import LatentKernelAttention
+from pomarium.worker.attention.mla import LatentKernelAttention, refusal
 from pomarium.worker.device import Device, GpuBackend
 from pomarium.worker.kv_cache.layout import CacheLayout
 from pomarium.worker.kv_cache.pool import PagedPool
+
+logger = logging.getLogger(__name__)
 
 
 def launcher_of(device: Device) -> Launcher | None:
@@ -33,18 +36,16 @@ def attention_backend(pool: PagedPool, device: Device, *, mla_kernel: bool) -> A
     launcher = launcher_of(device)
     if launcher is None:
         return GatheredAttention(pool)
-    if any(layer.latent for layer in pool.layout.layers):
-        return LatentKernelAttention(pool, launcher, this_gpu()) if mla_kernel else GatheredAttention(pool)
-    return KernelAttention(pool, launcher, this_gpu())
+    if not any(layer.latent for layer in pool.layout.layers):
+        return KernelAttention(pool, launcher, this_gpu())
+    if mla_kernel and (reason := refusal(pool)) is None:
+        return LatentKernelAttention(pool, launcher, this_gpu())
+    if mla_kernel:
+        logger.info("latent attention runs as MLX operations: no kernel takes %s", reason)
+    return GatheredAttention(pool)
 
 
 def decode_graphs(model: RowsModel, backend: AttentionBackend) -> DecodeGraphs | None:
     """Graphs of `model`'s decode steps, where kernels take all of its layers; else None."""
-    attention, states = backend, None
-    if isinstance(backend, HybridBackend):
-        attention, states = backend.attention, backend.states.in_graphs
-        if states is None:
-            return None
-    return (
-        DecodeGraphs(model, attention, states) if isinstance(attention, KernelAttention) and attention.whole else None
-    )
+    attention = backend.in_graphs
+    return None if attention is None else DecodeGraphs(model, attention)

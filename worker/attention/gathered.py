@@ -8,6 +8,7 @@ order.
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from pomarium.kernels.reference import MASKED, Scoring, grouped_attention
 from pomarium.worker.attention.tiles import Rows, Tile, bundle, cut
 from pomarium.worker.batch import Batch
-from pomarium.worker.kv_cache.layout import CacheGroup
+from pomarium.worker.kv_cache.layout import CacheGroup, CacheLayout
 from pomarium.worker.kv_cache.pool import PagedPool
 
 
@@ -106,10 +107,27 @@ def _plan_bundle(tiles: SequenceOf[Tile], tables: list[np.ndarray], group: Cache
     return BundlePlan(None if all_rows else mx.array(flat), mx.array(blocks), mx.array(bias))
 
 
-class GatheredStep:
-    """Attention of one step over a PagedPool (see `base.StepAttention`)."""
+class Blocks(Protocol):
+    """A pool, as `GatheredStep` uses it: see PagedPool."""
 
-    def __init__(self, pool: PagedPool, plans: SequenceOf[GroupPlan]) -> None:
+    @property
+    def layout(self) -> CacheLayout:
+        """Of its buffers."""
+        ...
+
+    def write(self, layer: int, rows: mx.array, keys: mx.array, values: mx.array | None) -> None:
+        """See PagedPool.write."""
+        ...
+
+    def read(self, layer: int, blocks: mx.array) -> tuple[mx.array, mx.array]:
+        """See PagedPool.read."""
+        ...
+
+
+class GatheredStep:
+    """Attention of one step over a pool (see `base.StepAttention`)."""
+
+    def __init__(self, pool: Blocks, plans: SequenceOf[GroupPlan]) -> None:
         self._pool = pool
         self._plans = plans
         self._group_index = pool.layout.group_index
@@ -195,6 +213,8 @@ class GatheredStep:
 
 class GatheredAttention:
     """Backend over a PagedPool (see `base.AttentionBackend`)."""
+
+    in_graphs = None
 
     def __init__(self, pool: PagedPool) -> None:
         self._pool = pool

@@ -10,14 +10,14 @@ states back where they belong. What is gathered and where it goes was planned on
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from pomarium.kernels.ordered import Ordered
 from pomarium.kernels.reference import Scoring
-from pomarium.worker.attention.base import AttentionBackend, StepAttention
+from pomarium.worker.attention.base import AttentionBackend, InGraphs, StepAttention
 from pomarium.worker.batch import Batch
 from pomarium.worker.kv_cache.states import RowBundle, RowPlan, SlotPlan, StatePool, plan_rows, plan_slots
 
@@ -195,6 +195,12 @@ class HybridBackend:
         self.states = states
 
     @property
+    def in_graphs(self) -> "HybridGraphs | None":
+        """See `base.AttentionBackend.in_graphs`."""
+        attention, states = self.attention.in_graphs, self.states.in_graphs
+        return None if attention is None or states is None else HybridGraphs(attention, states)
+
+    @property
     def arrays(self) -> list[mx.array]:
         """See `base.AttentionBackend.arrays`."""
         return [*self.attention.arrays, *self.states.arrays]
@@ -202,3 +208,29 @@ class HybridBackend:
     def prepare(self, batch: Batch) -> HybridStep:
         """See `base.AttentionBackend.prepare`."""
         return HybridStep(self.attention.prepare(batch), self.states.prepare(batch))
+
+
+class HybridGraphs:
+    """Attention and states of decode steps as part of a graph (see `base.InGraphs`); the slots come last."""
+
+    def __init__(self, attention: InGraphs, states: GraphStates) -> None:
+        self._attention = attention
+        self._states = states
+
+    @property
+    def ordered(self) -> list[Ordered]:
+        """See InGraphs.ordered."""
+        return [*self._attention.ordered, *self._states.ordered]
+
+    def bucket(self, batch: Batch, rows: int) -> tuple[Any, list[list[mx.array]]] | None:
+        """See InGraphs.bucket."""
+        found = self._attention.bucket(batch, rows)
+        return None if found is None else (found[0], [*found[1], self._states.slots(batch, rows)])
+
+    def step(
+        self, rows: int, agreed: Any, arrays: Sequence[Sequence[mx.array]], ordered: Sequence[Ordered]
+    ) -> HybridStep:
+        """See InGraphs.step."""
+        of_attention = len(self._attention.ordered)
+        attention = self._attention.step(rows, agreed, arrays[:-1], ordered[:of_attention])
+        return HybridStep(attention, self._states.step(rows, arrays[-1], ordered[of_attention:]))

@@ -40,7 +40,7 @@ from pomarium.kernels.paged_attention import (
     prefill,
 )
 from pomarium.kernels.paged_plan import Span, checked_tables
-from pomarium.kernels.paged_tuning import PREFILL
+from pomarium.kernels.paged_tuning import PREFILL, DecodeVariant
 from pomarium.kernels.reference import Scoring
 from pomarium.worker.attention.gathered import GatheredStep, plan_group
 from pomarium.worker.batch import Batch
@@ -329,6 +329,11 @@ class KernelAttention:
         _log_unsupported(reasons)
 
     @property
+    def in_graphs(self) -> "KernelGraphs | None":
+        """See `base.AttentionBackend.in_graphs`."""
+        return KernelGraphs(self.kernels) if self.whole else None
+
+    @property
     def arrays(self) -> list[mx.array]:
         """See `base.AttentionBackend.arrays`."""
         tokens = [array for ordered in self.kernels.ordered.values() for array in ordered.arrays]
@@ -337,6 +342,76 @@ class KernelAttention:
     def prepare(self, batch: Batch) -> KernelStep:
         """See `base.AttentionBackend.prepare`. Raises ValueError if a block table does not hold its sequence."""
         return KernelStep(self.kernels, BatchPlans(self.kernels, batch), self.kernels.ordered, starts=True)
+
+
+@dataclass(frozen=True)
+class PlanRoom:
+    """Shapes of one plan. partitions, width: of its work list and its tables."""
+
+    key: PlanKey
+    variant: DecodeVariant
+    partitions: int
+    width: int
+
+
+class KernelGraphs:
+    """Attention of decode steps as part of a graph (see `base.InGraphs`)."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
+    @property
+    def ordered(self) -> list[Ordered]:
+        """See InGraphs.ordered."""
+        return list(self._kernels.ordered.values())
+
+    def bucket(self, batch: Batch, rows: int) -> tuple[tuple[PlanRoom, ...], list[list[mx.array]]] | None:
+        """See InGraphs.bucket. The arrays are tables, work, reduce and ints of each plan."""
+        groups = self._kernels.pool.layout.groups
+        found = [group_rows(batch, group) for group in groups]
+        rooms, arrays = [], []
+        for key in self._kernels.asked:
+            index, shape, _ = key
+            spans, tables = found[index].spans, found[index].tables
+            plan = plan_decode(spans, tables, shape, groups[index].window, self._kernels.gpu, padded=True)
+            rooms.append(PlanRoom(key, plan.variant, plan.items, plan.tables.size // rows))
+            arrays.append([plan.tables, plan.work, plan.reduce, plan.ints])
+        return (tuple(rooms), arrays) if rooms else None
+
+    def step(
+        self,
+        rows: int,
+        agreed: tuple[PlanRoom, ...],
+        arrays: Sequence[Sequence[mx.array]],
+        ordered: Sequence[Ordered],
+    ) -> KernelStep:
+        """See InGraphs.step."""
+        buffers = dict(zip(self._kernels.ordered, ordered, strict=True))
+        return KernelStep(self._kernels, _GivenPlans(rows, agreed, arrays), buffers, starts=False)
+
+
+class _GivenPlans:
+    """StepPlans whose arrays are a graph's inputs."""
+
+    def __init__(self, rows: int, agreed: Sequence[PlanRoom], plans: Sequence[Sequence[mx.array]]) -> None:
+        self._plans = {
+            place.key: AttentionPlan(
+                (DecodePlan(place.key[1], place.variant, rows, rows, 1, place.partitions, *arrays),), None
+            )
+            for place, arrays in zip(agreed, plans, strict=True)
+        }
+
+    def slots(self, group: int) -> mx.array:
+        """Raises RuntimeError."""
+        raise RuntimeError("where each sequence has one row, attention stores it")
+
+    def attention(self, key: PlanKey) -> AttentionPlan:
+        """See StepPlans.attention."""
+        return self._plans[key]
+
+    def by_operations(self) -> GatheredStep:
+        """Raises RuntimeError."""
+        raise RuntimeError("attention by operations has no graph that serves another step")
 
 
 def block_shape(layout: CacheLayout, dtype: mx.Dtype, layer: int) -> BlockShape:

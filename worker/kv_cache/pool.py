@@ -82,10 +82,10 @@ class PagedPool:
         """
         buffer, cache = self.layout.buffer_of_layer[layer], self.layout.layers[layer]
         block_size = self.layout.group_of(layer).block_size
-        keys = _gather(self._keys[buffer], blocks, block_size)
+        keys = gathered(self._keys[buffer], blocks, block_size)
         if cache.latent:
             return keys, keys[..., : cache.value_dim]
-        return keys, _gather(self._values[buffer], blocks, block_size)
+        return keys, gathered(self._values[buffer], blocks, block_size)
 
     def keys_and_values(self, layer: int) -> tuple[mx.array, mx.array]:
         """The buffers of a layer, (rows, head_dim) and (rows, value_dim), for kernels that write them in place.
@@ -96,14 +96,12 @@ class PagedPool:
         return self._keys[buffer], self._values[buffer]
 
     def latents(self, layer: int) -> mx.array:
-        """The buffer of a layer that keeps latents, (num_blocks x block_size, head_dim), for a kernel to read.
-
-        It is to be evaluated before the next write, like everything that `read` returns.
-        """
+        """The buffer of a layer that keeps latents, (num_blocks x block_size, head_dim); see `keys_and_values`."""
         return self._keys[self.layout.buffer_of_layer[layer]]
 
 
-def _gather(array: mx.array, blocks: mx.array, block_size: int) -> mx.array:
+def gathered(array: mx.array, blocks: mx.array, block_size: int) -> mx.array:
+    """(S, heads, B x block_size, width) copied out of a buffer; blocks as for `PagedPool.read`."""
     sequences, heads, count = blocks.shape
     width = array.shape[-1]
     parts = mx.take(array.reshape(-1, block_size * width), blocks, axis=0)

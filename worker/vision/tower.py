@@ -6,7 +6,6 @@
 Tiles come a few at a time, so that a step's arrays stay within `tower_activation_bytes`.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from mlx.utils import tree_flatten
 from pomarium.worker.activations import LIVE_ARRAYS
 from pomarium.worker.errors import CheckpointError, UnsupportedError
 from pomarium.worker.models.checkpoint import inspect, read_safetensors_header
+from pomarium.worker.models.json_files import read_object
 from pomarium.worker.vision.families import (
     LIBRARY,
     PREPROCESSOR,
@@ -116,16 +116,7 @@ def load_tower(directory: Path, dtype: mx.Dtype) -> Tower:
 
 def read_preprocessor(directory: Path) -> dict[str, Any] | None:
     """preprocessor_config.json; None if there is none. Raises CheckpointError if it is no JSON object."""
-    file = directory / PREPROCESSOR
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object.")
-    return content
+    return dict(read_object(directory / PREPROCESSOR)) or None
 
 
 def tower_activation_bytes(eyes: Eyes, vision: dict[str, Any], itemsize: int) -> int:
