@@ -6,7 +6,6 @@ a trace goes stale in it, too: the function is made for the first step of its bu
 
 import logging
 from collections.abc import Callable
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -227,7 +226,10 @@ def test_the_selftest_goes_through_graphs_and_says_if_none_can_be_traced(monkeyp
     plain = selftest.generate(backend, paged, wanted, 4)
     with pytest.raises(UnsupportedError, match="POMARIUM_DECODE_GRAPHS=0"):
         selftest.generate(backend, paged, wanted, 4, graphs=True)
-    traced = partial(DecodeGraphs, trace=untraced)
+
+    def traced(model: PagedModel, attention: KernelAttention) -> DecodeGraphs:
+        return DecodeGraphs(model, KernelGraphs(attention.kernels), untraced)
+
     monkeypatch.setattr(selftest, "decode_graphs", traced)
     assert selftest.generate(backend, paged, wanted, 4, graphs=True) == plain
 
