@@ -108,20 +108,7 @@ def plan(lengths: np.ndarray, slots: np.ndarray, num_slots: int) -> GatedDeltaPl
         ValueError: a sequence without tokens, a slot outside the pool, one that two sequences write, or one that a
             sequence writes and another one goes on from.
     """
-    if lengths.ndim != 1 or not lengths.size or slots.shape != (len(lengths), 2):
-        raise ValueError(f"slots {slots.shape} do not fit lengths {lengths.shape}")
-    if lengths.min() < 1:
-        raise ValueError(f"sequence {int(lengths.argmin())} has no tokens")
-    read, written = slots[:, 0], slots[:, 1]
-    if read.min() < FRESH or written.min() < 0 or slots.max() >= num_slots:
-        raise ValueError(f"slots {int(slots.min())} to {int(slots.max())} lie outside a pool of {num_slots}")
-    kept = written[written != NULL_SLOT]
-    if len(set(kept.tolist())) < len(kept):
-        raise ValueError(f"two sequences write one of the slots {written.tolist()}")
-    if any(slot in set(written[read != slot].tolist()) for slot in read[read != FRESH].tolist()):
-        raise ValueError(f"a sequence goes on from a slot that another one writes: {slots.tolist()}")
-    first = np.cumsum(lengths) - lengths
-    sequences = np.concatenate([first[:, None], lengths[:, None], slots], axis=1)
+    sequences = _sequences(lengths, slots, num_slots)
     rows, count = int(lengths.sum()), len(lengths)
     if rows == count:
         return GatedDeltaPlan(num_slots, rows, count, padded_ints(sequences))
@@ -141,10 +128,28 @@ def plan_decode(slots: np.ndarray, num_slots: int, rows: int) -> GatedDeltaPlan:
     count = len(slots)
     if count > rows:
         raise ValueError(f"{count} sequences do not fit {rows} rows")
-    own = plan(np.ones(count, np.int64), slots, num_slots).sequences[: 4 * count]
-    padding = [[row, 0, FRESH, NULL_SLOT] for row in range(count, rows)]
-    sequences = np.concatenate([np.array(own).reshape(-1, 4), np.array(padding, np.int32).reshape(-1, 4)])
+    padding = np.array([[row, 0, FRESH, NULL_SLOT] for row in range(count, rows)], np.int64).reshape(-1, 4)
+    sequences = np.concatenate([_sequences(np.ones(count, np.int64), slots, num_slots), padding])
     return GatedDeltaPlan(num_slots, rows, rows, padded_ints(sequences))
+
+
+def _sequences(lengths: np.ndarray, slots: np.ndarray, num_slots: int) -> np.ndarray:
+    """GatedDeltaPlan.sequences on the host, (S, 4). Arguments and errors as `plan`."""
+    if lengths.ndim != 1 or not lengths.size or slots.shape != (len(lengths), 2):
+        raise ValueError(f"slots {slots.shape} do not fit lengths {lengths.shape}")
+    if lengths.min() < 1:
+        raise ValueError(f"sequence {int(lengths.argmin())} has no tokens")
+    read, written = slots[:, 0], slots[:, 1]
+    if read.min() < FRESH or written.min() < 0 or slots.max() >= num_slots:
+        raise ValueError(f"slots {int(slots.min())} to {int(slots.max())} lie outside a pool of {num_slots}")
+    kept = written[written != NULL_SLOT]
+    if len(set(kept.tolist())) < len(kept):
+        raise ValueError(f"two sequences write one of the slots {written.tolist()}")
+    if any(slot in set(written[read != slot].tolist()) for slot in read[read != FRESH].tolist()):
+        raise ValueError(f"a sequence goes on from a slot that another one writes: {slots.tolist()}")
+    first = np.cumsum(lengths) - lengths
+    laid: np.ndarray = np.concatenate([first[:, None], lengths[:, None], slots], axis=1)
+    return laid
 
 
 def conv1d_silu(

@@ -167,12 +167,8 @@ class GatheredStep:
         scoring: Scoring,
     ) -> mx.array:
         """See `base.StepAttention.attend_latents`."""
-        self.store_latents(layer, latents)
-        return self.attend_cached(layer, queries, scoring)
-
-    def store_latents(self, layer: int, latents: mx.array) -> None:
-        """Store the rows' latents (T, rank + rope_dim)."""
         self._pool.write(layer, self._head_slots(self._group_index[layer], 1), latents[:, None], None)
+        return self.attend_cached(layer, queries, scoring)
 
     def attend_cached(self, layer: int, queries: mx.array, scoring: Scoring) -> mx.array:
         """As `base.StepAttention.attend` over what is stored, the rows' own K and V included.

@@ -120,7 +120,7 @@ def refusal(pool: PagedPool) -> str | None:
 
 @dataclass(frozen=True)
 class Shares:
-    """Which rows of a step go where: int32 arrays, or None where all rows are of sequences of one row.
+    """Which rows of a step go where, if there are sequences of one row and others: int32 arrays.
 
     Attributes:
         single: rows of sequences of one row. order: where each row stands behind those, and the others behind them.
@@ -143,7 +143,7 @@ class BatchLatentPlans:
         self._sequences = [batch.sequences[index] for index in single]
         self.chunks = [plan_group(batch, group, rest) for group in layout.groups] if rest else None
         self.shares: Shares | None = None
-        if rest:
+        if single and rest:
             first_rows = np.cumsum([0, *(sequence.length for sequence in batch.sequences)])
             rows = first_rows[single].astype(np.int32)
             others = np.setdiff1d(np.arange(len(batch.token_ids)), rows)
@@ -228,7 +228,7 @@ class LatentKernelStep:
         if self._chunks is not None:
             outputs.append(self._chunks.attend_cached(layer, queries, scoring))
         out = outputs[0] if len(outputs) == 1 else mx.concatenate([part.astype(queries.dtype) for part in outputs])
-        out = (out if shares is None or plan is None else out[shares.order]).astype(queries.dtype)
+        out = (out if shares is None else out[shares.order]).astype(queries.dtype)
         if self._starts and starts_behind(layer, self._latents.gpu):
             mx.async_eval(out)  # type: ignore[no-untyped-call]
         return out
