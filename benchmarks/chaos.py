@@ -49,17 +49,6 @@ def asked(rack: Rack, count: int) -> dict[str, Asked]:
     return found
 
 
-def processes(rack: Rack, name: str) -> list[psutil.Process]:
-    """Of the rack, by what stands in their command lines."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            ours = process.environ().get("XDG_STATE_HOME") == rack.environ["XDG_STATE_HOME"]
-            if ours and name in " ".join(process.cmdline()):
-                found.append(process)
-    return sorted(found, key=lambda process: process.pid)
-
-
 def chosen(things: Sequence[Any], strike: Strike) -> Any:
     """The one that is struck."""
     if not things:
@@ -70,7 +59,7 @@ def chosen(things: Sequence[Any], strike: Strike) -> Any:
 def cores(rack: Rack) -> list[psutil.Process]:
     """EngineCore hides its environment: it is a child of a replica's process that tracks no resources."""
     found = []
-    for replica in processes(rack, "ServeReplica:pomarium:engine"):
+    for replica in rack.processes("ServeReplica:pomarium:engine"):
         with suppress(psutil.Error):
             found += [child for child in replica.children() if "resource_tracker" not in " ".join(child.cmdline())]
     return found
@@ -90,11 +79,11 @@ def strike_at(rack: Rack, strike: Strike) -> Callable[[], None]:
         case Kind.CORE_KILLED:
             chosen(cores(rack), strike).kill()
         case Kind.REPLICA_KILLED:
-            chosen(processes(rack, "ServeReplica:pomarium:engine"), strike).kill()
+            chosen(rack.processes("ServeReplica:pomarium:engine"), strike).kill()
         case Kind.CONTROLLER_KILLED:
-            chosen(processes(rack, "ServeController"), strike).kill()
+            chosen(rack.processes("ServeController"), strike).kill()
         case Kind.INGRESS_KILLED:
-            chosen(processes(rack, "ServeReplica:pomarium:ingress"), strike).kill()
+            chosen(rack.processes("ServeReplica:pomarium:ingress"), strike).kill()
         case Kind.MAC_DRAINED:
             command(rack.environ, "drain", mac)
             return lambda: print(command(rack.environ, "undrain", mac), end="")

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from openai import OpenAI
 from serve_process import Server
 
@@ -52,6 +53,16 @@ class Rack:
     def describe(self) -> str:
         """Health, members, and what the server has logged of late."""
         return f"health {self.health()}\nstatus {json.dumps(self.status())}\nlog ... {self.server.log()[-3000:]}"
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Of the rack, by what stands in their command lines, in the order of their numbers."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                ours = process.environ().get("XDG_STATE_HOME") == self.environ["XDG_STATE_HOME"]
+                if ours and name in " ".join(process.cmdline()):
+                    found.append(process)
+        return sorted(found, key=lambda process: process.pid)
 
     def stages(self) -> list[dict[str, Any]]:
         """Of the one replica, once it has reported."""

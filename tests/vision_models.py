@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY, write_tokenizer
 from tokenizers import AddedToken, Tokenizer
@@ -175,3 +176,19 @@ def expanded(rows: int, columns: int, tokens: dict[str, int]) -> list[int]:
 def tokens_of(directory: Path) -> dict[str, int]:
     """The tokenizer's vocabulary."""
     return Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
+
+
+def released_tiles(image: Image.Image) -> tuple[np.ndarray, Any, Any]:
+    """transformers' tiles uint8 (1, N, 3, TILE, TILE) of an image, and how many rows and columns of them it has."""
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    processor = Idefics3ImageProcessorPil(
+        size={"longest_edge": LONGEST},
+        max_image_size={"longest_edge": TILE},
+        do_rescale=False,
+        do_normalize=False,
+        do_pad=False,
+        return_row_col_info=True,
+    )
+    found = processor([[image]])
+    return np.asarray(found["pixel_values"]), found["rows"], found["cols"]

@@ -13,6 +13,7 @@ import time
 import httpx
 
 from pomarium.cluster.batch.lines import Answer, Request, answer_of
+from pomarium.cluster.http.protocols import BATCH, PRIORITY
 from pomarium.worker.address import is_local
 from pomarium.worker.errors import PomariumError
 
@@ -26,7 +27,6 @@ AWAY = frozenset({502, 503, 504})
 BUSY = 429
 LONGEST_BUSY_S = 120.0
 """Of a Retry-After that is followed: somebody else's endpoint may say hours."""
-PRIORITY = {"X-Pomarium-Priority": "batch"}
 
 
 class EndpointError(PomariumError):
@@ -59,7 +59,7 @@ class HttpEngine:
         self._client = httpx.AsyncClient(
             # With a transport of its own it looks at no proxy's variable, and still at those of certificates.
             transport=httpx.AsyncHTTPTransport(limits=limits) if straight else None,
-            headers=PRIORITY | ({"Authorization": f"Bearer {key}"} if key else {}),
+            headers={PRIORITY: BATCH} | ({"Authorization": f"Bearer {key}"} if key else {}),
             timeout=httpx.Timeout(ANSWER_S, connect=10.0),
             limits=limits,
         )

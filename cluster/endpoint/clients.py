@@ -8,10 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from pomarium.cluster.http import openai_errors
 from pomarium.cluster.http.openai_errors import RefusalError
-
-PRIORITY = "x-pomarium-priority"
-BATCH = "batch"
-"""Header of requests that let others go first, and its value: batches have it, and whoever else likes to yield."""
+from pomarium.cluster.http.protocols import BATCH, PRIORITY
 
 LONGEST = 200
 """Characters of a given key that tell clients apart where no key is asked for."""

@@ -16,8 +16,9 @@ from enum import Enum
 from typing import Any
 
 from pomarium.cluster.endpoint.routing import Candidate, PrefixTable
-from pomarium.cluster.endpoint.turns import FIRST_SLOTS, Supply
+from pomarium.cluster.endpoint.turns import Supply
 from pomarium.cluster.http.room import Room
+from pomarium.cluster.replica.slots import FIRST
 
 OWN = ""
 """Who tells what this ingress writes itself."""
@@ -134,7 +135,7 @@ class Ledger:
             if not replicas:
                 return None
             known = [self._rooms[replica] for replica in replicas if replica in self._rooms]
-            slots = sum(room.slots for room in known) + FIRST_SLOTS * (len(replicas) - len(known))
+            slots = sum(room.slots for room in known) + FIRST * (len(replicas) - len(known))
             theirs = [
                 sum(count for (name, replica), count in running.items() if name == deployment and replica in replicas)
                 for teller, running in self._running.items()

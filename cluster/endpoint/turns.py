@@ -28,9 +28,6 @@ GRACE_S = 1.0
 CALM_S = 5.0
 """It is a burst again only once nothing has waited for so long."""
 
-FIRST_SLOTS = 16
-"""Of an engine that has not told of its own."""
-
 SHORTEST_S = 0.05
 LONGEST_RETRY_S = 60
 

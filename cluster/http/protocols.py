@@ -12,6 +12,9 @@ import json
 from http import HTTPStatus
 from typing import Any
 
+PRIORITY, BATCH = "x-pomarium-priority", "batch"
+"""Header of requests that let others go first, and its value: batches have it, and whoever else likes to yield."""
+
 RESPONSES = "/v1/responses"
 MESSAGES = "/v1/messages"
 COUNT_TOKENS = f"{MESSAGES}/count_tokens"

@@ -21,7 +21,7 @@ PERIOD_S = 0.5
 """How often the number is looked at."""
 
 FIRST = 16
-"""Before anything was seen."""
+"""Before anything was seen, and to an ingress that was told of none."""
 
 LEAST = 16
 """However slow its steps are."""

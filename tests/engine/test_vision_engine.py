@@ -16,14 +16,13 @@ from engine_process import KV_BYTES, counter, engine, log_softmax, logprob_table
 from equality import BOUND, logit_error
 from picture_files import picture
 from PIL import Image
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from vision_models import (
-    LONGEST,
     TILE,
     VOCAB,
     expanded,
     mlx_vlm_logits,
     released,
+    released_tiles,
     torch_logits,
     write_seeing,
 )
@@ -83,17 +82,9 @@ def seeing(directory: Path, environment: dict[str, str], **limits: Any) -> Abstr
 
 def tiles_of(images: Sequence[Image.Image]) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """transformers' tiles uint8 of `images`, and how many rows and columns of them each has."""
-    processor = Idefics3ImageProcessorPil(
-        size={"longest_edge": LONGEST},
-        max_image_size={"longest_edge": TILE},
-        do_rescale=False,
-        do_normalize=False,
-        do_pad=False,
-        return_row_col_info=True,
-    )
-    found = [processor([[image]]) for image in images]
-    tiles = [np.asarray(each["pixel_values"])[0] for each in found]
-    grids = [(each["rows"][0][0], each["cols"][0][0]) for each in found]
+    found = [released_tiles(image) for image in images]
+    tiles = [each[0] for each, _, _ in found]
+    grids = [(rows[0][0], columns[0][0]) for _, rows, columns in found]
     return np.concatenate(tiles) if tiles else np.zeros((0, 3, TILE, TILE), np.uint8), grids
 
 

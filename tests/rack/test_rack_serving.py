@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -141,21 +140,10 @@ def status_code(rack: Rack) -> int:
     return subprocess.run(line, env=rack.environ, capture_output=True, timeout=60, check=False).returncode
 
 
-def serves_processes(rack: Rack, name: str) -> list[psutil.Process]:
-    """Ray Serve's processes of a kind, among those of this rack."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            ours = process.environ().get("XDG_STATE_HOME") == rack.environ["XDG_STATE_HOME"]
-            if ours and name in " ".join(process.cmdline()):
-                found.append(process)
-    return found
-
-
 def test_status_tells_of_dead_ingresses(rack: Rack) -> None:
     """With Serve's controller frozen nobody starts another meanwhile."""
     assert status_code(rack) == 0
-    (controller,), ingresses = (serves_processes(rack, name) for name in ("ServeController", "pomarium:ingress"))
+    (controller,), ingresses = (rack.processes(name) for name in ("ServeController", "pomarium:ingress"))
     assert len(ingresses) == 2
     controller.send_signal(signal.SIGSTOP)
     try:

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pomarium.worker.errors import CheckpointError, UnsupportedError
+from pomarium.worker.models.json_files import read_object
 
 SEEING: Mapping[str, str] = MappingProxyType({
     "Idefics3ForConditionalGeneration": "idefics3",
@@ -91,6 +92,11 @@ def check_tower(where: Path | str, names: "frozenset[str] | set[str]") -> None:
             raise CheckpointError(f"{where} holds no vision tower: no tensor's name begins with {_OUTER}{part}")
     if quantised := sorted(name for name in held if name.endswith((".scales", ".weight_scale_inv"))):
         raise UnsupportedError(f"{where} has a quantised vision tower ({quantised[0]}), which is not read")
+
+
+def read_preprocessor(directory: Path) -> dict[str, Any] | None:
+    """preprocessor_config.json; None if there is none. Raises CheckpointError if it is no JSON object."""
+    return dict(read_object(directory / PREPROCESSOR)) or None
 
 
 def eyes_of(where: Path | str, config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> Eyes:

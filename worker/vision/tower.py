@@ -17,15 +17,14 @@ from mlx.utils import tree_flatten
 from pomarium.worker.activations import LIVE_ARRAYS
 from pomarium.worker.errors import CheckpointError, UnsupportedError
 from pomarium.worker.models.checkpoint import inspect, read_safetensors_header
-from pomarium.worker.models.json_files import read_object
 from pomarium.worker.vision.families import (
     LIBRARY,
-    PREPROCESSOR,
     Eyes,
     check_tower,
     eyes_of,
     has_library,
     is_of_tower,
+    read_preprocessor,
     tower_names,
 )
 
@@ -112,11 +111,6 @@ def load_tower(directory: Path, dtype: mx.Dtype) -> Tower:
             f"{directory}: its vision tower does not fit {LIBRARY}'s idefics3: {type(error).__name__}: {said}."
         ) from error
     return Tower(vision, connector, eyes, dtype)
-
-
-def read_preprocessor(directory: Path) -> dict[str, Any] | None:
-    """preprocessor_config.json; None if there is none. Raises CheckpointError if it is no JSON object."""
-    return dict(read_object(directory / PREPROCESSOR)) or None
 
 
 def tower_activation_bytes(eyes: Eyes, vision: dict[str, Any], itemsize: int) -> int:

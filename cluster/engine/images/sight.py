@@ -14,11 +14,10 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.config.multimodal import ImageDummyOptions, MultiModalConfig
-from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from pomarium.worker.errors import CheckpointError, UnsupportedError
 from pomarium.worker.settings import MultimodalMode, Settings
-from pomarium.worker.vision.families import PREPROCESSOR, SEEING, check_tower, eyes_of, has_library
+from pomarium.worker.vision.families import SEEING, check_tower, eyes_of, has_library, read_preprocessor
 
 logger = logging.getLogger("vllm.pomarium.images")
 
@@ -142,7 +141,7 @@ def _tower(model: Any, settings: Settings) -> str | None:
         checkpoint = inspect(folder)
         names = {name for file in checkpoint.files for name in read_safetensors_header(file)}
         check_tower(folder, names)
-        eyes_of(folder, model.hf_config.to_dict(), get_hf_file_to_dict(PREPROCESSOR, str(folder), None))
+        eyes_of(folder, model.hf_config.to_dict(), read_preprocessor(folder))
     except (CheckpointError, UnsupportedError) as error:
         return str(error).rstrip(".")
     return None

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from picture_files import claimed, data_url, picture, png
 from PIL import Image
 from transformers.models.idefics3.image_processing_pil_idefics3 import (
-    Idefics3ImageProcessorPil,
     _resize_output_size_rescale_to_max_len,
 )
-from vision_models import LONGEST, TILE
+from vision_models import LONGEST, released_tiles
 from vllm.exceptions import VLLMValidationError
 
 from pomarium.cluster.engine.images import connector, sight
@@ -26,25 +25,12 @@ from pomarium.cluster.engine.intake import pictures as intake
 SIDES = st.tuples(st.integers(1, 5000), st.integers(1, 5000)).filter(lambda s: max(s) <= MOST_SIDES * min(s))
 
 
-def tiles(image: Image.Image) -> tuple[np.ndarray, object, object]:
-    processor = Idefics3ImageProcessorPil(
-        size={"longest_edge": LONGEST},
-        max_image_size={"longest_edge": TILE},
-        do_rescale=False,
-        do_normalize=False,
-        do_pad=False,
-        return_row_col_info=True,
-    )
-    found = processor([[image]])
-    return np.asarray(found["pixel_values"]), found["rows"], found["cols"]
-
-
 @pytest.mark.parametrize("size", [(40, 30), (31, 9), (9, 31), (7, 7), (300, 20), (32, 32)], ids=str)
 def test_the_first_resize_is_transformers_own(size: tuple[int, int]) -> None:
     """So the model's own processing of what is kept gives the same tiles as of what was sent."""
     sent = picture(*size)
-    want, rows, columns = tiles(sent)
-    got, got_rows, got_columns = tiles(picture_of(png(sent), LONGEST))
+    want, rows, columns = released_tiles(sent)
+    got, got_rows, got_columns = released_tiles(picture_of(png(sent), LONGEST))
     np.testing.assert_array_equal(got, want)
     assert (got_rows, got_columns) == (rows, columns)
 
